@@ -1,0 +1,59 @@
+"""Where things are kept, how large a run is, and the seeds: everything read from the environment."""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's surroundings.
+
+    Attributes:
+        fast: Sizes are small (`HDMIL_FAST=1`); code paths are the same.
+        seed: Seed given to every generator by `setup`.
+        cache: Folder of slides, bags and trained models (`HDMIL_CACHE`).
+        build: Folder of executed notebooks, tables and figures (`HDMIL_BUILD`).
+    """
+
+    fast: bool
+    seed: int
+    cache: Path
+    build: Path
+
+
+def is_fast() -> bool:
+    """Whether `HDMIL_FAST` asks for small sizes."""
+    return os.environ.get("HDMIL_FAST", "0").lower() not in ("", "0", "false", "no")
+
+
+def cache_dir() -> Path:
+    """Folder for slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`."""
+    return Path(os.environ.get("HDMIL_CACHE", Path.home() / ".cache" / "hdmil")).expanduser()
+
+
+def build_dir() -> Path:
+    """Folder for executed notebooks, tables and figures: `HDMIL_BUILD`, or `build/` in the repository."""
+    return Path(os.environ.get("HDMIL_BUILD", Path(__file__).resolve().parent.parent / "build"))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def setup(seed: int = 0) -> Config:
+    """Seed all generators, keep torch to one thread, and return where and how large this run is.
+
+    One thread: bags are small, and two threads fighting for a busy core are far slower than one.
+    Encoders raise the number for themselves.
+    """
+    seed_everything(seed)
+    torch.set_num_threads(1)
+    return Config(fast=is_fast(), seed=seed, cache=cache_dir(), build=build_dir())

@@ -1,0 +1,21 @@
+"""Errors a user can act on: each message names the file, what is wrong and what to do."""
+
+
+class HDMILError(Exception):
+    """Base of all errors that hdmil raises on purpose; the command line prints them in one line."""
+
+
+class SlideError(HDMILError):
+    """A slide cannot be opened, lacks its scale, or holds nothing to tile."""
+
+
+class BagError(HDMILError):
+    """A bag file is damaged, or was made by another encoder or with another dimension."""
+
+
+class CohortError(HDMILError):
+    """A label table, a split or a cohort does not fit its slides."""
+
+
+class CheckpointError(HDMILError):
+    """A checkpoint is missing, damaged, or belongs to another configuration."""
