@@ -1,0 +1,289 @@
+"""An open whole-slide image that knows its scale: fields and thumbnails at any mpp, in the right place."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image
+from scipy import sparse
+
+from hdmil_lib.errors import SlideError
+
+LEVEL_TOLERANCE = 1.02
+"""A level may be this much coarser than the mpp asked for: 0.505 um/px serves 0.5."""
+
+PLAUSIBLE_MPP = (0.02, 50.0)
+"""Scales outside are defaults of image writers (72 dpi is 353 um/px), not measurements."""
+
+UM_PER_RESOLUTION_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
+BLOCK = 2048
+"""Side of the blocks that a thumbnail is averaged from, in level pixels: bounds its memory."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the pyramid.
+
+    Attributes:
+        width: Pixels in x.
+        height: Pixels in y.
+        downsample_x: Level-0 pixels per pixel of this level, in x.
+        downsample_y: The same in y.
+    """
+
+    width: int
+    height: int
+    downsample_x: float
+    downsample_y: float
+
+
+class Slide:
+    """A whole-slide image opened with OpenSlide; usable as a context manager and from several threads.
+
+    Attributes:
+        path: The file.
+        name: File name without its suffix: the slide's id.
+        vendor: OpenSlide's name of the format.
+        mpp: Micrometres per level-0 pixel, (x, y).
+        dimensions: Level-0 (width, height).
+        bounds: The scanned part, (x, y, width, height) in level-0 pixels.
+        levels: The pyramid, finest first.
+    """
+
+    def __init__(self, path: str | Path, mpp: float | tuple[float, float] | None = None):
+        """Open a slide.
+
+        Args:
+            path: A file that OpenSlide reads.
+            mpp: Micrometres per level-0 pixel, one number or (x, y); overrides what the file says.
+
+        Raises:
+            SlideError: The file is missing, is no slide, is damaged, or has no scale and `mpp` is None.
+        """
+        self.path = Path(path)
+        self.name = self.path.stem
+        self._slide = _open(self.path)
+        properties = self._slide.properties
+        self.vendor = properties[openslide.PROPERTY_NAME_VENDOR]
+        self.dimensions = self._slide.dimensions
+        self.bounds = _bounds(properties, self.dimensions)
+        self.levels = [
+            Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
+            for w, h in self._slide.level_dimensions
+        ]
+        try:
+            self.mpp = _given_mpp(mpp) if mpp is not None else _stored_mpp(properties)
+        except ValueError as error:
+            self.close()
+            raise SlideError(f"{self.path}: {error}") from None
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Slide({self.name!r}, {self.dimensions[0]} x {self.dimensions[1]} px, mpp {self.mpp})"
+
+    def close(self) -> None:
+        """Release the file."""
+        self._slide.close()
+
+    def read_field(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
+        """Read a rectangle at any scale, from the coarsest level that is fine enough.
+
+        A level of exactly this mpp on whole pixels is returned as stored; anything else is resampled
+        with an antialiasing filter at its exact sub-pixel position.
+
+        Args:
+            x: Left edge in level-0 pixels; may be fractional or outside of the slide.
+            y: Top edge in level-0 pixels.
+            size: (width, height) of the result in pixels.
+            mpp: Scale of the result in um/px, the same in both axes.
+
+        Returns:
+            RGB pixels, uint8 (height, width, 3); white where the slide has none.
+
+        Raises:
+            SlideError: The file is damaged there.
+        """
+        index, scale, (left, top) = self._locate(x, y, mpp)
+        x0, y0 = (edge * self._slide.level_downsamples[index] for edge in (left, top))
+        if _is_close(scale[0], 1) and _is_close(scale[1], 1) and _is_whole(x0) and _is_whole(y0):
+            return np.asarray(self._read_region(round(x0), round(y0), index, size))
+
+        margin = [math.ceil(max(s, 1.0)) for s in scale]  # the filter's support
+        right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
+        region, (u, v) = self._read_level(
+            index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
+        )
+        box = (left - u, top - v, right - u, bottom - v)
+        return np.asarray(region.resize(size, Image.Resampling.HAMMING, box=box))
+
+    def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
+        """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
+
+        It is averaged block by block from the coarsest level that is fine enough, so that a slide
+        without a pyramid needs no more memory than one with.
+
+        Args:
+            mpp: Scale of the thumbnail in um/px.
+
+        Returns:
+            RGB pixels, uint8 (H, W, 3). Pixel (0, 0) starts at the top-left corner of the bounds; the
+            last row and column may reach beyond them.
+
+        Raises:
+            SlideError: The file is damaged.
+        """
+        x, y, *extent = self.bounds
+        width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
+        index, scale, (left, top) = self._locate(x, y, mpp)
+        step_x, step_y = (max(1, int(BLOCK / s)) for s in scale)
+        thumbnail = np.empty((height, width, 3), np.uint8)
+        for row in range(0, height, step_y):
+            for column in range(0, width, step_x):
+                block = thumbnail[row : row + step_y, column : column + step_x]
+                block[:] = self._area_mean(
+                    index, left + column * scale[0], top + row * scale[1], scale, block.shape[:2]
+                )
+        return thumbnail
+
+    def _locate(self, x: float, y: float, mpp: float):
+        """The level to read for `mpp`, its pixels per pixel of the result, and (x, y) on that level."""
+        index = max(
+            (i for i, level in enumerate(self.levels) if self._level_mpp(level) <= mpp * LEVEL_TOLERANCE),
+            default=0,
+        )
+        level = self.levels[index]
+        scale = (mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y))
+        return index, scale, (x / level.downsample_x, y / level.downsample_y)
+
+    def _level_mpp(self, level: Level) -> float:
+        return max(self.mpp[0] * level.downsample_x, self.mpp[1] * level.downsample_y)
+
+    def _area_mean(self, index, left, top, scale, shape) -> np.ndarray:
+        """Mean colour of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""
+        rows, columns = shape
+        region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
+        pixels = np.asarray(region, np.float32)
+        h, w, _ = pixels.shape
+        down = _overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
+        down = down.reshape(rows, w, 3).transpose(1, 0, 2).reshape(w, rows * 3)
+        mean = _overlap_weights(left - u, scale[0], columns, w) @ down
+        return np.rint(mean.reshape(columns, rows, 3).transpose(1, 0, 2))
+
+    def _read_level(self, index: int, left: float, top: float, right: float, bottom: float):
+        """Read at least the given rectangle of a level.
+
+        OpenSlide takes whole level-0 pixels and divides them by its own downsample, which on levels
+        of odd size is not the true one; the position it really reads at is returned.
+
+        Returns:
+            The region as an RGB image, and the (x, y) of its corner in pixels of the level.
+        """
+        downsample = self._slide.level_downsamples[index]
+        x0, y0 = (math.floor(math.floor(edge) * downsample + 1e-6) for edge in (left, top))
+        u, v = x0 / downsample, y0 / downsample
+        size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
+        return self._read_region(x0, y0, index, size), (u, v)
+
+    def _read_region(self, x: int, y: int, index: int, size: tuple[int, int]) -> Image.Image:
+        """OpenSlide's region as RGB on white."""
+        try:
+            region = self._slide.read_region((x, y), index, size)
+        except openslide.OpenSlideError as error:
+            raise SlideError(
+                f"{self.path}: cannot read level {index} near level-0 pixel ({x}, {y}): {error}. "
+                "The file is damaged or incomplete; copy or download it again."
+            ) from error
+        if region.getchannel("A").getextrema() == (255, 255):
+            return region.convert("RGB")
+        white = Image.new("RGB", size, "white")
+        white.paste(region, mask=region.getchannel("A"))
+        return white
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    if not path.is_file():
+        raise SlideError(f"{path}: no such file. Check the path to the slide.")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError:
+        raise SlideError(
+            f"{path}: not a slide that OpenSlide can read, or cut off before its directory. If it opens "
+            "elsewhere, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
+        ) from None
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{path}: damaged slide: {error}. Copy or download it again.") from error
+
+
+def _given_mpp(mpp: float | tuple[float, float]) -> tuple[float, float]:
+    pair = (float(mpp), float(mpp)) if np.isscalar(mpp) else (float(mpp[0]), float(mpp[1]))
+    if not all(math.isfinite(m) and m > 0 for m in pair):
+        raise ValueError(f"mpp must be positive micrometres per pixel, got {mpp}.")
+    return pair
+
+
+def _stored_mpp(properties: Mapping[str, str]) -> tuple[float, float]:
+    """Scale from the mpp properties, else the TIFF resolution, else the nominal objective (10 / power)."""
+
+    def number(key: str) -> float:
+        try:
+            return float(properties.get(key, "nan"))
+        except ValueError:
+            return math.nan
+
+    unit = UM_PER_RESOLUTION_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
+    power = number(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+    nominal = 10.0 / power if power > 0 else math.nan
+    candidates = [
+        (number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)),
+        tuple(unit / r if r > 0 else math.nan for r in map(number, ("tiff.XResolution", "tiff.YResolution"))),
+        (nominal, nominal),
+    ]
+    low, high = PLAUSIBLE_MPP
+    for pair in candidates:
+        if all(low <= m <= high for m in pair):
+            return pair
+    raise ValueError("the file does not say how large its pixels are; pass mpp= (um per level-0 pixel).")
+
+
+def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:
+    keys = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
+    if all(key in properties for key in keys):
+        return tuple(int(properties[key]) for key in keys)
+    return (0, 0, *dimensions)
+
+
+def _downsample(size: int, level_size: int) -> float:
+    """Level-0 pixels per level pixel along one axis, as exactly as the sizes tell.
+
+    Pyramid writers round odd sizes down or up, so size / level_size is off by up to a pixel at the
+    far end. A power of two, else a whole number, that rounds to this level size is taken for true.
+    """
+    ratio = size / level_size
+    for guess in (2 ** round(math.log2(ratio)), round(ratio)):
+        if level_size in (size // guess, math.ceil(size / guess)):
+            return float(guess)
+    return ratio
+
+
+def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> sparse.csr_array:
+    """Share of each pixel in each cell, (n_cells, n_pixels); cell i is [start + i scale, + scale)."""
+    edges = start + scale * np.arange(n_cells + 1)
+    pixels = np.arange(n_pixels)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return sparse.csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
+
+
+def _is_close(a: float, b: float) -> bool:
+    return abs(a - b) < 1e-5
+
+
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < 1e-3

@@ -1,0 +1,139 @@
+"""The grid of tiles, each paired with the low-resolution patch of the same tissue: the heart of HDMIL."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.reader import Slide
+from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
+
+
+@dataclass(frozen=True, eq=False)
+class TileGrid:
+    """N tiles of a slide and their paired patches; row i is the same tile in every array.
+
+    Tile (row, col) is the square [col, col + 1) x [row, row + 1) of sides `tile_size * mpp` um, counted
+    from the top-left corner of the slide's bounds. Its patch is the block of `patch_size` x `patch_size`
+    thumbnail pixels at (row * patch_size, col * patch_size): the same square, 16 times coarser
+    (paper, section 3.1).
+
+    Attributes:
+        coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2), rounded to whole pixels.
+        rowcol: Position on the grid, int64 (N, 2).
+        shape: (rows, cols) of the whole grid, tissue or not.
+        patches: RGB patches, uint8 (N, patch_size, patch_size, 3).
+        thumbnail: The bounds at `patch_mpp`, uint8 (H, W, 3).
+        tissue: Tissue on the thumbnail, bool (H, W).
+        tile_size: Pixels of a tile's side.
+        mpp: Scale of the tiles in um/px.
+        patch_mpp: Scale of patches and thumbnail in um/px.
+        tile_size_level0: (width, height) of a tile in level-0 pixels, rounded.
+    """
+
+    coords: np.ndarray
+    rowcol: np.ndarray
+    shape: tuple[int, int]
+    patches: np.ndarray
+    thumbnail: np.ndarray
+    tissue: np.ndarray
+    tile_size: int
+    mpp: float
+    patch_mpp: float
+    tile_size_level0: tuple[int, int]
+
+    @classmethod
+    def from_slide(
+        cls,
+        slide: Slide,
+        *,
+        tile_size: int = 256,
+        mpp: float = 0.5,
+        patch_size: int = 16,
+        min_tissue: float = 0.25,
+        tissue: TissueSettings | None = None,
+    ) -> "TileGrid":
+        """Lay the grid over a slide's bounds and keep the tiles with tissue.
+
+        The slide is read once, for the thumbnail; all patches are cut from it.
+
+        Args:
+            slide: An open slide.
+            tile_size: Pixels of a tile's side.
+            mpp: Scale of the tiles in um/px.
+            patch_size: Pixels of a patch's side; its scale follows, 0.5 * 256 / 16 = 8 um/px.
+            min_tissue: Least share of tissue in a tile.
+            tissue: Settings of the tissue mask.
+
+        Raises:
+            SlideError: The slide is smaller than one tile, or no tile holds enough tissue.
+        """
+        patch_mpp = mpp * tile_size / patch_size
+        shape = _grid_shape(slide, tile_size * mpp)
+        thumbnail = slide.thumbnail(patch_mpp)
+        mask = tissue_mask(thumbnail, patch_mpp, tissue)
+        share = _blocks(mask, shape, patch_size).mean(axis=(2, 3))
+        rowcol = np.argwhere(share >= min_tissue)
+        if len(rowcol) == 0:
+            raise SlideError(
+                f"{slide.path}: no tile has {min_tissue:.0%} tissue (largest share {share.max():.0%}). "
+                "Look at the thumbnail: if there is tissue, lower min_tissue or TissueSettings.min_saturation."
+            )
+        pitch = tile_size * mpp / np.array(slide.mpp)  # exact tile size in level-0 pixels
+        return cls(
+            coords=np.rint(slide.bounds[:2] + rowcol[:, ::-1] * pitch).astype(np.int64),
+            rowcol=rowcol,
+            shape=shape,
+            patches=_blocks(thumbnail, shape, patch_size)[rowcol[:, 0], rowcol[:, 1]],
+            thumbnail=thumbnail,
+            tissue=mask,
+            tile_size=tile_size,
+            mpp=mpp,
+            patch_mpp=patch_mpp,
+            tile_size_level0=(round(pitch[0]), round(pitch[1])),
+        )
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def read_tile(self, slide: Slide, i: int) -> np.ndarray:
+        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3).
+
+        Raises:
+            SlideError: The file is damaged there.
+        """
+        x, y = self.coords[i].tolist()
+        return slide.read_field(x, y, (self.tile_size, self.tile_size), self.mpp)
+
+    def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
+        """Put one value a tile back on the grid.
+
+        Args:
+            values: (N,) numbers in the order of the tiles.
+            fill: Value of the places without a tile.
+
+        Returns:
+            float (rows, cols).
+        """
+        grid = np.full(self.shape, fill, dtype=float)
+        grid[self.rowcol[:, 0], self.rowcol[:, 1]] = values
+        return grid
+
+
+def _grid_shape(slide: Slide, tile_um: float) -> tuple[int, int]:
+    """Rows and columns of tiles that lie wholly inside the bounds."""
+    width_um, height_um = slide.bounds[2] * slide.mpp[0], slide.bounds[3] * slide.mpp[1]
+    rows, cols = (int(extent / tile_um + 1e-6) for extent in (height_um, width_um))
+    if rows == 0 or cols == 0:
+        raise SlideError(
+            f"{slide.path}: {width_um:.0f} x {height_um:.0f} um is smaller than a tile of {tile_um:.0f} um. "
+            "Check the slide's mpp (pass mpp= if the file has a wrong one), or use smaller tiles."
+        )
+    return rows, cols
+
+
+def _blocks(image: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+    """View an image (H, W, ...) as its grid of blocks, (rows, cols, size, size, ...)."""
+    rows, cols = shape
+    cropped = image[: rows * size, : cols * size]
+    return cropped.reshape(rows, size, cols, size, *image.shape[2:]).swapaxes(1, 2)
