@@ -1,0 +1,3 @@
+from hdmil_lib.kernels.segment_softmax_pool.reference import segment_softmax_pool
+
+__all__ = ["segment_softmax_pool"]

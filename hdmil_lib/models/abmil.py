@@ -1,0 +1,47 @@
+"""ABMIL: attention decides how much each tile counts."""
+
+from torch import Tensor, nn
+
+from hdmil_lib.kernels import segment_softmax_pool
+from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.layers import GatedAttention, projection
+
+
+class ABMIL(MILModel):
+    """Attention-based MIL: one attention column, one bag embedding, one linear classifier (Table 1).
+
+    Args:
+        in_dim: Width of the features.
+        n_classes: Number of classes.
+        gated: tanh and sigmoid gate; otherwise tanh alone.
+        embed_dim: Width of the projected features.
+        attention_dim: Width of the attention's hidden layer.
+        dropout: Dropout after the projection and, if gated, on both factors of the attention.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_classes: int,
+        *,
+        gated: bool = True,
+        embed_dim: int = 512,
+        attention_dim: int = 128,
+        dropout: float = 0.0,
+    ):
+        super().__init__(in_dim, n_classes)
+        self.projection = projection(in_dim, embed_dim, dropout)
+        if gated:
+            self.attention = GatedAttention(embed_dim, attention_dim, 1, dropout)
+        else:
+            self.attention = nn.Sequential(
+                nn.Linear(embed_dim, attention_dim), nn.Tanh(), nn.Linear(attention_dim, 1)
+            )
+        self.classifier = nn.Linear(embed_dim, n_classes)
+
+    def forward(self, features: Tensor) -> MILOutput:
+        self.check(features)
+        embeddings = self.projection(features)
+        attention = self.attention(embeddings)
+        bag = segment_softmax_pool(embeddings, attention)
+        return MILOutput(logits=self.classifier(bag)[0], attention=attention)

@@ -1,0 +1,80 @@
+"""LIPN: a tiny network that sees the thumbnail and says which tiles are worth reading (paper: LIPN)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+from hdmil_lib.errors import BagError
+
+PATCH_SIZE = 16
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalization that uses the running statistics for a batch of one patch.
+
+    The last maps of LIPN are 1x1, so a single patch has no variance to normalize by.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.training and len(maps) == 1:
+            return batch_norm(maps, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(maps)
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: bool = True):
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, BatchNorm(outputs), *([nn.ReLU()] if act else []))
+
+
+class UniversalInvertedBottleneck(nn.Sequential):
+    """MobileNetV4's block: depthwise, expand, depthwise with the stride, project."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
+        hidden = inputs * expansion
+        super().__init__(
+            _conv(inputs, inputs, size, groups=inputs, act=False),
+            _conv(inputs, hidden, 1),
+            _conv(hidden, hidden, size, stride, groups=hidden),
+            _conv(hidden, outputs, 1, act=False),
+        )
+
+
+class LIPN(nn.Module):
+    """Lightweight instance pre-screening network: 16x16 patches at 8 um/px to one logit for each branch.
+
+    With two classes it has 33,898 parameters and takes 127,648 multiply-adds a patch. A patch is kept
+    for branch c where sigmoid(logit_c) > gamma. In training, a bag of one patch is normalized by the
+    running statistics.
+    """
+
+    def __init__(self, n_classes: int = 2):
+        super().__init__()
+        self.n_classes = n_classes
+        self.stem = nn.Sequential(
+            _conv(3, 16, 3, stride=2),
+            _conv(16, 16, 3, stride=2),
+            _conv(16, 16, 1),
+            _conv(16, 48, 3, stride=2),
+            _conv(48, 24, 1),
+        )
+        self.blocks = nn.Sequential(
+            UniversalInvertedBottleneck(24, 48, size=5, stride=2, expansion=2),
+            UniversalInvertedBottleneck(48, 64, size=3, stride=2, expansion=2),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = _conv(64, 64, 1)
+        self.classifier = nn.Linear(64, n_classes)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Logits P of the branches, (N, C), of uint8 RGB patches (N, 16, 16, 3).
+
+        Raises:
+            BagError: If the patches have another shape or type.
+        """
+        if patches.dtype != torch.uint8 or patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3):
+            raise BagError(
+                f"patches are {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 of shape "
+                f"(n_tiles, {PATCH_SIZE}, {PATCH_SIZE}, 3): RGB at 8 um/px, as TileGrid.patches has them"
+            )
+        pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
+        return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))

@@ -1,0 +1,27 @@
+"""Max-Pooling: the most suspicious tile speaks for the bag."""
+
+from torch import Tensor, nn
+
+from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.layers import projection
+
+
+class MaxPooling(MILModel):
+    """The logits of the tile of highest probability (Table 1).
+
+    With two classes that is the probability of class 1 (tumor, or the second subtype); with more, the
+    highest probability of any class.
+    """
+
+    def __init__(self, in_dim: int, n_classes: int, *, embed_dim: int = 512, dropout: float = 0.0):
+        super().__init__(in_dim, n_classes)
+        self.classifier = nn.Sequential(
+            projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
+        )
+
+    def forward(self, features: Tensor) -> MILOutput:
+        self.check(features)
+        logits = self.classifier(features)
+        probabilities = logits.softmax(1)
+        score = probabilities[:, 1] if self.n_classes == 2 else probabilities.amax(1)
+        return MILOutput(logits=logits[score.argmax()])

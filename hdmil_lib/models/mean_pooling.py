@@ -1,0 +1,20 @@
+"""Mean-Pooling: every tile votes with the same weight."""
+
+from torch import Tensor, nn
+
+from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.layers import projection
+
+
+class MeanPooling(MILModel):
+    """The mean of the logits of all tiles (Table 1)."""
+
+    def __init__(self, in_dim: int, n_classes: int, *, embed_dim: int = 512, dropout: float = 0.0):
+        super().__init__(in_dim, n_classes)
+        self.classifier = nn.Sequential(
+            projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
+        )
+
+    def forward(self, features: Tensor) -> MILOutput:
+        self.check(features)
+        return MILOutput(logits=self.classifier(features).mean(0))

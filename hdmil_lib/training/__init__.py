@@ -1,0 +1,1 @@
+"""Learning: the losses, one model on one fold, and methods across folds."""
