@@ -1,0 +1,1 @@
+"""Scores of predictions and of masks, stage timings, and the paper's tables."""
