@@ -9,7 +9,7 @@ from hdmil_lib.errors import BagError
 PATCH_SIZE = 16
 
 
-class BatchNorm(nn.BatchNorm2d):
+class PatchBatchNorm(nn.BatchNorm2d):
     """Batch normalization that uses the running statistics for a batch of one patch.
 
     The last maps of LIPN are 1x1, so a single patch has no variance to normalize by.
@@ -21,9 +21,11 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(maps)
 
 
-def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: bool = True):
+def _conv(
+    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: bool = True
+) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, BatchNorm(outputs), *([nn.ReLU()] if act else []))
+    return nn.Sequential(conv, PatchBatchNorm(outputs), *([nn.ReLU()] if act else []))
 
 
 class UniversalInvertedBottleneck(nn.Sequential):

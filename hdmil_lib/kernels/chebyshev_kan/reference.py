@@ -1,5 +1,6 @@
 """The Chebyshev Kolmogorov-Arnold layer by the recurrence of the polynomials (paper: CKA classifier)."""
 
+import torch
 from torch import Tensor
 
 
@@ -17,10 +18,10 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
         (B, O).
     """
     x = inputs.tanh()
-    constant, *higher = coefficients.unbind(-1)
+    constant, linear, *higher = coefficients.permute(2, 0, 1).contiguous().unbind(0)
+    outputs = torch.addmm(constant.sum(0), x, linear)
     previous, current = 1.0, x
-    outputs = constant.sum(0) + x @ higher[0]
-    for weight in higher[1:]:
+    for weight in higher:
         previous, current = current, 2 * x * current - previous
-        outputs = outputs + current @ weight
+        outputs = torch.addmm(outputs, current, weight)
     return outputs
