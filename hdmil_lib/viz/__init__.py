@@ -1,0 +1,1 @@
+"""Figures and widgets: the same plot functions serve notebooks, widgets, the tutorial and the README."""

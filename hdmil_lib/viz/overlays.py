@@ -1,0 +1,201 @@
+"""Maps on the slide: tissue and tiles, attention, kept tiles and truth, drawn over the thumbnail in mm.
+
+A map is drawn from anything that lies on the grid: a `TileGrid` or a `Prediction`, of the paper's
+geometry (tiles of 128 um, 16 thumbnail pixels at 8 um/px).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.patches import Patch, Rectangle
+
+from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_or_new
+
+TILE_MM = 0.128
+THUMBNAIL_MM = 0.008
+MAP_SIZE = (6.4, 4.6)
+
+
+class OnGrid(Protocol):
+    """Tiles on a slide's grid: `thumbnail` uint8 (H, W, 3), `rowcol` (N, 2), `shape` (rows, cols)."""
+
+    thumbnail: np.ndarray
+    rowcol: np.ndarray
+    shape: tuple[int, int]
+
+
+def _extent(height: float, width: float, pitch: float) -> tuple[float, float, float, float]:
+    return (0, width * pitch, height * pitch, 0)
+
+
+def _background(grid: OnGrid, ax: Axes | None) -> Axes:
+    ax = axes_or_new(ax, MAP_SIZE)
+    height, width = grid.thumbnail.shape[:2]
+    ax.imshow(grid.thumbnail, extent=_extent(height, width, THUMBNAIL_MM), interpolation="antialiased")
+    ax.set(xlabel="x (mm)", ylabel="y (mm)")
+    return ax
+
+
+def _cells(grid: OnGrid, colors: np.ndarray) -> np.ndarray:
+    """An image (rows, cols, 4), transparent where no tile lies."""
+    cells = np.zeros((*grid.shape, 4))
+    cells[grid.rowcol[:, 0], grid.rowcol[:, 1]] = colors
+    return cells
+
+
+def _lay(grid: OnGrid, colors: np.ndarray, ax: Axes) -> None:
+    """Lay one RGBA color a tile (N, 4) over the slide."""
+    cells = _cells(grid, colors)
+    ax.imshow(cells, extent=_extent(*cells.shape[:2], TILE_MM), interpolation="nearest")
+    height, width = grid.thumbnail.shape[:2]
+    ax.set(xlim=(0, width * THUMBNAIL_MM), ylim=(height * THUMBNAIL_MM, 0))
+
+
+def _below(ax: Axes, handles: list[Patch]) -> None:
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
+
+
+def slide_overview(thumbnail: np.ndarray, mpp: float = 8.0, ax: Axes | None = None) -> Axes:
+    """A thumbnail uint8 (H, W, 3) of `mpp` um/px, with axes in mm."""
+    ax = axes_or_new(ax, MAP_SIZE)
+    ax.imshow(thumbnail, extent=_extent(*thumbnail.shape[:2], mpp / 1000), interpolation="antialiased")
+    ax.set(xlabel="x (mm)", ylabel="y (mm)")
+    return ax
+
+
+def tissue_tiles(grid: OnGrid, tissue: np.ndarray | None = None, ax: Axes | None = None) -> Axes:
+    """The tissue mask's outline and the tiles that hold enough tissue.
+
+    Args:
+        grid: A `TileGrid`, or anything else on a grid.
+        tissue: Mask bool (H, W) on the thumbnail; `grid.tissue` if not given.
+        ax: Axes to draw on.
+    """
+    tissue = grid.tissue if tissue is None else tissue
+    ax = _background(grid, ax)
+    edges = np.ones((*grid.shape, 16, 16), bool)
+    edges[:, :, 1:-1, 1:-1] = False
+    lines = _cells(grid, np.ones((len(grid.rowcol), 4)))[:, :, None, None, 3] * edges
+    lines = lines.swapaxes(1, 2).reshape(grid.shape[0] * 16, grid.shape[1] * 16)
+    colored = np.zeros((*lines.shape, 4))
+    colored[lines > 0] = to_rgba(BLUE, 0.9)
+    ax.imshow(colored, extent=_extent(*grid.shape, TILE_MM), interpolation="nearest")
+    height, width = tissue.shape
+    x = (np.arange(width) + 0.5) * THUMBNAIL_MM
+    y = (np.arange(height) + 0.5) * THUMBNAIL_MM
+    ax.contour(x, y, tissue, levels=[0.5], colors=[INK], linewidths=1.2)
+    ax.set(xlim=(0, width * THUMBNAIL_MM), ylim=(height * THUMBNAIL_MM, 0))
+    _below(ax, [Patch(fc="none", ec=INK, label="tissue"), Patch(fc="none", ec=BLUE, label="tile")])
+    return ax
+
+
+def tile_and_patch(
+    tile: np.ndarray, patch: np.ndarray, axes: Sequence[Axes] | None = None, *, field_um: float = 128.0
+) -> Sequence[Axes]:
+    """One field of tissue as both networks see it: the tile (DMIN) beside its patch (LIPN).
+
+    Args:
+        tile: RGB uint8 (256, 256, 3).
+        patch: RGB uint8 (16, 16, 3).
+        axes: Two axes, left for the tile.
+        field_um: Side of the field in um.
+    """
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(6.4, 3.4), layout="constrained", sharey=True)[1]
+    for ax, image, name in zip(axes, (tile, patch), ("tile", "patch"), strict=True):
+        ax.imshow(image, extent=(0, field_um, field_um, 0), interpolation="nearest")
+        pixel = field_um / len(image)
+        ax.set(xlabel="x (µm)", title=f"{name}: {image.shape[1]} × {len(image)} px of {pixel:g} µm")
+    axes[0].set_ylabel("y (µm)")
+    return axes
+
+
+def gallery(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    ax: Axes | None = None,
+) -> Axes:
+    """Tiles or patches in rows of `columns`, all of one size, with an optional line over each."""
+    images = np.asarray(images)
+    size, rows = images.shape[1], -(-len(images) // columns)
+    pitch_x, pitch_y = 1.06, 1.06 if titles is None else 1.22
+    ax = axes_or_new(ax, (1.1 * columns, 1.1 * rows * pitch_y))
+    for i, image in enumerate(images):
+        left, top = i % columns * pitch_x, i // columns * pitch_y
+        smooth = "nearest" if size <= 32 else "antialiased"
+        ax.imshow(image, extent=(left, left + 1, top + 1, top), interpolation=smooth)
+        if titles is not None:
+            ax.text(left, top - 0.02, titles[i], fontsize=8, va="bottom")
+    ax.set(xlim=(0, columns * pitch_x - 0.06), ylim=(rows * pitch_y - 0.04, 1.04 - pitch_y), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def attention_overlay(
+    grid: OnGrid,
+    attention: np.ndarray,
+    ax: Axes | None = None,
+    *,
+    label: str = "attention, rank among tiles",
+    ranks: bool = True,
+) -> Axes:
+    """One number a tile over the slide, with a color bar.
+
+    Args:
+        grid: A `TileGrid` or `Prediction`.
+        attention: (N,) numbers, nan where a tile was not read: it stays bare.
+        ax: Axes to draw on.
+        label: Text of the color bar.
+        ranks: Color by rank in [0, 1], as attention spans orders of magnitude; False: by the value itself.
+    """
+    attention = np.asarray(attention, dtype=float)
+    known = np.isfinite(attention)
+    values = attention.copy()
+    if ranks:
+        values[known] = attention[known].argsort().argsort() / max(known.sum() - 1, 1)
+    low, high = (0.0, 1.0) if ranks else (np.nanmin(values), np.nanmax(values))
+    norm = plt.Normalize(low, high)
+    colors = plt.get_cmap(SEQUENTIAL)(norm(np.nan_to_num(values)))
+    colors[:, 3] = np.where(known, 0.65, 0.0)
+    ax = _background(grid, ax)
+    _lay(grid, colors, ax)
+    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, shrink=0.8, pad=0.02)
+    bar.set_label(label)
+    return ax
+
+
+def kept_overlay(grid: OnGrid, kept: np.ndarray, ax: Axes | None = None) -> Axes:
+    """The tiles that are read at high resolution; the dropped ones (N,) greyed out."""
+    kept = np.asarray(kept, dtype=bool)
+    ax = _background(grid, ax)
+    grey = to_rgba("#6b7078", 0.8)
+    _lay(grid, np.where(kept[:, None], (0, 0, 0, 0), grey), ax)
+    share = kept.mean()
+    ax.set_title(f"{kept.sum():,} of {len(kept):,} tiles kept ({share:.0%})", pad=22)
+    _below(ax, [Patch(fc="#d39bc0", label="kept: read and encoded"), Patch(fc=grey, label="dropped")])
+    return ax
+
+
+def truth_overlay(grid: OnGrid, tumor_share: np.ndarray, ax: Axes | None = None) -> Axes:
+    """Where the tumor lies: the share of tumor in each tile (N,), in [0, 1]; for teaching and checks."""
+    share = np.asarray(tumor_share, dtype=float)
+    colors = np.tile(to_rgb(VERMILION), (len(share), 1))
+    ax = _background(grid, ax)
+    _lay(grid, np.column_stack([colors, np.where(share > 0, 0.25 + 0.55 * share, 0)]), ax)
+    ax.set_title(f"tumor in {np.count_nonzero(share):,} of {len(share):,} tiles", pad=22)
+    _below(ax, [Patch(fc=VERMILION, alpha=0.8, label="tumor (synthetic truth), denser = larger share")])
+    return ax
+
+
+def mark_tile(grid: OnGrid, i: int, ax: Axes) -> Axes:
+    """Frame tile i on a map of the slide."""
+    row, col = grid.rowcol[i]
+    frame = Rectangle((col * TILE_MM, row * TILE_MM), TILE_MM, TILE_MM, fc="none", ec=YELLOW, lw=2.5)
+    ax.add_patch(frame)
+    return ax

@@ -1,0 +1,135 @@
+"""Widgets over the plot functions: move a control, see the same figure drawn again.
+
+A figure is shown as an image beside its controls, so redrawing needs no special matplotlib backend. The
+first drawing happens in the cell: an error there fails the cell. A later error is shown in place of the
+figure's caption and raised again.
+"""
+
+import io
+import traceback
+from collections.abc import Callable
+
+import ipywidgets as w
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from hdmil_lib.slides.reader import Slide
+from hdmil_lib.slides.tiling import TileGrid
+from hdmil_lib.viz import plots
+from hdmil_lib.viz.overlays import OnGrid
+
+
+class Explorer(w.VBox):
+    """Controls above one figure.
+
+    Args:
+        draw: Called with the controls' values by name; draws on an axes of `figure` and returns nothing.
+        size: Width and height of the figure in inches.
+        live: Redraw while a slider moves; False: when it is let go.
+        controls: Widgets with a `value`.
+    """
+
+    def __init__(
+        self, draw: Callable[..., None], size: tuple[float, float], *, live: bool = True, **controls: w.Widget
+    ):
+        self.draw, self.size, self.controls = draw, size, controls
+        self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="scale-down"))
+        self.error = w.HTML()
+        for control in controls.values():
+            control.style.description_width = "initial"
+            if hasattr(control, "continuous_update"):
+                control.continuous_update = live
+            control.observe(self._changed, names="value")
+        super().__init__([w.HBox(list(controls.values())), self.image, self.error])
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Draw the figure from the controls' present values."""
+        figure = Figure(figsize=self.size, layout="constrained")
+        self.draw(figure, **{name: control.value for name, control in self.controls.items()})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=plt.rcParams["figure.dpi"])
+        self.image.value = buffer.getvalue()
+
+    def _changed(self, _change) -> None:
+        try:
+            self.redraw()
+        except Exception:
+            self.error.value = f"<pre>{traceback.format_exc()}</pre>"
+            raise
+        self.error.value = ""
+
+
+def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5) -> Explorer:
+    """Temperature and threshold of the student's mask, on `plots.gumbel_sigmoid`."""
+
+    def draw(figure: Figure, tau: float, gamma: float) -> None:
+        plots.gumbel_sigmoid(tau, gamma, figure.subplots())
+
+    return Explorer(
+        draw,
+        (8.4, 3.8),
+        tau=w.FloatSlider(tau, min=0.1, max=3.0, step=0.1, description="temperature τ"),
+        gamma=w.FloatSlider(gamma, min=0.05, max=0.95, step=0.05, description="threshold γ"),
+    )
+
+
+def phi(degree: int = 12, target: str = "bump") -> Explorer:
+    """Degree of the Chebyshev basis, and what one activation of that degree can follow."""
+
+    def draw(figure: Figure, degree: int, target: str) -> None:
+        left, right = figure.subplots(1, 2)
+        plots.chebyshev_polynomials(degree, left)
+        plots.phi_fit(degree, target, right)
+
+    return Explorer(
+        draw,
+        (10, 3.6),
+        degree=w.IntSlider(degree, min=1, max=24, description="degree K"),
+        target=w.Dropdown(options=list(plots.TARGETS), value=target, description="target"),
+    )
+
+
+def mask_on_slide(
+    grid: OnGrid, scores: np.ndarray, tumor_share: np.ndarray | None = None, keep_ratio: float = 0.6
+) -> Explorer:
+    """The keep ratio r: which tiles survive, and the threshold on the scores that it stands for.
+
+    Args:
+        grid: A `TileGrid` or `Prediction`.
+        scores: (N,) a tile's score: its highest LIPN output, or attention, over the branches.
+        tumor_share: (N,) share of tumor in each tile, to show what is lost; only for teaching.
+        keep_ratio: Where the slider starts.
+    """
+
+    def draw(figure: Figure, keep_ratio: float) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        threshold = np.quantile(scores, 1 - keep_ratio)
+        plots.kept_overlay(grid, scores >= threshold, left)
+        plots.score_threshold(scores, threshold, tumor_share, right)
+
+    slider = w.FloatSlider(keep_ratio, min=0.05, max=1.0, step=0.05, description="keep ratio r")
+    return Explorer(draw, (10, 4.4), live=False, keep_ratio=slider)
+
+
+def tile_browser(slide: Slide, grid: TileGrid, scores: np.ndarray | None = None) -> Explorer:
+    """Walk over a slide's tiles: the place on the slide, the tile, and its patch.
+
+    Args:
+        slide: The open slide; keep it open while the widget is used.
+        grid: Its tiles.
+        scores: (N,) numbers; tiles then come highest first.
+    """
+    order = np.arange(len(grid)) if scores is None else np.argsort(-np.asarray(scores))
+
+    def draw(figure: Figure, position: int) -> None:
+        i = int(order[position])
+        place, *pair = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+        plots.mark_tile(grid, i, plots.slide_overview(grid.thumbnail, grid.patch_mpp, place))
+        place.set_title(f"tile {i}" + ("" if scores is None else f", score {scores[i]:.3g}"))
+        plots.tile_and_patch(grid.read_tile(slide, i), grid.patches[i], pair)
+
+    name = "tile" if scores is None else "rank of the tile"
+    slider = w.IntSlider(0, min=0, max=len(grid) - 1, description=name, layout=w.Layout(width="60%"))
+    return Explorer(draw, (10, 3.4), live=False, position=slider)
