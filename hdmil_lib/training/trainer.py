@@ -1,0 +1,372 @@
+"""Training of one model on one fold: Adam, one bag a step, early stopping, resumable to the bit."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from hdmil_lib.data import Split
+from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.models import DMIN, LIPN, DMINOutput, MILModel
+from hdmil_lib.training.checkpoint import (
+    claim_folder,
+    load_state,
+    load_weights,
+    read_json,
+    save_state,
+    save_table,
+    save_weights,
+    weights_digest,
+    write_json,
+)
+from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
+
+Step = Callable[[str], tuple[Tensor, Terms]]
+Score = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained, one bag a step; the defaults are the paper's for DMIN on Camelyon16.
+
+    Attributes:
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+        epochs: At most; an epoch draws as many bags as the training part has.
+        min_epochs: Early stopping waits for this many.
+        patience: Stop after this many epochs in a row without a lower validation loss.
+        seed: Of the order of bags, dropout and Gumbel noise.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-5
+    epochs: int = 200
+    min_epochs: int = 50
+    patience: int = 20
+    seed: int = 0
+
+
+PAPER_TRAINING = TrainSettings()
+PAPER_LIPN_TRAINING = TrainSettings(learning_rate=1e-4, min_epochs=0, patience=5)
+MINI_TRAINING = TrainSettings(epochs=30, min_epochs=10, patience=8)
+MINI_LIPN_TRAINING = TrainSettings(learning_rate=1e-3, epochs=15, min_epochs=0, patience=5)
+
+
+def train_model(
+    model: MILModel,
+    bags: Mapping[str, Bag],
+    split: Split,
+    labels: Mapping[str, int],
+    settings: TrainSettings,
+    out_dir: str | Path,
+    *,
+    loss_options: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Train a bag classifier and leave it, in evaluation mode, with the weights of its best epoch.
+
+    Bags are drawn with replacement so that every class comes up equally often. The best epoch is the one
+    of lowest cross entropy on `split.val`, from the first on. `out_dir` gets `config.json`, the best weights
+    as `model.safetensors`, and `history.csv` at the end; a run that was cut off goes on after its last whole
+    epoch and ends as if it had not been, a finished one is only loaded.
+
+    Args:
+        model: The network, with its initial weights.
+        bags: Bags by slide_id.
+        split: Slides to train on and to stop early by; the test part is not looked at.
+        labels: Class index by slide_id.
+        settings: Optimizer, length and seed.
+        out_dir: Folder of this run alone.
+        loss_options: Keyword arguments of `bag_loss`: weights, k, subtyping, detach_teacher.
+        progress: Show a bar over epochs.
+
+    Returns:
+        One row an epoch: `epoch`, `train_<term>` of the loss, `train_loss`, `val_loss`, `val_auc` (nan
+        where the validation slides are of one class) and `keep_ratio` (mean over validation slides).
+
+    Raises:
+        BagError: A bag holds numbers that are not finite, or does not fit the model.
+        CheckpointError: `out_dir` holds a run of another configuration.
+        HDMILError: The loss became infinite or undefined.
+    """
+    options = dict(loss_options or {})
+    features = feature_tensors(bags, (*split.train, *split.val))
+
+    def step(slide_id: str) -> tuple[Tensor, Terms]:
+        return bag_loss(model, model(features[slide_id]), labels[slide_id], **options)
+
+    def score() -> tuple[Tensor, Tensor]:
+        outputs = [model(features[slide_id]) for slide_id in split.val]
+        return torch.stack([o.logits for o in outputs]), torch.stack([_kept_share(o) for o in outputs])
+
+    config = _config(model, bags, split, labels, settings) | {
+        "loss": {name: asdict(value) if name == "weights" else value for name, value in options.items()}
+    }
+    return _fit(model, step, score, split, labels, settings, Path(out_dir), config, progress)
+
+
+def train_lipn(
+    lipn: LIPN,
+    dmin: DMIN,
+    bags: Mapping[str, Bag],
+    split: Split,
+    labels: Mapping[str, int],
+    settings: TrainSettings,
+    out_dir: str | Path,
+    *,
+    weights: LIPNLossWeights = LIPNLossWeights(),
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN selects (paper: LIPN).
+
+    DMIN is frozen and in evaluation mode: its masks are computed once a bag. The validation loss is that of
+    the two-stage prediction at DMIN's threshold gamma. Afterwards `config.json` also says, as `threshold`,
+    where LIPN's scores must be cut to keep DMIN's target ratio on the validation slides: see
+    `calibrate_threshold`. Everything else is as in `train_model`.
+
+    Returns:
+        As `train_model`; the terms are `mask` and `rate`.
+    """
+    dmin.eval()
+    ids = (*split.train, *split.val)
+    features, patches = feature_tensors(bags, ids), patch_tensors(bags, ids)
+    gamma, keep_ratio = dmin.settings.threshold, dmin.settings.keep_ratio
+    with torch.inference_mode():
+        targets = {slide_id: dmin(features[slide_id]).mask for slide_id in split.train}
+    targets = {slide_id: mask.clone() for slide_id, mask in targets.items()}
+
+    def step(slide_id: str) -> tuple[Tensor, Terms]:
+        return lipn_loss(lipn(patches[slide_id]), targets[slide_id], keep_ratio, weights, threshold=gamma)
+
+    def score() -> tuple[Tensor, Tensor]:
+        outputs = [two_stage(dmin, lipn, features[s], patches[s], gamma) for s in split.val]
+        return torch.stack([o.logits for o, _ in outputs]), torch.stack([kept for _, kept in outputs])
+
+    out_dir = Path(out_dir)
+    config = _config(lipn, bags, split, labels, settings) | {
+        "loss": asdict(weights),
+        "dmin": weights_digest(dmin),
+    }
+    history = _fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
+    config = read_json(out_dir / "config.json")
+    if "threshold" not in config:
+        threshold = calibrate_threshold(lipn, bags, split.val, keep_ratio)
+        write_json(out_dir / "config.json", config | {"threshold": threshold})
+    return history
+
+
+@torch.inference_mode()
+def two_stage(
+    dmin: DMIN, lipn: LIPN, features: Tensor, patches: Tensor, threshold: float
+) -> tuple[DMINOutput, Tensor]:
+    """What the two-stage inference says of a bag whose features are all at hand.
+
+    Args:
+        dmin: Classifier, in evaluation mode.
+        lipn: Pre-screening network, in evaluation mode.
+        features: (N, D).
+        patches: uint8 (N, 16, 16, 3).
+        threshold: A tile is kept for a branch where LIPN's sigmoid exceeds it.
+
+    Returns:
+        DMIN's output on the kept tiles alone, and the share of tiles kept, a scalar.
+    """
+    mask = lipn_mask(lipn(patches), threshold)
+    kept = mask.any(1)
+    return dmin(features[kept], mask=mask[kept]), kept.float().mean()
+
+
+def lipn_mask(logits: Tensor, threshold: float) -> Tensor:
+    """Tiles kept for each branch, bool (N, C): sigmoid above the threshold, or else the single highest."""
+    scores = logits.sigmoid()
+    mask = scores > threshold
+    if not mask.any():
+        mask.view(-1)[scores.argmax()] = True
+    return mask
+
+
+@torch.inference_mode()
+def calibrate_threshold(
+    lipn: LIPN, bags: Mapping[str, Bag], slide_ids: Sequence[str], keep_ratio: float
+) -> float:
+    """The threshold on LIPN's sigmoid that keeps, averaged over these slides, a given share of tiles.
+
+    The rate loss leaves the share at gamma to chance; this sets it on slides whose labels are not needed. A
+    tile is kept where its highest branch exceeds the threshold, so each tile is one candidate threshold,
+    and each weighs one over its slide's number of tiles.
+    """
+    lipn.eval()
+    scores = [lipn(patches).amax(1).sigmoid() for patches in patch_tensors(bags, slide_ids).values()]
+    share = torch.cat([torch.full_like(s, 1 / (len(s) * len(scores)), dtype=torch.float64) for s in scores])
+    ordered, order = torch.cat(scores).sort(descending=True)
+    n_kept = int((share[order].cumsum(0) <= keep_ratio + 1e-9).sum())
+    upper = ordered[max(n_kept - 1, 0)].double()
+    lower = ordered[min(n_kept, len(ordered) - 1)].double() if n_kept < len(ordered) else torch.zeros(())
+    return float((upper + lower) / 2)
+
+
+def feature_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
+    """Features of these slides as float32 (N, D).
+
+    Raises:
+        BagError: A slide has no bag, or its features are not finite.
+    """
+    features = {}
+    for slide_id in slide_ids:
+        features[slide_id] = torch.from_numpy(np.asarray(_bag(bags, slide_id).features, dtype=np.float32))
+        if not features[slide_id].isfinite().all():
+            raise BagError(f"bag '{slide_id}': features with nan or infinite values; extract them again")
+    return features
+
+
+def patch_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
+    """Low-resolution patches of these slides as uint8 (N, 16, 16, 3)."""
+    return {slide_id: torch.from_numpy(_bag(bags, slide_id).patches) for slide_id in slide_ids}
+
+
+def _bag(bags: Mapping[str, Bag], slide_id: str) -> Bag:
+    if slide_id not in bags:
+        raise BagError(f"slide '{slide_id}' of the split has no bag; extract its features, or split again")
+    return bags[slide_id]
+
+
+def _kept_share(output: Any) -> Tensor:
+    """Share of tiles the prediction rests on: DMIN's keep ratio, 1 for models without a mask."""
+    kept = getattr(output, "keep_ratio", None)
+    return torch.ones(()) if kept is None else kept
+
+
+def _config(
+    model: nn.Module,
+    bags: Mapping[str, Bag],
+    split: Split,
+    labels: Mapping[str, int],
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """What a run's result depends on, for `config.json`."""
+    data = {part: {s: int(labels[s]) for s in getattr(split, part)} for part in ("train", "val")}
+    model_settings = getattr(model, "settings", None)
+    return {
+        "model": type(model).__name__,
+        "model_settings": None if model_settings is None else asdict(model_settings),
+        "initial_weights": weights_digest(model),
+        "settings": asdict(settings),
+        "split": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16],
+        "features": bags_digest(bags, (*split.train, *split.val)),
+    }
+
+
+def bags_digest(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> str:
+    """Short hash of the features of these slides."""
+    digest = hashlib.sha256()
+    for slide_id in slide_ids:
+        digest.update(np.ascontiguousarray(_bag(bags, slide_id).features))
+    return digest.hexdigest()[:16]
+
+
+def _fit(
+    model: nn.Module,
+    step: Step,
+    score: Score,
+    split: Split,
+    labels: Mapping[str, int],
+    settings: TrainSettings,
+    folder: Path,
+    config: dict[str, Any],
+    progress: bool,
+) -> pd.DataFrame:
+    """The loop of `train_model` and `train_lipn`; `step` gives a bag's loss, `score` validation logits."""
+    claim_folder(folder, config)
+    weights_path, state_path, history_path = (
+        folder / name for name in ("model.safetensors", "state.safetensors", "history.csv")
+    )
+    if not history_path.is_file():
+        history: list[dict] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            optimizer = torch.optim.Adam(
+                model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+            if state_path.is_file():
+                history = load_state(state_path, model, optimizer)
+            bar = tqdm(total=settings.epochs, initial=len(history), disable=not progress, desc=folder.name)
+            while not _finished(history, settings):
+                row = {"epoch": len(history)}
+                row |= _train_epoch(model, optimizer, step, _balanced_draw(split.train, labels))
+                row |= _validate(model, score, [labels[s] for s in split.val])
+                if not (np.isfinite(row["train_loss"]) and np.isfinite(row["val_loss"])):
+                    raise HDMILError(
+                        f"{folder}: the loss is not finite in epoch {row['epoch']}; lower the learning rate"
+                    )
+                history.append(row)
+                if _best_epoch(history) == row["epoch"]:
+                    save_weights(model, weights_path)
+                save_state(state_path, model, optimizer, history)
+                bar.update()
+            bar.close()
+        save_table(history_path, pd.DataFrame(history))
+        state_path.unlink()
+    load_weights(model, weights_path)
+    model.eval()
+    return pd.read_csv(history_path, float_precision="round_trip")
+
+
+def _best_epoch(history: list[dict]) -> int:
+    return int(np.argmin([row["val_loss"] for row in history]))
+
+
+def _finished(history: list[dict], settings: TrainSettings) -> bool:
+    n = len(history)
+    if n < settings.epochs and n > 0:
+        return n >= settings.min_epochs and n - 1 - _best_epoch(history) >= settings.patience
+    return n >= settings.epochs
+
+
+def _balanced_draw(slide_ids: Sequence[str], labels: Mapping[str, int]) -> list[str]:
+    """As many slides as there are, drawn with replacement so that every class is equally likely."""
+    classes = np.array([labels[slide_id] for slide_id in slide_ids])
+    weights = 1 / np.bincount(classes)[classes]
+    draw = torch.multinomial(torch.from_numpy(weights), len(slide_ids), replacement=True)
+    return [slide_ids[i] for i in draw.tolist()]
+
+
+def _train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, slide_ids: Sequence[str]
+) -> dict[str, float]:
+    """One step a slide; returns the mean of the loss and of its terms."""
+    model.train()
+    sums: Terms = {}
+    for slide_id in slide_ids:
+        loss, terms = step(slide_id)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        for name, value in (terms | {"loss": loss.detach()}).items():
+            sums[name] = sums.get(name, 0) + value
+    return {f"train_{name}": float(value) / len(slide_ids) for name, value in sums.items()}
+
+
+@torch.inference_mode()
+def _validate(model: nn.Module, score: Score, labels: Sequence[int]) -> dict[str, float]:
+    model.eval()
+    logits, kept = score()
+    probabilities = logits.softmax(1).numpy()
+    if len(set(labels)) < logits.shape[1]:
+        auc = float("nan")
+    elif logits.shape[1] == 2:
+        auc = float(roc_auc_score(labels, probabilities[:, 1]))
+    else:
+        auc = float(roc_auc_score(labels, probabilities, multi_class="ovr"))
+    loss = float(cross_entropy(logits, torch.tensor(labels)))
+    return {"val_loss": loss, "val_auc": auc, "keep_ratio": float(kept.mean())}
