@@ -70,6 +70,7 @@ class Slide:
         self.vendor = properties[openslide.PROPERTY_NAME_VENDOR]
         self.dimensions = self._slide.dimensions
         self.bounds = _bounds(properties, self.dimensions)
+        self._downsamples = self._slide.level_downsamples
         self.levels = [
             Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
             for w, h in self._slide.level_dimensions
@@ -97,7 +98,7 @@ class Slide:
         """Read a rectangle at any scale, from the coarsest level that is fine enough.
 
         A level of exactly this mpp on whole pixels is returned as stored; anything else is resampled
-        with an antialiasing filter at its exact sub-pixel position.
+        with an antialiased bicubic filter at its exact sub-pixel position.
 
         Args:
             x: Left edge in level-0 pixels; may be fractional or outside of the slide.
@@ -112,17 +113,17 @@ class Slide:
             SlideError: The file is damaged there.
         """
         index, scale, (left, top) = self._locate(x, y, mpp)
-        x0, y0 = (edge * self._slide.level_downsamples[index] for edge in (left, top))
-        if _is_close(scale[0], 1) and _is_close(scale[1], 1) and _is_whole(x0) and _is_whole(y0):
-            return np.asarray(self._read_region(round(x0), round(y0), index, size))
-
-        margin = [math.ceil(max(s, 1.0)) for s in scale]  # the filter's support
         right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
+        downsample = self._downsamples[index]
+        if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
+            return np.asarray(self._read_level(index, left, top, right, bottom)[0])
+
+        margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
         region, (u, v) = self._read_level(
             index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
         )
         box = (left - u, top - v, right - u, bottom - v)
-        return np.asarray(region.resize(size, Image.Resampling.HAMMING, box=box))
+        return np.asarray(region.resize(size, Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
@@ -178,34 +179,34 @@ class Slide:
         return np.rint(mean.reshape(columns, rows, 3).transpose(1, 0, 2))
 
     def _read_level(self, index: int, left: float, top: float, right: float, bottom: float):
-        """Read at least the given rectangle of a level.
+        """Read at least the given rectangle of a level, in pixels of that level.
 
         OpenSlide takes whole level-0 pixels and divides them by its own downsample, which on levels
-        of odd size is not the true one; the position it really reads at is returned.
+        of odd size is not the true one, and it misplaces fractions of a pixel left of 0. So it is
+        asked from 0 on, and the position it really reads at is returned.
 
         Returns:
-            The region as an RGB image, and the (x, y) of its corner in pixels of the level.
+            The region as an RGB image, white outside of the slide, and the (x, y) of its corner.
         """
-        downsample = self._slide.level_downsamples[index]
-        x0, y0 = (math.floor(math.floor(edge) * downsample + 1e-6) for edge in (left, top))
-        u, v = x0 / downsample, y0 / downsample
+        downsample = self._downsamples[index]
+        pad = [max(0, -math.floor(edge)) for edge in (left, top)]
+        start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]
+        u, v = (s / downsample - p for s, p in zip(start, pad, strict=True))
         size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
-        return self._read_region(x0, y0, index, size), (u, v)
+        region = Image.new("RGB", size, "white")
+        if pad[0] < size[0] and pad[1] < size[1]:
+            inside = self._read_region(start, index, (size[0] - pad[0], size[1] - pad[1]))
+            region.paste(inside, tuple(pad), mask=inside.getchannel("A"))
+        return region, (u, v)
 
-    def _read_region(self, x: int, y: int, index: int, size: tuple[int, int]) -> Image.Image:
-        """OpenSlide's region as RGB on white."""
+    def _read_region(self, start: list[int], index: int, size: tuple[int, int]) -> Image.Image:
         try:
-            region = self._slide.read_region((x, y), index, size)
+            return self._slide.read_region(tuple(start), index, size)
         except openslide.OpenSlideError as error:
             raise SlideError(
-                f"{self.path}: cannot read level {index} near level-0 pixel ({x}, {y}): {error}. "
+                f"{self.path}: cannot read level {index} at level-0 pixel {tuple(start)}: {error}. "
                 "The file is damaged or incomplete; copy or download it again."
             ) from error
-        if region.getchannel("A").getextrema() == (255, 255):
-            return region.convert("RGB")
-        white = Image.new("RGB", size, "white")
-        white.paste(region, mask=region.getchannel("A"))
-        return white
 
 
 def _open(path: Path) -> openslide.OpenSlide:
@@ -279,10 +280,6 @@ def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) ->
     pixels = np.arange(n_pixels)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return sparse.csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
-
-
-def _is_close(a: float, b: float) -> bool:
-    return abs(a - b) < 1e-5
 
 
 def _is_whole(value: float) -> bool:

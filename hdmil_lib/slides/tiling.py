@@ -76,8 +76,8 @@ class TileGrid:
         rowcol = np.argwhere(share >= min_tissue)
         if len(rowcol) == 0:
             raise SlideError(
-                f"{slide.path}: no tile has {min_tissue:.0%} tissue (largest share {share.max():.0%}). "
-                "Look at the thumbnail: if there is tissue, lower min_tissue or TissueSettings.min_saturation."
+                f"{slide.path}: no tile has {min_tissue:.0%} tissue (largest share {share.max():.0%}). Look "
+                "at the thumbnail: if there is tissue, lower min_tissue or TissueSettings.min_saturation."
             )
         pitch = tile_size * mpp / np.array(slide.mpp)  # exact tile size in level-0 pixels
         return cls(
