@@ -64,8 +64,8 @@ class PaperPreset:
     Attributes:
         settings: Of the network.
         learning_rate: Of Adam.
-        subtyping: Both classes show in every tile of their kind, so that the clustering loss also
-            labels the top tiles of the other branches.
+        subtyping: Each class is a subtype with tiles of its own, so the clustering loss also labels the
+            top tiles of the other branches.
     """
 
     settings: DMINSettings

@@ -26,5 +26,7 @@ def segment_softmax_pool(embeddings: Tensor, logits: Tensor, mask: Tensor | None
     best = torch.zeros_like(mask).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
     mask = mask + best * ~(mask > 0.5).any(0)
     largest = logits.detach().masked_fill(mask <= 0.5, -torch.inf).amax(0)
-    weights = (logits - largest).clamp(max=0).exp() * mask
+    shifted = logits - largest
+    shifted = shifted.masked_fill(shifted > 0, 0)  # not clamp, which has no gradient at 0, the largest itself
+    weights = shifted.exp() * mask
     return (weights / weights.sum(0)).T @ embeddings

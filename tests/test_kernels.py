@@ -1,0 +1,248 @@
+"""The operators against float64 restatements written another way: loops, numpy, scipy, acos and cos."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.polynomial.chebyshev import chebval
+from scipy.special import expit
+from torch.autograd import gradcheck
+
+from hdmil_lib.kernels import chebyshev_kan, gated_attention, gumbel_mask, segment_softmax_pool
+
+few = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**31)
+
+
+def draw(seed, *shapes, scale=1.0):
+    """float64 tensors that require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (scale * torch.randn(s, generator=generator, dtype=torch.float64)).requires_grad_() for s in shapes
+    ]
+
+
+# Chebyshev-KAN
+
+
+def chebyshev_by_angles(inputs, coefficients):
+    """T_k(x) = cos(k acos x), all terms of the double sum at once."""
+    angle = np.arccos(np.tanh(inputs))
+    basis = np.cos(angle[:, :, None] * np.arange(coefficients.shape[2]))
+    return np.einsum("bqk,qok->bo", basis, coefficients)
+
+
+@few
+@given(seeds, st.integers(1, 5), st.integers(1, 7), st.integers(1, 3), st.integers(1, 16))
+def test_chebyshev_kan_equals_the_angle_form(seed, batch, inputs, outputs, degree):
+    x, omega = draw(seed, (batch, inputs), (inputs, outputs, degree + 1))
+    expected = chebyshev_by_angles(x.detach().numpy(), omega.detach().numpy())
+    # acos loses half of float64's digits near +-1; tanh of a large input gets there.
+    np.testing.assert_allclose(chebyshev_kan(x, omega).detach(), expected, atol=1e-7)
+
+
+def test_chebyshev_kan_of_one_connection_is_a_chebyshev_series():
+    x, omega = draw(0, (50, 1), (1, 1, 13))
+    expected = chebval(np.tanh(x.detach().numpy()[:, 0]), omega.detach().numpy()[0, 0])
+    np.testing.assert_allclose(chebyshev_kan(x, omega)[:, 0].detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 5])
+def test_chebyshev_kan_gradients(degree):
+    assert gradcheck(chebyshev_kan, draw(1, (3, 4), (4, 2, degree + 1)))
+
+
+def test_chebyshev_kan_is_bounded_by_its_coefficients_at_saturated_inputs():
+    """|T_k| <= 1 on [-1, 1]; in float32 the recurrence must not drift away at the ends."""
+    omega = torch.rand(8, 1, 17)
+    values = chebyshev_kan(torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4])[:, None].expand(-1, 8), omega)
+    # 8 x 17 terms, each rounded to about 1e-7.
+    assert (values.abs() <= omega.sum() * (1 + 1e-5)).all()
+    assert values[-1].item() == pytest.approx(omega.sum().item(), rel=1e-5)
+
+
+# Gated attention
+
+
+def attention_arguments(seed, n, e, h, c):
+    return draw(seed, (n, e), (h, e), (h,), (h, e), (h,), (c, h), (c,))
+
+
+@few
+@given(seeds, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+def test_gated_attention_tile_by_tile(seed, n, e, h, c):
+    arguments = attention_arguments(seed, n, e, h, c)
+    f, v, v0, u, u0, w, w0 = (a.detach().numpy() for a in arguments)
+    expected = np.zeros((n, c))
+    for j in range(n):
+        for branch in range(c):
+            hidden = [np.tanh(f[j] @ v[i] + v0[i]) * expit(f[j] @ u[i] + u0[i]) for i in range(h)]
+            expected[j, branch] = w[branch] @ hidden + w0[branch]
+    np.testing.assert_allclose(gated_attention(*arguments).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gated_attention_gradients():
+    assert gradcheck(gated_attention, attention_arguments(2, 3, 4, 2, 2))
+
+
+def test_gated_attention_drops_each_factor_on_its_own():
+    """A hidden unit survives where both factors do: (1 - p)^2 of them, scaled by 1 / (1 - p)^2."""
+    torch.manual_seed(0)
+    one = torch.ones(1)
+    many = torch.ones(4000, 1)
+    # Large weights: tanh and sigmoid are both 1, so that a score is 0 or the scale.
+    scores = gated_attention(many, 50 * one[None], one, 50 * one[None], one, one[None], 0 * one, dropout=0.25)
+    assert scores.unique().tolist() == pytest.approx([0.0, 1 / 0.75**2])
+    # The standard error of the share is 0.008.
+    assert (scores > 0).float().mean().item() == pytest.approx(0.75**2, abs=0.04)
+
+
+# Masked softmax pooling
+
+
+def pool_by_loops(embeddings, logits, mask):
+    """Each branch alone: softmax of the kept tiles, or the best tile where none is kept."""
+    pooled = []
+    for branch in range(logits.shape[1]):
+        kept = [j for j in range(len(logits)) if mask[j, branch]]
+        kept = kept or [int(np.argmax(logits[:, branch]))]
+        largest = max(logits[j, branch] for j in kept)
+        weights = [np.exp(logits[j, branch] - largest) for j in kept]
+        pooled.append(sum(w * embeddings[j] for w, j in zip(weights, kept, strict=True)) / sum(weights))
+    return np.stack(pooled)
+
+
+@few
+@given(seeds, st.integers(1, 12), st.integers(1, 4), st.floats(0, 1), st.sampled_from([1.0, 50.0, 1e4]))
+def test_pooling_normalizes_each_branch_over_its_own_tiles(seed, n, branches, share, scale):
+    embeddings, logits = draw(seed, (n, 3), (n, branches))
+    logits = logits * scale
+    mask = torch.rand(n, branches, generator=torch.Generator().manual_seed(seed)) < share
+    pooled = segment_softmax_pool(embeddings, logits, mask).detach()
+    expected = pool_by_loops(embeddings.detach().numpy(), logits.detach().numpy(), mask.numpy())
+    np.testing.assert_allclose(pooled, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pooling_without_a_mask_keeps_every_tile():
+    embeddings, logits = draw(3, (9, 4), (9, 2))
+    everything = segment_softmax_pool(embeddings, logits, torch.ones(9, 2, dtype=torch.bool))
+    torch.testing.assert_close(segment_softmax_pool(embeddings, logits), everything)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pooling_does_not_overflow(masked):
+    """exp(1e4) is infinite in any format; the published formula divides infinity by infinity."""
+    embeddings = torch.randn(6, 3, requires_grad=True)
+    logits = torch.tensor([1e4, 1e4, -1e4, 0.0, 5e3, 1e4])[:, None].repeat(1, 2).requires_grad_()
+    mask = torch.tensor([[0, 1], [0, 0], [1, 0], [1, 0], [0, 1], [0, 0]]).float() if masked else None
+    pooled = segment_softmax_pool(embeddings, logits, mask)
+    expected = embeddings[[3, 0]] if masked else embeddings[[0, 1, 5]].mean(0).repeat(2, 1)
+    torch.testing.assert_close(pooled, expected)
+    pooled.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert embeddings.grad.isfinite().all()
+
+
+def test_pooling_ignores_dropped_tiles_of_any_size():
+    """The largest logit is that of the kept tiles: a huge dropped one must not push them to zero."""
+    embeddings = torch.randn(3, 2)
+    pooled = segment_softmax_pool(
+        embeddings, torch.tensor([[1e4], [0.0], [0.0]]), torch.tensor([[0], [1], [1]])
+    )
+    torch.testing.assert_close(pooled[0], embeddings[1:].mean(0))
+
+
+def test_pooling_of_an_empty_branch_takes_its_best_tile():
+    embeddings, logits = torch.randn(5, 3), torch.tensor([[0.0, 4], [3, 1], [9, 2], [1, 0], [2, 3]])
+    mask = torch.tensor([[0, 1], [0, 0], [0, 0], [0, 0], [0, 1]])
+    pooled = segment_softmax_pool(embeddings, logits, mask)
+    torch.testing.assert_close(pooled[0], embeddings[2])
+    torch.testing.assert_close(pooled[1], segment_softmax_pool(embeddings, logits, mask)[1])
+
+
+def test_pooling_gradients():
+    """All inputs, the mask included; each branch keeps its largest logit, where no bound applies."""
+    embeddings, logits = draw(4, (5, 3), (5, 2))
+    mask = torch.zeros(5, 2, dtype=torch.float64).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
+    mask[0] = 1
+    assert gradcheck(segment_softmax_pool, (embeddings, logits, mask.requires_grad_()))
+
+
+def test_pooling_passes_gradients_to_the_mask_as_the_equation_says():
+    """dE/dM_j = exp(A_j) (F_j - E) / sum_s exp(A_s) M_s, for kept and dropped tiles alike."""
+    embeddings, logits = draw(5, (6, 3), (6, 1))
+    mask = torch.ones(6, 1, dtype=torch.float64)
+    mask[logits.argmin()] = 0
+    mask.requires_grad_()
+    pooled = segment_softmax_pool(embeddings, logits, mask)
+    direction = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (pooled[0] @ direction).backward()
+    with torch.no_grad():
+        weights = logits.exp() / (logits.exp() * mask).sum()
+        expected = weights * ((embeddings - pooled) @ direction)[:, None]
+    torch.testing.assert_close(mask.grad, expected)
+    assert (mask.grad[logits.argmin()] != 0).all()
+
+
+def test_pooling_bounds_the_gradient_of_a_dropped_tile_above_all_kept_ones():
+    embeddings = torch.tensor([[1.0], [0.0]])
+    mask = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    segment_softmax_pool(embeddings, torch.tensor([[50.0], [0.0]]), mask).sum().backward()
+    assert mask.grad[0].item() == pytest.approx(1.0)  # e^50 without the bound
+
+
+# Gumbel mask
+
+
+@few
+@given(seeds, st.integers(1, 20), st.integers(1, 4), st.floats(0.1, 5), st.floats(0.05, 0.95))
+def test_gumbel_mask_binarizes_and_counts_the_union_of_all_branches(
+    seed, n, branches, temperature, threshold
+):
+    logits, noise = draw(seed, (n, branches), (n, branches))
+    mask, keep_ratio = gumbel_mask(logits, noise.detach(), temperature=temperature, threshold=threshold)
+    soft = expit((logits + noise).detach().numpy() / temperature)
+    expected = soft > threshold
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    np.testing.assert_array_equal(mask.detach(), expected)
+    assert keep_ratio.item() == pytest.approx(sum(any(row) for row in expected) / n, abs=1e-12)
+
+
+def test_keep_ratio_counts_a_tile_that_only_the_third_branch_keeps():
+    logits = torch.tensor([[-1.0, -1, 1], [-1, -1, -1], [1, -1, 1], [-1, -1, -1]])
+    assert gumbel_mask(logits)[1].item() == 0.5
+
+
+@few
+@given(seeds, st.floats(0.3, 3))
+def test_gumbel_mask_has_the_gradient_of_the_sigmoid(seed, temperature):
+    logits, noise, upstream = draw(seed, (7, 2), (7, 2), (7, 2))
+    mask, _ = gumbel_mask(logits, noise.detach(), temperature=temperature)
+    (mask * upstream.detach()).sum().backward()
+    soft = expit((logits + noise).detach().numpy() / temperature)
+    expected = upstream.detach().numpy() * soft * (1 - soft) / temperature
+    np.testing.assert_allclose(logits.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_keep_ratio_moves_a_branch_only_where_no_other_branch_keeps_the_tile():
+    """d r~ / dM_c^j = 1/N prod_{o != c} (1 - M_o^j), through the straight-through mask."""
+    (logits,) = draw(6, (30, 3))
+    mask, keep_ratio = gumbel_mask(logits)
+    keep_ratio.backward()
+    hard, soft = mask.detach().numpy(), expit(logits.detach().numpy())
+    expected = np.zeros((30, 3))
+    for j in range(30):
+        for c in range(3):
+            others = np.prod([1 - hard[j, o] for o in range(3) if o != c])
+            expected[j, c] = others * soft[j, c] * (1 - soft[j, c]) / 30
+    np.testing.assert_allclose(logits.grad, expected, rtol=1e-10, atol=1e-14)
+    assert (expected == 0).any()
+    assert (expected > 0).any()
+
+
+def test_gumbel_mask_without_noise_thresholds_the_sigmoid_alone():
+    """At gamma = 0.5 the temperature changes nothing; elsewhere evaluation uses none."""
+    logits = torch.tensor([[-0.1], [0.1], [1.0], [2.0]])
+    assert gumbel_mask(logits)[0].flatten().tolist() == [0, 1, 1, 1]
+    assert gumbel_mask(logits, threshold=float(expit(1.5)))[0].flatten().tolist() == [0, 0, 0, 1]
