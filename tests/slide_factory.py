@@ -19,6 +19,7 @@ def write_slide(
     *,
     pyramid: bool = True,
     tile: int = 64,
+    compression: str = "packbits",
 ) -> Path:
     """Write RGB pixels (h, w, 3) as a lossless tiled TIFF; `mpp` None stores 72 dpi, as image editors do.
 
@@ -27,7 +28,7 @@ def write_slide(
     per_mm = [72 / 25.4] * 2 if mpp is None else [1000 / m for m in mpp]
     image = pyvips.Image.new_from_array(pixels).copy(xres=per_mm[0], yres=per_mm[1], interpretation="srgb")
     image.tiffsave(
-        str(path), tile=True, tile_width=tile, tile_height=tile, pyramid=pyramid, compression="deflate"
+        str(path), tile=True, tile_width=tile, tile_height=tile, pyramid=pyramid, compression=compression
     )
     return path
 

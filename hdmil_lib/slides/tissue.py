@@ -16,7 +16,7 @@ class TissueSettings:
             pale stroma is not taken for background.
         median_um: Width of the median filter that removes dust and compression noise.
         closing_um: Width of the disc that closes gaps between cells and fibres.
-        max_hole_um2: Holes up to this area are filled (lumina, fat cells); the default is one tile.
+        max_hole_um2: Holes up to this area are filled (lumina, fat cells); the default is half a tile.
         min_object_um2: Tissue pieces below this area are dropped; the default is one tile.
     """
 
@@ -24,7 +24,7 @@ class TissueSettings:
     max_saturation: int = 40
     median_um: float = 40.0
     closing_um: float = 56.0
-    max_hole_um2: float = 16_384.0
+    max_hole_um2: float = 8_192.0
     min_object_um2: float = 16_384.0
 
 
