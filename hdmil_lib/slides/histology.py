@@ -1,0 +1,256 @@
+"""The painter of synthetic H&E: an `Anatomy` in, strips of RGB rows out.
+
+Painting happens in optical density: tissue textures and stamped nuclei add hematoxylin and eosin, a stain
+matrix of the slide's own turns them into absorbance (Beer-Lambert), and a scanner of its own adds white
+balance, gamma, blur and noise. Cells of 512 x 512 pixels are painted one by one and depend on the seed and
+their place alone, so neither memory nor the picture depends on the height of the strips.
+
+These pictures are synthetic. They teach and test software; they are not evidence about any disease.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from hdmil_lib.slides.anatomy import Anatomy, Recipe, Tissue
+from hdmil_lib.slides.nuclei import GRADES, KINDS, epithelial, lattice, render
+
+CELL = 512  # pixels painted at once
+STEP = 4  # pixels between points of the tissue map
+HALO = 40  # pixels around a cell whose nuclei may reach into it
+TEXTURE = 1024  # side of the seamless textures, pixels
+PITCHES = (6.3, 9.6, 12.6)  # um between nuclei: small, medium, large
+
+# tissue -> base hematoxylin, base eosin, collagen texture, grain
+LOOKS = {
+    Tissue.STROMA: (0.06, 0.62, 0.55, 0.12),
+    Tissue.LYMPHOID: (0.20, 0.26, 0.12, 0.45),
+    Tissue.MANTLE: (0.24, 0.24, 0.10, 0.40),
+    Tissue.GERMINAL: (0.20, 0.38, 0.10, 0.35),
+    Tissue.SINUS: (0.10, 0.38, 0.16, 0.45),
+    Tissue.ADIPOSE: (0.04, 0.42, 0.10, 0.10),
+    Tissue.BLOOD: (0.01, 0.18, 0.00, 0.20),
+    Tissue.EPITHELIUM: (0.17, 0.45, 0.06, 0.30),
+    Tissue.INFLAMED: (0.12, 0.42, 0.30, 0.35),
+    Tissue.CRUSHED: (0.40, 0.45, 0.50, 0.30),
+    Tissue.KERATIN: (0.04, 0.95, 0.25, 0.12),
+}
+# tissue -> for each lattice, kind of nucleus -> probability at a lattice point
+CROWDS: dict[Tissue, tuple[dict[str, float], dict[str, float], dict[str, float]]] = {
+    Tissue.STROMA: ({"lymphocyte": 0.012}, {"spindle": 0.13}, {"spindle": 0.08}),
+    Tissue.LYMPHOID: ({"lymphocyte": 0.78}, {"histiocyte": 0.05}, {"centroblast": 0.04}),
+    Tissue.MANTLE: ({"lymphocyte": 0.93}, {}, {}),
+    Tissue.GERMINAL: ({"lymphocyte": 0.16}, {"centroblast": 0.78}, {}),
+    Tissue.SINUS: ({"lymphocyte": 0.13}, {"histiocyte": 0.58}, {}),
+    Tissue.ADIPOSE: ({}, {"spindle": 0.22}, {}),
+    Tissue.BLOOD: ({"erythrocyte": 0.8, "lymphocyte": 0.012}, {}, {}),
+    Tissue.EPITHELIUM: ({"lymphocyte": 0.03}, {"epithelial": 0.85}, {"epithelial": 0.8}),
+    Tissue.INFLAMED: ({"lymphocyte": 0.40, "plasma": 0.18}, {"histiocyte": 0.12, "spindle": 0.12}, {}),
+    Tissue.CRUSHED: ({"crushed": 0.45, "lymphocyte": 0.2}, {"crushed": 0.4}, {}),
+    Tissue.KERATIN: ({}, {"epithelial": 0.06}, {}),
+}
+NAMES = (*KINDS, "epithelial")
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """A slide's own staining and scanner.
+
+    Attributes:
+        stains: (2, 3) absorbance of hematoxylin and eosin in R, G, B.
+        white: (3,) level of empty glass, 0 to 255.
+        blur: Standard deviation of the point spread, pixels.
+        noise: Standard deviation of the sensor noise, gray levels.
+    """
+
+    stains: np.ndarray
+    white: np.ndarray
+    blur: float
+    noise: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, jitter: float) -> "Scanner":
+        """A random laboratory; jitter 0 gives the same one always, 1 the spread between hospitals."""
+        stains = np.array([[0.56, 0.72, 0.41], [0.18, 0.83, 0.50]])
+        stains = np.clip(stains + jitter * rng.normal(0, [[0.06, 0.03, 0.05], [0.05, 0.03, 0.07]]), 0.02, 1)
+        stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+        stains *= np.exp(jitter * rng.normal(0, 0.16, (2, 1))) * np.exp(jitter * rng.normal(0, 0.08))
+        white = 255 * np.clip(0.955 + jitter * (rng.normal(0, 0.012) + rng.normal(0, 0.008, 3)), 0.85, 1)
+        blur = 0.55 + 0.3 * jitter * rng.uniform(-1, 1)
+        return cls(
+            stains.astype(np.float32), white.astype(np.float32), blur, 1.2 + jitter * rng.uniform(0, 1.2)
+        )
+
+
+@lru_cache(maxsize=4)
+def texture(along: float, across: float, channel: int) -> np.ndarray:
+    """Seamless noise with the given correlation lengths in pixels: float32 (TEXTURE, TEXTURE)."""
+    white = np.random.default_rng([11, channel]).normal(size=(TEXTURE, TEXTURE))
+    fx, fy = np.meshgrid(np.fft.fftfreq(TEXTURE), np.fft.fftfreq(TEXTURE))
+    band = np.exp(-0.5 * ((fx * along) ** 2 + (fy * across) ** 2) * 4)
+    noise = np.fft.ifft2(np.fft.fft2(white) * band).real
+    return (noise / noise.std()).astype(np.float32)
+
+
+def collagen() -> np.ndarray:
+    """Fibers along x: bundles, and single fibrils on them, with pale clefts between."""
+    bundles, fibrils = texture(60, 7, 0), texture(45, 2.2, 1)
+    return np.clip(0.75 * bundles + 0.55 * fibrils - 0.5 * (bundles < -1.2), -1.7, 2).astype(np.float32)
+
+
+def grain() -> np.ndarray:
+    """Granular cytoplasm."""
+    return (0.6 * texture(5, 5, 2) + 0.6 * texture(1.8, 1.8, 3)).astype(np.float32)
+
+
+def wrapped(tile: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
+    """A window of a seamless texture."""
+    rows, columns = (np.arange(start, start + n) % len(tile) for start, n in ((y, height), (x, width)))
+    return tile[rows[:, None], columns[None, :]]
+
+
+class Painter:
+    """One synthetic slide, painted on demand.
+
+    Args:
+        recipe: What the slide holds.
+        width: Pixels.
+        height: Pixels.
+        mpp: Micrometers a pixel.
+        seed: Determines every pixel.
+        stain_jitter: Spread of stain and scanner between slides; see `Scanner.draw`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, width: int, height: int, mpp: float, seed: int, stain_jitter: float = 1.0
+    ):
+        self.width, self.height, self.mpp, self.seed = width, height, mpp, seed
+        self.anatomy = Anatomy(recipe, (width * mpp, height * mpp), seed)
+        rng = np.random.default_rng([seed, 2])
+        self.scanner = Scanner.draw(rng, stain_jitter)
+        kinds = [*KINDS.values(), *(epithelial(i / (GRADES - 1)) for i in range(GRADES))]
+        self.bank = [render(kind, mpp, rng) for kind in kinds]
+        self.keys = [int(key) for key in rng.integers(1 << 62, size=len(PITCHES))]
+        self.looks = np.array([LOOKS[t] for t in Tissue], np.float32)
+        self.crowds = np.array(
+            [[np.cumsum([c.get(k, 0) for k in NAMES]) for c in CROWDS[t]] for t in Tissue], np.float32
+        )
+        self.collagen, self.grain = collagen(), grain()
+        self.noise = np.random.default_rng(5).normal(0, 1, (TEXTURE, TEXTURE, 3)).astype(np.float32)
+
+    def strips(self, height: int = CELL) -> Iterator[np.ndarray]:
+        """The slide as consecutive uint8 (<= height, width, 3) blocks of rows."""
+        pending = np.empty((0, self.width, 3), np.uint8)
+        for y in range(0, self.height, CELL):
+            row = np.concatenate([self._cell(x, y) for x in range(0, self.width, CELL)], axis=1)
+            pending = np.concatenate([pending, row[: self.height - y, : self.width]])
+            while len(pending) >= height:
+                yield pending[:height]
+                pending = pending[height:]
+        if len(pending):
+            yield pending
+
+    def truth(self, mpp: float = 8.0) -> np.ndarray:
+        """Tumor mask at `mpp`: bool (ceil(height), ceil(width)); a pixel is tumor if half of it is."""
+        rows, columns = (int(np.ceil(side * self.mpp / mpp)) for side in (self.height, self.width))
+        mask = np.zeros((rows, columns), bool)
+        if self.anatomy.recipe.tumor_share <= 0:
+            return mask
+        x = (np.arange(2 * columns) + 0.5) * mpp / 2
+        for top in range(0, rows, 256):
+            n = min(256, rows - top)
+            y = (2 * top + np.arange(2 * n) + 0.5) * mpp / 2
+            inside = self.anatomy.tumor_level(*np.meshgrid(x, y)) > 0
+            mask[top : top + n] = inside.reshape(n, 2, columns, 2).mean((1, 3)) >= 0.5
+        return mask
+
+    def _cell(self, x0: int, y0: int) -> np.ndarray:
+        """Paint one cell: uint8 (CELL, CELL, 3)."""
+        points = np.arange((CELL + 2 * HALO) // STEP) * STEP + STEP / 2 - HALO
+        across, down = (((start + points) * self.mpp).astype(np.float32) for start in (x0, y0))
+        x, y = np.meshgrid(across, down)
+        area = self.anatomy.at(x, y)
+        side = CELL + 2 * STEP
+        if area["level"].max() < -2:
+            density = np.zeros((side, side, 2), np.float32)
+        else:
+            density = self._ground(area, x0, y0)
+            stamped = self._nuclei(area, x0, y0)
+            density += stamped
+        return self._scan(np.maximum(density, 0), x0, y0)
+
+    def _ground(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
+        """Tissue without nuclei: hematoxylin and eosin of a cell with a margin of STEP pixels."""
+        margin = HALO // STEP - 2
+        crop = np.s_[margin:-margin, margin:-margin]
+        side = CELL + 2 * STEP
+
+        def enlarge(values: np.ndarray) -> np.ndarray:
+            large = cv2.resize(values[crop], None, fx=STEP, fy=STEP, interpolation=cv2.INTER_LINEAR)
+            return large[STEP:-STEP, STEP:-STEP]
+
+        looks = enlarge(cv2.blur(self.looks[area["tissue"]], (3, 3)))
+        scale = 0.5 * TEXTURE / 512
+        period = TEXTURE / scale
+        u, v = (enlarge(a - period * np.floor(a[0, 0] / period)) * scale for a in (area["u"], area["v"]))
+        fibers = cv2.remap(
+            self.collagen,
+            np.mod(u, TEXTURE).astype(np.float32),
+            np.mod(v, TEXTURE).astype(np.float32),
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_WRAP,
+        )
+        grain = wrapped(self.grain, x0 - STEP, y0 - STEP, side, side)
+        inside = np.clip(enlarge(area["level"]) / 1.6 + 0.5 + 0.35 * grain, 0, 1)
+        speckle = 1 + looks[..., 3] * grain
+        hematoxylin = inside * looks[..., 0] * speckle
+        eosin = inside * looks[..., 1] * np.maximum(1 + looks[..., 2] * fibers, 0.12) * speckle
+        return np.stack([hematoxylin, eosin], axis=-1)
+
+    def _nuclei(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
+        """Stamped nuclei of a cell with a margin of STEP pixels."""
+        canvas = np.zeros((CELL + 4 * HALO, CELL + 4 * HALO, 2), np.float32)
+        box = tuple((np.array([x0, y0, x0 + CELL, y0 + CELL]) + HALO * np.array([-1, -1, 1, 1])) * self.mpp)
+        slope_x, slope_y = np.gradient(area["v"], axis=1), np.gradient(area["v"], axis=0)
+        direction = np.mod(np.arctan2(-slope_x, slope_y), np.pi)
+        for number, (pitch, key) in enumerate(zip(PITCHES, self.keys, strict=True)):
+            x, y, pick, grade, turn, chance = lattice(box, pitch, key)
+            px, py = x / self.mpp - x0 + HALO, y / self.mpp - y0 + HALO
+            at = (np.minimum(a / STEP, area["tissue"].shape[0] - 1).astype(int) for a in (py, px))
+            at = tuple(at)
+            tissue, level, atypia = area["tissue"][at], area["level"][at], area["atypia"][at]
+            crowd = self.crowds[tissue, number] * area["density"][at][:, None]
+            graded = {0: 1.0, 1: 1 - atypia, 2: atypia}[number]
+            crowd[:, -1] = crowd[:, -2] + (crowd[:, -1] - crowd[:, -2]) * graded
+            kind = (pick[:, None] >= crowd).sum(1)
+            kind[level < 1] = len(NAMES)
+            if number == 2:
+                kind[(level < -40) & (chance < 0.004)] = NAMES.index("debris")
+            own = np.clip(atypia + (0.05 + 0.25 * atypia) * (2 * grade - 1), 0, 1)
+            kind = np.where(
+                kind == len(KINDS),
+                len(KINDS) + np.rint(own * (GRADES - 1)),
+                np.where(kind > len(KINDS), 999, kind),
+            ).astype(int)
+            along = np.isin(kind, (NAMES.index("spindle"), NAMES.index("crushed")))
+            angle = np.where(along, np.mod(direction[at] / np.pi + 0.12 * (turn - 0.5), 1), turn)
+            for k, a, cx, cy in zip(kind.tolist(), angle.tolist(), px.tolist(), py.tolist(), strict=True):
+                if k < 999:
+                    stamps = self.bank[k]
+                    half = stamps.shape[1] // 2
+                    left, top = int(cx) + HALO - half, int(cy) + HALO - half
+                    window = canvas[top : top + 2 * half + 1, left : left + 2 * half + 1]
+                    window += stamps[int(a * len(stamps))]
+        edge = 2 * HALO - STEP
+        return canvas[edge:-edge, edge:-edge]
+
+    def _scan(self, density: np.ndarray, x0: int, y0: int) -> np.ndarray:
+        """Densities to the scanner's RGB; drops the margin."""
+        scanner = self.scanner
+        light = cv2.exp(-cv2.transform(density, scanner.stains.T.copy()))
+        light = cv2.GaussianBlur(light, (0, 0), scanner.blur)[STEP:-STEP, STEP:-STEP]
+        noise = wrapped(self.noise, 7 * x0 // CELL * 131 + x0, y0, CELL, CELL)
+        return np.clip(light * scanner.white + scanner.noise * noise + 0.5, 0, 255).astype(np.uint8)

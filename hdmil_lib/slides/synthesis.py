@@ -1,0 +1,404 @@
+"""Synthetic cohorts, and slides composed of the caller's own tiles.
+
+Synthetic slides are drawn by `hdmil_lib.slides.histology` from a seed. They have the file format, the
+scale, the class balance and the difficulty of a real cohort, not its biology: results on them are
+results about software and method, never about patients. The truth mask that lies beside each slide
+serves teaching and evaluation; training never reads it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from hdmil_lib.errors import CohortError, SlideError
+from hdmil_lib.slides.anatomy import Recipe
+from hdmil_lib.slides.histology import Painter
+from hdmil_lib.slides.pyramid import write_pyramid
+
+TRUTH_MPP = 8.0
+TRUTH_PER_TILE = 16  # truth pixels along a tile of 128 um
+TUMOR = 255  # value of tumor in a truth mask
+
+
+@dataclass(frozen=True)
+class CohortPreset:
+    """A synthetic cohort: what its slides hold and how hard they are.
+
+    `benchmarks/calibrate_cohorts.py` measures what these numbers make of the task.
+
+    Attributes:
+        name: Name of the preset.
+        organ: "node", "lung" or "breast".
+        classes: Names of the classes, in the order of their indices.
+        proportions: Share of each class among the cases.
+        architectures: Arrangement of the tumor cells in each class; see `Recipe`.
+        tumor_share: For each class, (lowest, highest) share of the tissue; drawn log-uniformly.
+        grade: Mean atypia of the tumor in each class, 0 benign to 1 anaplastic.
+        grade_sd: Standard deviation of the mean atypia between slides.
+        grade_spread: Standard deviation of the atypia between and within the foci of a slide.
+        mimic_share: (lowest, highest) share of the tissue in benign look-alikes.
+        mimic_grade: Mean atypia of benign epithelium: the closer to `grade`, the harder.
+        density_contrast: How much denser tumor nuclei lie than benign ones; 0 = alike.
+        stain_jitter: Spread of stain and scanner between slides; 1 = between hospitals.
+        tiles: (lowest, highest) number of 128 um tiles of tissue in a slide.
+        mpp: (lowest, highest) micrometers a pixel.
+        n_slides: Slides of the full cohort.
+        paired: Share of the cases that own two slides.
+    """
+
+    name: str
+    organ: str
+    classes: tuple[str, ...]
+    proportions: tuple[float, ...]
+    architectures: tuple[str, ...]
+    tumor_share: tuple[tuple[float, float], ...]
+    grade: tuple[float, ...]
+    grade_sd: float = 0.06
+    grade_spread: float = 0.15
+    mimic_share: tuple[float, float] = (0.1, 0.4)
+    mimic_grade: float = 0.15
+    density_contrast: float = 0.0
+    stain_jitter: float = 1.0
+    tiles: tuple[int, int] = (100, 160)
+    mpp: tuple[float, float] = (0.46, 0.52)
+    n_slides: int = 200
+    paired: float = 0.15
+
+    def recipe(self, label: str, tissue_share: float, rng: np.random.Generator) -> Recipe:
+        """What one slide of a class holds."""
+        index = self.classes.index(label)
+        low, high = self.tumor_share[index]
+        return Recipe(
+            organ=self.organ,
+            tumor_share=float(np.exp(rng.uniform(np.log(low), np.log(high)))) if high > 0 else 0.0,
+            architecture=self.architectures[index],
+            grade=float(np.clip(rng.normal(self.grade[index], self.grade_sd), 0, 1)),
+            grade_spread=self.grade_spread,
+            mimic_share=float(rng.uniform(*self.mimic_share)),
+            mimic_grade=float(np.clip(rng.normal(self.mimic_grade, self.grade_sd), 0, 1)),
+            density_contrast=self.density_contrast,
+            tissue_share=tissue_share,
+        )
+
+
+PRESETS: dict[str, CohortPreset] = {
+    preset.name: preset
+    for preset in (
+        CohortPreset(
+            name="camelyon-mini",
+            organ="node",
+            classes=("normal", "tumor"),
+            proportions=(0.5, 0.5),
+            architectures=("nests", "nests"),
+            tumor_share=((0.0, 0.0), (0.005, 0.10)),
+            grade=(0.0, 0.65),
+        ),
+        CohortPreset(
+            name="nsclc-mini",
+            organ="lung",
+            classes=("LUAD", "LUSC"),
+            proportions=(0.5, 0.5),
+            architectures=("glands", "solid"),
+            tumor_share=((0.2, 0.7), (0.2, 0.7)),
+            grade=(0.55, 0.6),
+        ),
+        CohortPreset(
+            name="brca-mini",
+            organ="breast",
+            classes=("IDC", "ILC"),
+            proportions=(0.8, 0.2),
+            architectures=("nests", "files"),
+            tumor_share=((0.1, 0.6), (0.1, 0.6)),
+            grade=(0.55, 0.35),
+        ),
+    )
+}
+
+
+def preset_named(preset: str | CohortPreset) -> CohortPreset:
+    """The preset of this name, or the one given.
+
+    Raises:
+        CohortError: No preset has this name.
+    """
+    if isinstance(preset, CohortPreset):
+        return preset
+    if preset not in PRESETS:
+        raise CohortError(f"{preset}: no such preset; take one of {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def truth_path(slide: str | Path) -> Path:
+    """Where the truth mask of a synthetic or composed slide lies: `<stem>.truth.png` beside it."""
+    return Path(slide).with_suffix(".truth.png")
+
+
+def _write_png(path: Path, image: np.ndarray) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    os.replace(partial, path)
+
+
+def synthesize_slide(
+    path: str | Path,
+    preset: str | CohortPreset,
+    label: str,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    mpp: float | None = None,
+) -> Path:
+    """Draw one synthetic slide and its truth mask; the same arguments give the same bytes.
+
+    Args:
+        path: Target `.tif`. `<stem>.truth.png` lies beside it: 8 um/px, 255 = tumor, 0 = not.
+        preset: Name of a preset, or a preset.
+        label: One of the preset's classes.
+        seed: Determines everything.
+        size: (width, height) in pixels; None draws a size that holds the preset's number of tiles.
+        mpp: Micrometers a pixel; None draws one from the preset's range.
+
+    Raises:
+        CohortError: The preset has no such class.
+    """
+    preset = preset_named(preset)
+    if label not in preset.classes:
+        raise CohortError(f"{path}: {preset.name} has no class {label!r}; take one of {preset.classes}")
+    painter = slide_painter(preset, label, seed, size, mpp)
+    _write_png(truth_path(path), painter.truth(TRUTH_MPP).astype(np.uint8) * TUMOR)
+    return write_pyramid(path, painter.strips(), painter.width, painter.height, painter.mpp)
+
+
+def slide_painter(
+    preset: CohortPreset,
+    label: str,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    mpp: float | None = None,
+) -> Painter:
+    """The painter behind `synthesize_slide`, for those who want rows or truth without a file."""
+    rng = np.random.default_rng([seed, 0])
+    drawn_mpp, share = round(float(rng.uniform(*preset.mpp)), 4), float(rng.uniform(0.52, 0.64))
+    mpp = mpp or drawn_mpp
+    n_tiles, shape = rng.uniform(*preset.tiles), rng.uniform(0.9, 1.1)
+    if size is None:
+        side = np.sqrt(0.88 * n_tiles / share) * 128 / mpp
+        size = tuple(64 * round(s / 64) for s in (side * shape, side / shape))
+    recipe = preset.recipe(label, share, rng)
+    return Painter(recipe, *size, mpp, seed, preset.stain_jitter)
+
+
+def plan_cohort(preset: CohortPreset, n_slides: int, seed: int) -> pd.DataFrame:
+    """Slides, cases and labels of a cohort, classes in the preset's proportions.
+
+    Returns:
+        DataFrame slide_id, case_id, label, seed.
+    """
+    rng = np.random.default_rng([seed, 3])
+    cases, left = [], n_slides
+    while left:
+        cases.append(2 if left > 1 and rng.uniform() < preset.paired else 1)
+        left -= cases[-1]
+    quota = np.cumsum(preset.proportions) / np.sum(preset.proportions) * len(cases)
+    labels = rng.permutation(np.searchsorted(quota, np.arange(len(cases)) + 0.5))
+    rows = []
+    for case, (count, label) in enumerate(zip(cases, labels, strict=True)):
+        for part in range(count):
+            case_id = f"{preset.name}-{case:03d}"
+            row_seed = int(np.random.SeedSequence([seed, case, part]).generate_state(1, np.uint32)[0])
+            rows.append((f"{case_id}-{'ab'[part]}", case_id, preset.classes[label], row_seed))
+    return pd.DataFrame(rows, columns=["slide_id", "case_id", "label", "seed"])
+
+
+def _worker_start() -> None:
+    cv2.setNumThreads(1)
+
+
+def synthesize_cohort(
+    preset: str | CohortPreset,
+    folder: str | Path,
+    n_slides: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    workers: int | None = None,
+) -> pd.DataFrame:
+    """Draw the slides of a synthetic cohort; slides that are already there are kept.
+
+    Args:
+        preset: Name of a preset, or a preset.
+        folder: Where the slides and their truth masks go; made if absent.
+        n_slides: Number of slides; None takes the preset's.
+        seed: Determines the cohort. A smaller cohort is not a part of a larger one.
+        progress: Show a progress bar.
+        workers: Processes; None takes one a core. 1 draws in this process.
+
+    Returns:
+        DataFrame slide_id, case_id, label, path. Some cases own two slides.
+    """
+    preset, folder = preset_named(preset), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = plan_cohort(preset, n_slides or preset.n_slides, seed)
+    table["path"] = [str(folder / f"{slide}.tif") for slide in table.slide_id]
+    missing = [
+        row for row in table.itertuples() if not (Path(row.path).exists() and truth_path(row.path).exists())
+    ]
+    jobs = [(row.path, preset, row.label, row.seed) for row in missing]
+    bar = tqdm(
+        total=len(table), initial=len(table) - len(jobs), desc=preset.name, unit="slide", disable=not progress
+    )
+    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+    with bar:
+        if workers == 1:
+            for job in jobs:
+                synthesize_slide(*job)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(workers, get_context("spawn"), _worker_start) as pool:
+                for done in as_completed([pool.submit(synthesize_slide, *job) for job in jobs]):
+                    done.result()
+                    bar.update()
+    return table.drop(columns="seed")
+
+
+def tumor_share(truth_png: str | Path, rowcol: np.ndarray, value: int = TUMOR) -> np.ndarray:
+    """Share of each tile that is tumor.
+
+    Tiles of 128 um and truth pixels of 8 um start at the same corner: tile (row, col) is the truth's
+    16 x 16 pixels from (16 row, 16 col). Tiles that reach over the edge count the rest as not tumor.
+
+    Args:
+        truth_png: Mask written by `synthesize_slide` or `compose_slide`.
+        rowcol: int (N, 2), `TileGrid.rowcol`.
+        value: Pixel value that counts: 255 = tumor; in a composed slide, 1 + index of the class.
+
+    Returns:
+        float32 (N,), 0 to 1.
+
+    Raises:
+        SlideError: The mask cannot be read.
+    """
+    mask = cv2.imread(str(truth_png), cv2.IMREAD_UNCHANGED)
+    if mask is None:
+        raise SlideError(f"{truth_png}: no readable truth mask; synthesize the slide again")
+    side = TRUTH_PER_TILE
+    rowcol = np.asarray(rowcol, dtype=np.int64).reshape(-1, 2)
+    rows, cols = np.maximum(-(-np.array(mask.shape) // side), rowcol.max(axis=0, initial=0) + 1)
+    padded = np.zeros((rows * side, cols * side), np.float32)
+    padded[: mask.shape[0], : mask.shape[1]] = mask == value
+    share = padded.reshape(rows, side, cols, side).mean(axis=(1, 3), dtype=np.float32)
+    return share[rowcol[:, 0], rowcol[:, 1]]
+
+
+def _read_tile(source: str | Path | np.ndarray, name: str) -> np.ndarray:
+    """One labelled tile as uint8 RGB."""
+    if isinstance(source, np.ndarray):
+        tile = source
+    else:
+        bgr = cv2.imread(str(source), cv2.IMREAD_COLOR)
+        if bgr is None:
+            raise SlideError(f"{source}: not a readable image; a tile of class {name!r} must be one")
+        tile = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    if tile.dtype != np.uint8 or tile.ndim != 3 or tile.shape[2] != 3 or tile.shape[0] != tile.shape[1]:
+        raise SlideError(f"a tile of class {name!r} is {tile.dtype} {tile.shape}; give square uint8 RGB")
+    return tile
+
+
+def _tile_sources(tiles_by_class, names: set[str]) -> dict[str, Sequence]:
+    """Tiles of each class that the layout names, from a mapping or from a folder a class."""
+    if not isinstance(tiles_by_class, Mapping):
+        root = Path(tiles_by_class)
+        images = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+        tiles_by_class = {
+            folder.name: sorted(p for p in folder.iterdir() if p.suffix.lower() in images)
+            for folder in sorted(root.iterdir())
+            if folder.is_dir()
+        }
+    absent = sorted(n for n in names if not len(tiles_by_class.get(n, ())))
+    if absent:
+        raise SlideError(f"the layout names {absent}, which have no tiles; classes: {sorted(tiles_by_class)}")
+    return dict(tiles_by_class)
+
+
+def compose_slide(
+    path: str | Path,
+    tiles_by_class: Mapping[str, Sequence[str | Path | np.ndarray]] | str | Path,
+    layout: np.ndarray | Sequence[Sequence[str]],
+    *,
+    tile_mpp: float,
+    mpp: float = 0.5,
+    seed: int = 0,
+    background: int = 243,
+) -> tuple[Path, tuple[str, ...]]:
+    """Write a slide whose fields are the caller's own labelled tiles: real texture, known content.
+
+    Field (i, j) of the layout shows one tile of class `layout[i][j]`, resized to the slide's scale. Tiles
+    are drawn in random order and repeat only when all of their class were used. A composed slide is
+    synthetic: its fields are real, their neighborhood is not.
+
+    Args:
+        path: Target `.tif`. `<stem>.truth.png` lies beside it: the class of each 8 um pixel, 0 =
+            background, k + 1 = class k.
+        tiles_by_class: Class name -> image files or uint8 (S, S, 3) RGB arrays, all of one size S; or a
+            folder that has one folder a class (as PatchCamelyon or NCT-CRC-HE are often kept).
+        layout: 2-D, names of classes; "" is background.
+        tile_mpp: Micrometers a pixel of the tiles.
+        mpp: Micrometers a pixel of the slide.
+        seed: Determines which tile goes where.
+        background: Gray level of the glass.
+
+    Returns:
+        The path, and the class names in the order of the truth's values.
+
+    Raises:
+        SlideError: A class has no tiles, a tile is not square uint8 RGB or not of the common size, or the
+            layout is not 2-D or all background.
+    """
+    layout = np.array(layout, dtype=object)
+    if layout.ndim != 2 or not any(layout.ravel()):
+        raise SlideError(f"{path}: the layout must be 2-D and name at least one class, not {layout.shape}")
+    names = {name for name in layout.ravel() if name}
+    sources = _tile_sources(tiles_by_class, names)
+    classes = tuple(sorted(sources))
+    side = len(_read_tile(sources[min(names)][0], min(names)))
+    field = side * tile_mpp  # um
+    edges = [np.rint(np.arange(n + 1) * field / mpp).astype(int) for n in layout.shape]
+    rng = np.random.default_rng(seed)
+    orders = {
+        name: _endless(len(sources[name]), np.random.default_rng(rng.integers(1 << 62))) for name in classes
+    }
+
+    def strips() -> Iterable[np.ndarray]:
+        for i, row in enumerate(layout):
+            strip = np.full((edges[0][i + 1] - edges[0][i], edges[1][-1], 3), background, np.uint8)
+            for j, name in enumerate(row):
+                if name:
+                    tile = _read_tile(sources[name][next(orders[name])], name)
+                    if len(tile) != side:
+                        raise SlideError(f"a tile of class {name!r} has side {len(tile)}, others {side}")
+                    width = edges[1][j + 1] - edges[1][j]
+                    shrink = len(strip) < side
+                    method = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
+                    window = strip[:, edges[1][j] : edges[1][j + 1]]
+                    window[:] = cv2.resize(tile, (width, len(strip)), interpolation=method)
+            yield strip
+
+    values = np.array([[classes.index(n) + 1 if n else 0 for n in row] for row in layout], np.uint8)
+    at = [
+        ((np.arange(np.ceil(e[-1] * mpp / TRUTH_MPP)) + 0.5) * TRUTH_MPP / field).astype(int) for e in edges
+    ]
+    at = [np.minimum(a, n - 1) for a, n in zip(at, layout.shape, strict=True)]
+    write_pyramid(path, strips(), int(edges[1][-1]), int(edges[0][-1]), mpp)
+    _write_png(truth_path(path), values[np.ix_(*at)])
+    return Path(path), classes
+
+
+def _endless(n: int, rng: np.random.Generator) -> Iterable[int]:
+    while True:
+        yield from rng.permutation(n)
