@@ -42,9 +42,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete its folder and train again"
-        ) from error
+        raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
     except RuntimeError as error:
         raise CheckpointError(f"{path}: weights of another model ({error}); train it again") from error
 
@@ -92,9 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete its folder and train again"
-        ) from error
+        raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
@@ -118,9 +114,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         with safe_open(path, framework="pt") as file:
             history = json.loads(file.metadata()["history"])
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete it to train from the start"
-        ) from error
+        raise CheckpointError(f"{path}: unreadable ({error}); delete it to start over") from error
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):

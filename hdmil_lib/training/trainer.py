@@ -125,7 +125,7 @@ def train_lipn(
     settings: TrainSettings,
     out_dir: str | Path,
     *,
-    weights: LIPNLossWeights = LIPNLossWeights(),
+    weights: LIPNLossWeights | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN selects (paper: LIPN).
@@ -138,7 +138,10 @@ def train_lipn(
     Returns:
         As `train_model`; the terms are `mask` and `rate`.
     """
+    if not dmin.settings.self_distillation:
+        raise ValueError("a DMIN without self-distillation selects no tiles that LIPN could learn from")
     dmin.eval()
+    weights = weights or LIPNLossWeights()
     ids = (*split.train, *split.val)
     features, patches = feature_tensors(bags, ids), patch_tensors(bags, ids)
     gamma, keep_ratio = dmin.settings.threshold, dmin.settings.keep_ratio
