@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,8 @@ def test_a_thumbnail_shows_a_disc_where_it_is(mpp_x, aspect, center, offset, thu
 
 def test_stored_pixels_come_back_untouched(tmp_path, noise):
     with Slide(write_slide(tmp_path / "a.tif", noise, (0.5, 0.5))) as slide:
-        assert np.array_equal(slide.read_field(37, 21, (256, 200), 0.5), noise[21:221, 37:293])
+        for mpp in (0.5, 0.500_001, 0.499_999):  # a millionth is no reason to resample
+            assert np.array_equal(slide.read_field(37, 21, (256, 200), mpp), noise[21:221, 37:293])
 
 
 def test_outside_of_the_slide_is_white(tmp_path, noise):
@@ -185,6 +187,14 @@ def test_a_thumbnail_without_pyramid_is_made_from_small_reads(tmp_path, monkeypa
     assert max(areas) <= 2050**2
     assert thumbnail.shape == (157, 313, 3)
     assert (thumbnail[:156, :312] == 200).all()
+
+
+def test_threads_read_the_same_pixels(tmp_path, noise):
+    with Slide(write_slide(tmp_path / "a.tif", noise, (0.3, 0.37))) as slide, ThreadPoolExecutor(4) as pool:
+        places = [(x, y) for x in range(0, 400, 50) for y in range(0, 300, 50)]
+        fields = list(pool.map(lambda place: slide.read_field(*place, (64, 64), 0.5), places))
+        for place, field in zip(places, fields, strict=True):
+            assert np.array_equal(field, slide.read_field(*place, (64, 64), 0.5))
 
 
 def test_real_slide(real_data):

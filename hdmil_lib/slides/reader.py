@@ -113,11 +113,12 @@ class Slide:
             SlideError: The file is damaged there.
         """
         index, scale, (left, top) = self._locate(x, y, mpp)
-        right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         downsample = self._downsamples[index]
         if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
-            return np.asarray(self._read_level(index, left, top, right, bottom)[0])
+            left, top = round(left), round(top)
+            return np.asarray(self._read_level(index, left, top, left + size[0], top + size[1])[0])
 
+        right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
         region, (u, v) = self._read_level(
             index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
