@@ -1,0 +1,52 @@
+"""docs/paper_map.md names only what exists, and leaves out nothing that computes an equation."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from hdmil_lib import kernels, models
+from hdmil_lib.training import losses
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER_MAP = ROOT / "docs" / "paper_map.md"
+LINKS = re.findall(r"\[`?([^`\]]+)`?\]\((?!https)([^)]+)\)", PAPER_MAP.read_text(encoding="utf-8"))
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of functions, classes, methods (`Class.method`) and constants of a module."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize(("name", "target"), sorted(set(LINKS)))
+def test_every_link_of_the_paper_map_leads_to_what_it_names(name, target):
+    path = (PAPER_MAP.parent / target).resolve()
+    assert path.is_file(), f"docs/paper_map.md links to {target}, which does not exist"
+    if path.suffix == ".py":
+        assert name in definitions(path), f"docs/paper_map.md: {target} defines no {name}"
+    else:
+        assert path.name.startswith(name), f"docs/paper_map.md: [{name}] leads to {path.name}"
+
+
+def test_the_paper_map_names_every_operator_model_and_loss():
+    linked = {name for name, _ in LINKS}
+    functions = {
+        name for name in definitions(Path(losses.__file__)) if name.endswith("loss") and name != "bag_loss"
+    }
+    classifiers = {c.__name__ for c in models.MILModel.__subclasses__() if c is not models.DMIN}
+    assert set(kernels.__all__) | functions | classifiers | {"LIPN", "ChebyshevKAN", "DMIN.forward"} <= linked
+
+
+def test_every_row_has_the_columns_of_its_table():
+    rows = [line for line in PAPER_MAP.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    assert {line.count("|") for line in rows} == {5, 6}
