@@ -21,7 +21,18 @@ from hdmil_lib.viz.overlays import (
     truth_overlay,
 )
 from hdmil_lib.viz.pipeline import pipeline
-from hdmil_lib.viz.style import BLUE, CYCLE, INK, MUTED, PALE, SEQUENTIAL, VERMILION, axes_or_new, use_style
+from hdmil_lib.viz.style import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    INK,
+    MUTED,
+    PALE,
+    SEQUENTIAL,
+    VERMILION,
+    axes_or_new,
+    use_style,
+)
 
 __all__ = [
     "attention_overlay",
@@ -168,30 +179,28 @@ def score_threshold(
 
 
 def training_curves(history: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """A trainer's history: loss terms, validation AUC and keep ratio by epoch.
+    """A trainer's history in three panels: loss and its terms, validation AUC, keep ratio.
 
     Args:
-        history: One row an epoch with the column `epoch`; columns that start with `loss` or end with `_loss`
-            go into the first panel, those that end with `auc` into the second, `keep_ratio`s into the third.
-        axes: One axes for each of these groups that the history has.
+        history: One row an epoch, as `train_model` returns it: `epoch`, `train_<term>`, `train_loss`,
+            `val_loss`, `val_auc`, `keep_ratio`.
+        axes: Three axes.
     """
-    groups = {
-        "loss": [c for c in history if c.startswith("loss") or c.endswith("_loss")],
-        "AUC": [c for c in history if c.endswith("auc")],
-        "share of tiles kept": [c for c in history if c.endswith("keep_ratio")],
-    }
-    groups = {label: columns for label, columns in groups.items() if history[columns].notna().any(axis=None)}
     if axes is None:
-        size = (3.6 * len(groups), 3.0)
-        axes = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)[1][0]
-    for ax, (label, columns) in zip(axes, groups.items(), strict=True):
-        for column in columns:
-            name = column.removeprefix("loss_").replace("_", " ")
-            ax.plot(history["epoch"], history[column], label=name, lw=1.5)
+        axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")[1]
+    epoch = history["epoch"]
+    axes[0].plot(epoch, history["train_loss"], color=INK, label="training, sum")
+    axes[0].plot(epoch, history["val_loss"], color=VERMILION, label="validation")
+    terms = [c for c in history if c.startswith("train_") and c != "train_loss"]
+    for term in terms:
+        axes[0].plot(epoch, history[term], lw=1.1, ls="--", label=term.removeprefix("train_"))
+    axes[0].legend(fontsize=8)
+    axes[1].plot(epoch, history["val_auc"])
+    axes[2].plot(epoch, history["keep_ratio"], color=GREEN)
+    for ax, label in zip(axes, ("loss", "validation AUC", "share of tiles kept"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
-        if label != "loss":
-            ax.set_ylim(0, 1.02)
-        ax.legend(fontsize=8)
+    axes[1].set_ylim(0, 1.02)
+    axes[2].set_ylim(0, 1.02)
     return axes
 
 

@@ -1,0 +1,226 @@
+"""What the figures say: labels, places, numbers in titles. How they look was looked at."""
+
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from scipy.special import expit
+
+from hdmil_lib.viz import plots
+from hdmil_lib.viz.pipeline import LIT_EDGE, STEPS
+
+matplotlib.use("Agg")
+N_ROWS, N_COLS = 5, 7
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context():
+        plots.use_style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def grid() -> SimpleNamespace:
+    """Tiles on the two first rows of a 5 x 7 grid, over a thumbnail a bit larger than the grid."""
+    rowcol = np.argwhere(np.arange(N_ROWS)[:, None] * np.ones(N_COLS) < 2)
+    thumbnail = np.full((N_ROWS * 16 + 3, N_COLS * 16 + 9, 3), 230, np.uint8)
+    tissue = np.zeros(thumbnail.shape[:2], bool)
+    tissue[:32] = True
+    return SimpleNamespace(thumbnail=thumbnail, tissue=tissue, rowcol=rowcol, shape=(N_ROWS, N_COLS))
+
+
+def overlay(ax: Axes) -> np.ndarray:
+    """The map laid over the thumbnail, (rows, cols, 4)."""
+    return np.asarray(ax.get_images()[1].get_array())
+
+
+def history() -> pd.DataFrame:
+    columns = ("epoch", "train_bag", "train_loss", "val_loss", "val_auc", "keep_ratio")
+    return pd.DataFrame({name: np.arange(3.0) for name in columns})
+
+
+CURVES = {
+    "pipeline": lambda ax: plots.pipeline("lipn", ax),
+    "gumbel": lambda ax: plots.gumbel_sigmoid(0.7, 0.5, ax),
+    "chebyshev": lambda ax: plots.chebyshev_polynomials(4, ax),
+    "phi": lambda ax: plots.phi(np.eye(4), ax),
+    "phi_fit": lambda ax: plots.phi_fit(3, "wave", ax),
+    "scores": lambda ax: plots.score_threshold(np.arange(9.0), 3.0, ax=ax),
+    "roc": lambda ax: plots.roc([np.array([0, 1])] * 2, [np.array([0.2, 0.9])] * 2, ax),
+    "stages": lambda ax: plots.stage_times(pd.DataFrame({"crop": [2.0, 1.0]}, index=["a", "b"]), ax),
+    "keep": lambda ax: plots.keep_ratio_curve(
+        pd.DataFrame({"method": ["a", "a"], "keep_ratio": [0.1, 0.5], "auc": [0.7, 0.8]}), ax
+    ),
+    "methods": lambda ax: plots.method_scores(pd.DataFrame({"method": ["a", "a"], "auc": [0.7, 0.8]}), ax),
+    "slide": lambda ax: plots.slide_overview(np.zeros((30, 40, 3), np.uint8), 8.0, ax),
+    "gallery": lambda ax: plots.gallery(np.zeros((3, 16, 16, 3), np.uint8), list("abc"), columns=2, ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_draws_on_the_axes_it_is_given_and_returns_them(name):
+    figure, (left, right) = plt.subplots(1, 2)
+    assert CURVES[name](right) is right
+    figure.canvas.draw()
+    assert not left.has_data()
+    assert plt.get_fignums() == [figure.number], "no second figure is opened"
+
+
+@pytest.mark.parametrize("name", set(CURVES) - {"pipeline", "gallery"})
+def test_without_axes_makes_a_labelled_figure(name):
+    ax = CURVES[name](None)
+    assert ax.get_xlabel() and (ax.get_ylabel() or name in ("stages", "methods"))
+
+
+def test_pipeline_lights_the_step_and_no_other():
+    lit = [box for box in plots.pipeline("features").patches if box.get_edgecolor()[:3] == rgb(LIT_EDGE)]
+    assert len(lit) == 1
+    x, y = STEPS["features"].center
+    box = lit[0].get_path().get_extents()
+    assert box.x0 < x < box.x1 and box.y0 < y < box.y1
+
+
+def rgb(color: str) -> tuple[float, ...]:
+    return matplotlib.colors.to_rgb(color)
+
+
+def test_pipeline_refuses_an_unknown_step():
+    with pytest.raises(ValueError, match="no step.*training.*choose from slide"):
+        plots.pipeline("training")
+
+
+def test_kept_overlay_greys_exactly_the_dropped_tiles(grid):
+    kept = np.arange(len(grid.rowcol)) % 3 == 0
+    ax = plots.kept_overlay(grid, kept)
+    opacity = overlay(ax)[..., 3]
+    rows, cols = grid.rowcol.T
+    assert ((opacity[rows, cols] > 0) == ~kept).all()
+    assert (opacity[2:] == 0).all(), "nothing is laid where no tile lies"
+    assert ax.get_title(loc="left") == f"{kept.sum()} of {len(kept)} tiles kept ({kept.mean():.0%})"
+
+
+def test_overlays_lie_on_the_tissue_they_belong_to(grid):
+    ax = plots.kept_overlay(grid, np.zeros(len(grid.rowcol)))
+    left, right, bottom, top = ax.get_images()[1].get_extent()
+    assert (left, top) == (0, 0)
+    assert (right, bottom) == pytest.approx((N_COLS * 0.128, N_ROWS * 0.128)), "128 um a tile, in mm"
+    assert ax.get_xlim()[1] == pytest.approx((N_COLS * 16 + 9) * 0.008), "the view is the whole thumbnail"
+
+
+def test_attention_overlay_leaves_unread_tiles_bare_and_orders_the_rest(grid):
+    attention = np.linspace(-3, 40, len(grid.rowcol))
+    attention[:4] = np.nan
+    colors = overlay(plots.attention_overlay(grid, attention))[tuple(grid.rowcol.T)]
+    assert (colors[:4, 3] == 0).all() and (colors[4:, 3] > 0).all()
+    colormap = plt.get_cmap("viridis")
+    assert colors[-1, :3] == pytest.approx(colormap(1.0)[:3])
+    assert colors[4, :3] == pytest.approx(colormap(0.0)[:3])
+
+
+def test_attention_overlay_takes_a_single_known_tile(grid):
+    attention = np.full(len(grid.rowcol), np.nan)
+    attention[3] = 2.0
+    plots.attention_overlay(grid, attention).figure.canvas.draw()
+
+
+def test_truth_overlay_counts_tumor_tiles(grid):
+    share = np.zeros(len(grid.rowcol))
+    share[[0, 5]] = (0.1, 1.0)
+    ax = plots.truth_overlay(grid, share)
+    opacity = overlay(ax)[..., 3][tuple(grid.rowcol.T)]
+    assert (opacity > 0).sum() == 2 and opacity[5] > opacity[0]
+    assert ax.get_title(loc="left").startswith("tumor in 2 of")
+
+
+def test_tissue_tiles_frames_every_tile(grid):
+    frames = overlay(plots.tissue_tiles(grid))[..., 3]
+    assert (frames[:32, 0] > 0).all() and (frames[0] > 0).all()
+    assert (frames[33:] == 0).all()
+
+
+def test_mark_tile_frames_its_tile(grid):
+    ax = plots.mark_tile(grid, 9, plots.slide_overview(grid.thumbnail))
+    assert ax.patches[-1].get_xy() == pytest.approx((2 * 0.128, 1 * 0.128))
+
+
+def test_tile_and_patch_show_the_same_field():
+    axes = plots.tile_and_patch(np.zeros((256, 256, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))
+    assert [ax.get_images()[0].get_extent() for ax in axes] == [[0, 128, 128, 0]] * 2
+    assert "0.5 µm" in axes[0].get_title(loc="left") and "8 µm" in axes[1].get_title(loc="left")
+
+
+@pytest.mark.parametrize("tau, gamma", [(0.7, 0.5), (2.0, 0.2), (0.1, 0.9)])
+def test_gumbel_sigmoid_chance_agrees_with_sampled_masks(tau, gamma):
+    curve = line(plots.gumbel_sigmoid(tau, gamma), "chance of being kept in training")
+    noise = np.random.default_rng(0).gumbel(size=(2, 20_000, 1))
+    logits = curve[0][::40]
+    kept = expit((logits + noise[0] - noise[1]) / tau) > gamma
+    # 4 standard errors of a share of 20,000 draws
+    assert kept.mean(0) == pytest.approx(curve[1][::40], abs=4 * 0.5 / np.sqrt(20_000))
+
+
+def line(ax: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
+    return next(drawn.get_data() for drawn in ax.lines if drawn.get_label() == label)
+
+
+def test_chebyshev_polynomials_are_cosines():
+    for k, drawn in enumerate(plots.chebyshev_polynomials(6).lines):
+        x, y = drawn.get_data()
+        assert y == pytest.approx(np.cos(k * np.arccos(x)), abs=1e-9)
+
+
+def test_phi_draws_one_activation_an_input():
+    ax = plots.phi(np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    x, tanh = ax.lines[0].get_data()
+    assert tanh == pytest.approx(np.tanh(x)) and ax.lines[1].get_ydata() == pytest.approx(1)
+
+
+def test_phi_fit_improves_with_degree():
+    errors = [float(plots.phi_fit(k, "bump").get_title(loc="left").split()[-1]) for k in (1, 4, 12)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 < errors[0]
+
+
+def test_training_curves_name_the_terms():
+    axes = plots.training_curves(history())
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [
+        "training, sum",
+        "validation",
+        "bag",
+    ]
+    assert [ax.get_xlabel() for ax in axes] == ["epoch"] * 3
+
+
+def test_roc_pools_the_folds():
+    labels = [np.array([0, 1, 1]), np.array([0, 0, 1])]
+    scores = [np.array([0.3, 0.2, 0.9]), np.array([0.1, 0.4, 0.8])]
+    texts = [text.get_text() for text in plots.roc(labels, scores).get_legend().get_texts()]
+    assert texts == ["one fold", "pooled, AUC 0.778"]  # 7 of 9 pairs in order
+
+
+def test_stage_times_adds_stages_up_and_names_what_is_saved():
+    seconds = pd.DataFrame(
+        {"lipn": [np.nan, 0.5], "crop": [6.0, 3.0], "features": [4.0, 2.0]}, ["all", "few"]
+    )
+    texts = [text.get_text().strip() for text in plots.stage_times(seconds).texts]
+    assert texts == ["10.00 s", "5.50 s (−45%)"]
+
+
+def test_score_threshold_counts_the_tumor_tiles_kept():
+    ax = plots.score_threshold(np.arange(10.0), 6.0, np.array([0.0] * 6 + [0.5, 0, 0, 1]))
+    assert ax.get_title(loc="left") == "tumor tiles kept: 100%"
+    ax = plots.score_threshold(np.arange(10.0), 6.0, np.zeros(10))
+    assert "none" in ax.get_title(loc="left")
+
+
+def test_method_scores_shows_mean_and_folds():
+    table = pd.DataFrame({"method": ["b", "b", "a", "a"], "auc": [0.6, 0.8, 0.9, 0.9]})
+    ax = plots.method_scores(table)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"], "in the table's order"
+    means = ax.containers[0].lines[0].get_xdata()
+    assert means == pytest.approx([0.7, 0.9])
