@@ -1,0 +1,237 @@
+"""The command line `hdmil`: samples, extract, train, predict and encoders, thin over the library."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hdmil_lib.errors import CohortError, HDMILError, SlideError
+
+if TYPE_CHECKING:
+    from hdmil_lib.inference import Prediction
+    from hdmil_lib.training.crossval import Recipe
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
+"""Files in a folder that are taken for slides."""
+
+
+class _OneLineErrors(TyperGroup):
+    """Prints an `HDMILError` as one red line on stderr, without a traceback, and exits with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HDMILError as error:
+            typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    help="HDMIL: fast and accurate classification of gigapixel pathology slides.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def samples(
+    cohort: Annotated[str, typer.Option(help="camelyon-mini, nsclc-mini or brca-mini.")] = "camelyon-mini",
+    fast: Annotated[bool, typer.Option("--fast", help="A few slides only.")] = False,
+) -> None:
+    """Prepare a synthetic cohort, slides and bags, in the cache; and the real sample slide."""
+    from hdmil_lib.config import is_fast, setup
+    from hdmil_lib.data import prepare_cohort, sample_slide
+
+    setup()
+    prepared = prepare_cohort(cohort, fast=fast or is_fast())
+    typer.echo(f"{cohort} (synthetic): {len(prepared)} slides, {' / '.join(prepared.classes)}")
+    typer.echo(f"  labels  {prepared.root / 'cohort.csv'}")
+    typer.echo(f"  bags    {prepared.bag_dir}")
+    typer.echo(f"real slide: {sample_slide()}")
+
+
+@app.command()
+def extract(
+    slides: Annotated[
+        list[Path], typer.Argument(help="Slide files, folders, or a CSV with a column `path`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the bags, one <slide>.h5 each.")],
+    encoder: Annotated[str, typer.Option(help="See `hdmil encoders`.")] = "efficientnet_lite0",
+    mpp: Annotated[
+        float | None, typer.Option(help="um per level-0 pixel, for slides that do not say.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tiles in memory at a time.")] = 32,
+) -> None:
+    """Turn slides into bags of features; skips what is done, and goes on when a slide fails."""
+    from hdmil_lib.config import setup
+    from hdmil_lib.features.encoders import load_encoder
+    from hdmil_lib.features.extraction import extract_slides
+
+    setup()
+    paths = _slide_paths(slides)
+    report = extract_slides(paths, load_encoder(encoder), out, mpp=mpp, batch_size=batch_size)
+    failed = report[report["status"] == "failed"]
+    for status, rows in report.groupby("status", sort=False):
+        typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    for error in failed["error"]:
+        typer.secho(f"error: {' '.join(error.split())}", fg=typer.colors.RED, err=True)
+    if len(failed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and label.")],
+    bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model, its test scores and all runs.")],
+    folds: Annotated[int, typer.Option(help="Cross-validation folds, three or more.")] = 5,
+    compare: Annotated[list[str], typer.Option(help="A further method: max, mean, abmil, random.")] = [],  # noqa: B006
+    preset: Annotated[
+        str, typer.Option(help="Settings: camelyon16, nsclc, brca, or camelyon-mini and so on.")
+    ] = "camelyon-mini",
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most; default: the preset's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, weights and order.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Cross-validate, and write the model of one fold to OUT for `hdmil predict`.
+
+    The model kept is that of the fold whose networks reached the lowest validation loss; the scores
+    printed are of test slides that the networks of their fold never saw. Training resumes where it was
+    interrupted.
+    """
+    from hdmil_lib.config import setup
+    from hdmil_lib.data import Cohort, load_bags
+    from hdmil_lib.evaluation.tables import save_table, table1, to_markdown
+    from hdmil_lib.inference import Predictor, best_fold
+    from hdmil_lib.training.crossval import run_crossval
+
+    setup(seed)
+    recipe = _recipe(preset, epochs)
+    labeled = Cohort.from_csv(cohort, bag_dir=bags)
+    loaded = load_bags(labeled)
+    methods = list(dict.fromkeys([*compare, "hdmil_dagger", "hdmil"]))
+    runs = out / "runs"
+    predictions = run_crossval(labeled, loaded, methods, folds, seed, recipe, runs, workers=workers)
+    scores = table1(predictions)[["AUC", "ACC", "keep ratio"]]
+    save_table(scores, out / "scores")
+    fold = best_fold(runs)
+    Predictor.from_fold(runs, fold, labeled.classes, next(iter(loaded.values()))).save(out)
+    typer.echo(to_markdown(scores))
+    typer.echo(f"{out}: model of fold {fold}, for `hdmil predict SLIDE --model {out}`")
+
+
+@app.command()
+def predict(
+    slide: Annotated[Path, typer.Argument(help="The slide file.")],
+    model: Annotated[Path, typer.Option(help="Folder that `hdmil train` wrote.")],
+    heatmap: Annotated[Path | None, typer.Option(help="Write attention and kept tiles as a picture.")] = None,
+    all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Read every tile (HDMIL†).")] = False,
+    mpp: Annotated[float | None, typer.Option(help="um per level-0 pixel, if the file does not say.")] = None,
+) -> None:
+    """Classify a slide: choose tiles on the thumbnail, read those, and say what they show."""
+    from hdmil_lib.config import setup
+    from hdmil_lib.inference import Predictor
+
+    setup()
+    prediction = Predictor.load(model).predict(slide, prescreen=not all_tiles, mpp=mpp, progress=True)
+    order = prediction.probabilities.argsort()[::-1]
+    ranked = ", ".join(f"{prediction.classes[c]} {prediction.probabilities[c]:.3f}" for c in order)
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in prediction.seconds.items())
+    typer.echo(f"slide    {prediction.slide_id}")
+    typer.echo(f"class    {prediction.label} ({ranked})")
+    typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
+    typer.echo(f"seconds  {stages}")
+    if heatmap is not None:
+        _write_heatmap(prediction, heatmap)
+        typer.echo(f"heatmap  {heatmap}")
+
+
+@app.command()
+def encoders() -> None:
+    """List the encoders that `hdmil extract` knows."""
+    from hdmil_lib.features.encoders import ENCODERS
+
+    for name, spec in ENCODERS.items():
+        gate = ", accept its licence on the hub first" if spec.gated else ""
+        typer.echo(f"{name:20} {spec.dim:5} features, {spec.licence}{gate}")
+
+
+def _slide_paths(sources: Sequence[Path]) -> list[Path]:
+    """Slide files out of files, folders and label files.
+
+    Raises:
+        SlideError: A folder or label file names no slide, or two slides have one name and so one bag.
+    """
+    paths: list[Path] = []
+    for source in sources:
+        found = [source]
+        if source.is_dir():
+            found = sorted(p for p in source.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
+        elif source.suffix.lower() == ".csv":
+            found = _paths_of_csv(source)
+        if not found:
+            raise SlideError(f"{source}: no slides in it; known suffixes are {', '.join(SLIDE_SUFFIXES)}")
+        paths += found
+    by_name: dict[str, Path] = {}
+    for path in paths:
+        other = by_name.setdefault(path.stem, path)
+        if other != path:
+            raise SlideError(f"{path}: would have the same bag as {other}; rename one, or extract them apart")
+    return list(by_name.values())
+
+
+def _paths_of_csv(source: Path) -> list[Path]:
+    import pandas as pd
+
+    if not source.is_file():
+        raise CohortError(f"{source}: no such label file; give a CSV with a column `path`")
+    table = pd.read_csv(source, dtype=str)
+    if "path" not in table:
+        raise CohortError(f"{source}: missing column path; it has {', '.join(table.columns)}")
+    return [source.parent / path for path in table["path"].dropna()]
+
+
+def _recipe(preset: str, epochs: int | None) -> "Recipe":
+    from hdmil_lib.training.crossval import RECIPES
+
+    if preset not in RECIPES:
+        raise HDMILError(f"there is no preset {preset!r}; choose from {', '.join(RECIPES)}")
+    recipe = RECIPES[preset]
+    if epochs is None:
+        return recipe
+    shorter = {
+        part: replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
+        for part in ("training", "lipn_training")
+        for settings in [getattr(recipe, part)]
+    }
+    return replace(recipe, **shorter)
+
+
+def _write_heatmap(prediction: "Prediction", path: Path) -> None:
+    """Attention of the predicted class beside the tiles that were read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from hdmil_lib.viz.overlays import attention_overlay, kept_overlay
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    branch = prediction.classes.index(prediction.label)
+    attention_overlay(prediction, prediction.attention[:, branch], left)
+    kept_overlay(prediction, ~np.isnan(prediction.attention[:, branch]), right)
+    figure.suptitle(f"{prediction.slide_id}: {prediction.label} {prediction.probabilities[branch]:.2f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Entry point of the command `hdmil`."""
+    app()

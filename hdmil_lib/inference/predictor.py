@@ -1,0 +1,314 @@
+"""Two-stage inference: LIPN says which tiles matter, only those are read and encoded, DMIN classifies."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.features.encoders import Encoder, load_encoder
+from hdmil_lib.features.extraction import encode_tiles
+from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
+from hdmil_lib.inference.prescreen import prescreen as select_tiles
+from hdmil_lib.models import DMIN, LIPN
+from hdmil_lib.models.lipn import PATCH_SIZE
+from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.training.crossval import load_fold
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What HDMIL says about one slide of N tiles and C classes; row i is the same tile in every array.
+
+    Attributes:
+        slide_id: The slide's name.
+        classes: Class names, in the order of the probabilities and branches.
+        probabilities: (C,).
+        coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2).
+        shape: (rows, cols) of the tile grid.
+        rowcol: Position of the tiles on the grid, int64 (N, 2).
+        attention: DMIN's attention logits, a column a branch, float32 (N, C); nan where a tile was not read.
+        kept: Tiles that at least one branch pools, bool (N,).
+        mask: Tiles that each branch pools, bool (N, C): LIPN's choice, or DMIN's own without LIPN.
+        seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
+        thumbnail: The slide at 8 um/px, uint8 (H, W, 3). Predicted from a bag it is put together from the
+            patches, and the grid starts at the first tissue.
+    """
+
+    slide_id: str
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    coords: np.ndarray
+    shape: tuple[int, int]
+    rowcol: np.ndarray
+    attention: np.ndarray
+    kept: np.ndarray
+    mask: np.ndarray
+    seconds: dict[str, float]
+    thumbnail: np.ndarray
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles with tissue, N."""
+        return len(self.coords)
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.classes[int(self.probabilities.argmax())]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the tiles that at least one branch pools."""
+        return float(self.kept.mean())
+
+    @property
+    def n_read(self) -> int:
+        """Number of tiles that were read and encoded."""
+        return int((~np.isnan(self.attention[:, 0])).sum())
+
+    def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
+        """Put one value a tile (N,) back on the grid, float (rows, cols); `fill` where there is no tile."""
+        grid = np.full(self.shape, fill, dtype=float)
+        grid[self.rowcol[:, 0], self.rowcol[:, 1]] = values
+        return grid
+
+
+class Predictor:
+    """DMIN, LIPN and the encoder they were trained on, from a slide file to a prediction.
+
+    With LIPN this is the paper's HDMIL; `prescreen=False` reads every tile and lets DMIN select by itself,
+    which is its HDMIL-dagger.
+
+    Attributes:
+        dmin: The classifier, in evaluation mode.
+        lipn: The pre-screening network in evaluation mode, or None where none was trained.
+        config: Classes, threshold and encoder.
+    """
+
+    def __init__(self, dmin: DMIN, lipn: LIPN | None, config: ModelConfig, *, encoder: Encoder | None = None):
+        """Put trained networks together.
+
+        Args:
+            dmin: The classifier.
+            lipn: The pre-screening network.
+            config: What the networks were trained for; its encoder is loaded at the first slide.
+            encoder: An encoder already loaded.
+
+        Raises:
+            CheckpointError: The encoder is not the one that the networks were trained on.
+        """
+        self.dmin = dmin.eval()
+        self.lipn = lipn.eval() if lipn is not None else None
+        self.config = config
+        self._encoder = self._checked(encoder) if encoder is not None else None
+
+    @classmethod
+    def load(cls, model_dir: str | Path, encoder: Encoder | None = None) -> "Predictor":
+        """Read a model folder.
+
+        Args:
+            model_dir: Folder with `config.json`, `dmin.safetensors` and, for pre-screening,
+                `lipn.safetensors`.
+            encoder: An encoder already loaded; by default the model's own is loaded at the first slide.
+
+        Raises:
+            CheckpointError: The folder is incomplete or damaged, its files do not belong together, or it was
+                trained on another encoder.
+        """
+        return cls(*read_model(model_dir), encoder=encoder)
+
+    @classmethod
+    def from_fold(
+        cls,
+        run_dir: str | Path,
+        fold: int,
+        classes: Sequence[str],
+        bag: Bag,
+        encoder: Encoder | None = None,
+    ) -> "Predictor":
+        """Take the networks of one fold of a cross-validation.
+
+        Args:
+            run_dir: Folder that `run_crossval` wrote.
+            fold: Index of the fold.
+            classes: The cohort's class names.
+            bag: Any bag of the cohort, which says what encoder the networks were trained on.
+            encoder: An encoder already loaded.
+
+        Raises:
+            CheckpointError: "hdmil" was not trained on that fold, or `encoder` is another one.
+        """
+        dmin, lipn, threshold = load_fold(run_dir, fold)
+        config = ModelConfig(tuple(classes), bag.attrs["encoder"], bag.attrs["weights_hash"], threshold)
+        return cls(dmin, lipn, config, encoder=encoder)
+
+    def save(self, model_dir: str | Path) -> None:
+        """Write the model folder that `load` reads."""
+        write_model(model_dir, self.dmin, self.lipn, self.config)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, loaded when first needed.
+
+        Raises:
+            CheckpointError: The encoder of this name has other weights than in training.
+        """
+        if self._encoder is None:
+            self._encoder = self._checked(load_encoder(self.config.encoder))
+        return self._encoder
+
+    def predict(
+        self,
+        slide_path: str | Path,
+        *,
+        prescreen: bool = True,
+        mpp: float | tuple[float, float] | None = None,
+        n_readers: int = 2,
+        progress: bool = False,
+    ) -> Prediction:
+        """Classify a slide file; tiles that LIPN drops are never read at tile resolution.
+
+        Args:
+            slide_path: The slide.
+            prescreen: Let LIPN choose the tiles to read; otherwise all are read and DMIN selects.
+            mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
+            n_readers: Threads that read ahead while the encoder runs; with 0 the stages' seconds add up.
+            progress: Show a bar over the tiles.
+
+        Raises:
+            SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
+            CheckpointError: Pre-screening is asked of a model without LIPN, or the encoder has changed.
+        """
+        encoder = self.encoder
+        seconds: dict[str, float] = {}
+        with _stage(seconds, "total"), Slide(slide_path, mpp) as slide:
+            with _stage(seconds, "thumbnail"):
+                grid = TileGrid.from_slide(slide)
+            mask = self._screen(grid.patches, seconds) if prescreen else None
+            rows = _rows_to_read(mask, len(grid))
+            features = encode_tiles(
+                slide, grid, rows, encoder, n_readers=n_readers, seconds=seconds, progress=progress
+            )
+            result = self._classify(features, rows, mask, len(grid), seconds)
+        return Prediction(
+            slide_id=slide.name,
+            coords=grid.coords,
+            shape=grid.shape,
+            rowcol=grid.rowcol,
+            thumbnail=grid.thumbnail,
+            seconds=seconds,
+            classes=self.config.classes,
+            **result,
+        )
+
+    def predict_bag(self, bag: Bag, *, prescreen: bool = True) -> Prediction:
+        """Classify a slide from its stored bag, as `predict` does from the file.
+
+        Raises:
+            BagError: The bag is of another encoder.
+            CheckpointError: Pre-screening is asked of a model without LIPN.
+        """
+        self._check_bag(bag)
+        seconds: dict[str, float] = {}
+        with _stage(seconds, "total"):
+            mask = self._screen(bag.patches, seconds) if prescreen else None
+            rows = _rows_to_read(mask, len(bag.coords))
+            features = np.asarray(bag.features[rows], dtype=np.float32)
+            result = self._classify(features, rows, mask, len(bag.coords), seconds)
+        rowcol, thumbnail = _mosaic(bag)
+        return Prediction(
+            slide_id=bag.slide_id,
+            coords=bag.coords,
+            shape=(len(thumbnail) // PATCH_SIZE, thumbnail.shape[1] // PATCH_SIZE),
+            rowcol=rowcol,
+            thumbnail=thumbnail,
+            seconds=seconds,
+            classes=self.config.classes,
+            **result,
+        )
+
+    def _screen(self, patches: np.ndarray, seconds: dict[str, float]) -> np.ndarray:
+        """LIPN's mask (N, C)."""
+        if self.lipn is None:
+            raise CheckpointError(
+                "the model has no lipn.safetensors to choose tiles with; predict with all tiles "
+                "(prescreen=False, --all-tiles), or train LIPN"
+            )
+        with _stage(seconds, "lipn"):
+            return select_tiles(self.lipn, patches, self.config.threshold)[0]
+
+    @torch.inference_mode()
+    def _classify(
+        self,
+        features: np.ndarray,
+        rows: np.ndarray,
+        mask: np.ndarray | None,
+        n_tiles: int,
+        seconds: dict[str, float],
+    ) -> dict[str, np.ndarray]:
+        """DMIN on the features (n, D) of the tiles `rows`, as the fields of a prediction over all tiles."""
+        with _stage(seconds, "dmin"):
+            given = None if mask is None else torch.from_numpy(mask[rows])
+            output = self.dmin(torch.from_numpy(features), mask=given)
+            probabilities = output.logits.softmax(0).numpy()
+        attention = np.full((n_tiles, len(self.config.classes)), np.nan, dtype=np.float32)
+        attention[rows] = output.attention.numpy()
+        if mask is None:
+            pooled = np.ones_like(attention) if output.mask is None else output.mask.numpy()
+            mask = pooled.astype(bool)
+        return {
+            "probabilities": probabilities,
+            "attention": attention,
+            "mask": mask,
+            "kept": mask.any(axis=1),
+        }
+
+    def _checked(self, encoder: Encoder) -> Encoder:
+        config = self.config
+        if (encoder.name, encoder.weights_hash) != (config.encoder, config.weights_hash):
+            raise CheckpointError(
+                f"the model was trained on features of {config.encoder} (weights {config.weights_hash}), "
+                f"not of {encoder.name} (weights {encoder.weights_hash}); use that encoder, or train a model "
+                "on bags of this one"
+            )
+        return encoder
+
+    def _check_bag(self, bag: Bag) -> None:
+        config = self.config
+        name, weights = bag.attrs.get("encoder"), bag.attrs.get("weights_hash")
+        if (name, weights) != (config.encoder, config.weights_hash):
+            raise BagError(
+                f"bag {bag.slide_id} holds features of {name} (weights {weights}), the model was trained on "
+                f"{config.encoder} (weights {config.weights_hash}); extract the slide with that encoder"
+            )
+
+
+def _mosaic(bag: Bag) -> tuple[np.ndarray, np.ndarray]:
+    """Grid positions of a bag's tiles, from the first tissue on, and its patches put together."""
+    scale = np.array([bag.attrs["mpp_x"], bag.attrs["mpp_y"]])
+    pitch = bag.attrs["patch_size"] * bag.attrs["tile_mpp"] / scale
+    colrow = np.rint((bag.coords - bag.coords.min(axis=0)) / pitch).astype(np.int64)
+    rowcol = colrow[:, ::-1]
+    rows, cols = rowcol.max(axis=0) + 1
+    blocks = np.full((rows, cols, PATCH_SIZE, PATCH_SIZE, 3), 255, np.uint8)
+    blocks[rowcol[:, 0], rowcol[:, 1]] = bag.patches
+    return rowcol, blocks.swapaxes(1, 2).reshape(rows * PATCH_SIZE, cols * PATCH_SIZE, 3)
+
+
+def _rows_to_read(mask: np.ndarray | None, n_tiles: int) -> np.ndarray:
+    """Tiles that at least one branch keeps; all where there is no mask."""
+    return np.arange(n_tiles) if mask is None else np.flatnonzero(mask.any(axis=1))
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
