@@ -116,7 +116,7 @@ class Slide:
         downsample = self._downsamples[index]
         if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
             left, top = round(left), round(top)
-            return np.asarray(self._read_level(index, left, top, left + size[0], top + size[1])[0])
+            return np.array(self._read_level(index, left, top, left + size[0], top + size[1])[0])
 
         right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
@@ -124,7 +124,7 @@ class Slide:
             index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
         )
         box = (left - u, top - v, right - u, bottom - v)
-        return np.asarray(region.resize(size, Image.Resampling.BICUBIC, box=box))
+        return np.array(region.resize(size, Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
@@ -157,19 +157,17 @@ class Slide:
 
     def _locate(self, x: float, y: float, mpp: float):
         """The level to read for `mpp`, its pixels per pixel of the result, and (x, y) on that level."""
-        index = max(
-            (i for i, level in enumerate(self.levels) if self._level_mpp(level) <= mpp * LEVEL_TOLERANCE),
-            default=0,
-        )
-        level = self.levels[index]
-        scale = (mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y))
-        return index, scale, (x / level.downsample_x, y / level.downsample_y)
 
-    def _level_mpp(self, level: Level) -> float:
-        return max(self.mpp[0] * level.downsample_x, self.mpp[1] * level.downsample_y)
+        def scale(level: Level) -> tuple[float, float]:
+            return mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y)
+
+        fine_enough = [i for i, level in enumerate(self.levels) if min(scale(level)) >= 1 / LEVEL_TOLERANCE]
+        index = max(fine_enough, default=0)
+        level = self.levels[index]
+        return index, scale(level), (x / level.downsample_x, y / level.downsample_y)
 
     def _area_mean(self, index, left, top, scale, shape) -> np.ndarray:
-        """Mean colour of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""
+        """Mean color of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""
         rows, columns = shape
         region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
         pixels = np.asarray(region, np.float32)
