@@ -15,9 +15,9 @@ from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.features.bagstore import Bag, bag_info, read_bag, write_bag
 from hdmil_lib.features.encoders import Encoder
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.synthesis import TUMOR, truth_path, tumor_share
 
-MADE_BY = ("encoder", "weights_hash", "patch_size", "tile_mpp", "min_tissue")
-"""Attributes that must agree for a bag to count as already extracted."""
+TILE_SIZE, TILE_MPP = 256, 0.5
 
 
 def encode_tiles(
@@ -75,6 +75,7 @@ def extract_slide(
     mpp: float | tuple[float, float] | None = None,
     batch_size: int = 32,
     min_tissue: float = 0.25,
+    truth_value: int = TUMOR,
     progress: bool = False,
 ) -> Bag:
     """Turn one slide into a bag file. Where `<stem>.truth.png` lies beside it, tile labels are stored too.
@@ -86,6 +87,7 @@ def extract_slide(
         mpp: Micrometres per level-0 pixel where the file does not say, or says it wrongly.
         batch_size: Tiles an encoder call.
         min_tissue: Least share of tissue in a tile.
+        truth_value: Value of the truth mask that tile labels count; another one for composed slides.
         progress: Show a bar.
 
     Returns:
@@ -96,14 +98,14 @@ def extract_slide(
         BagError: The features are not finite.
     """
     with Slide(slide_path, mpp=mpp) as slide:
-        grid = TileGrid.from_slide(slide, min_tissue=min_tissue)
-        features = encode_tiles(
-            slide, grid, range(len(grid)), encoder, batch_size=batch_size, progress=progress
-        )
-        attrs = _settings(encoder, grid.tile_size, grid.mpp, min_tissue) | _geometry(slide, grid)
+        grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
+        rows = range(len(grid))
+        features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
+        attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
-        bag = Bag(slide.name, features, grid.coords, grid.patches, attrs)
-        write_bag(out_path, bag, _tile_labels(Path(slide_path), grid))
+        truth = truth_path(slide_path)
+        tile_labels = tumor_share(truth, grid.rowcol, truth_value) if truth.is_file() else None
+        write_bag(out_path, Bag(slide.name, features, grid.coords, grid.patches, attrs), tile_labels)
     return read_bag(out_path)
 
 
@@ -115,6 +117,7 @@ def extract_slides(
     mpp: float | tuple[float, float] | None = None,
     batch_size: int = 32,
     min_tissue: float = 0.25,
+    truth_value: int = TUMOR,
     overwrite: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -130,6 +133,7 @@ def extract_slides(
         mpp: Micrometres per level-0 pixel of all slides, where the files do not say.
         batch_size: Tiles an encoder call.
         min_tissue: Least share of tissue in a tile.
+        truth_value: Value of the truth masks that tile labels count.
         overwrite: Extract again what is there, whoever made it.
         progress: Show bars of slides and tiles.
 
@@ -147,17 +151,9 @@ def extract_slides(
     def run(path: Path) -> tuple[str, int]:
         out_path = Path(out_dir) / f"{path.stem}.h5"
         if out_path.is_file() and not overwrite:
-            return "skipped", _check_made_by(out_path, encoder, min_tissue)
-        bag = extract_slide(
-            path,
-            encoder,
-            out_path,
-            mpp=mpp,
-            batch_size=batch_size,
-            min_tissue=min_tissue,
-            progress=progress,
-        )
-        return "done", len(bag)
+            return "skipped", _check_made_by(out_path, _settings(encoder, min_tissue) | _given_scale(mpp))
+        options = dict(mpp=mpp, batch_size=batch_size, min_tissue=min_tissue, truth_value=truth_value)
+        return "done", len(extract_slide(path, encoder, out_path, **options, progress=progress))
 
     records = []
     bar = tqdm(paths, desc="slides", unit="slide", disable=not progress)
@@ -201,9 +197,21 @@ def _read_batches(
                 future.cancel()
 
 
-def _settings(encoder: Encoder, tile_size: int, tile_mpp: float, min_tissue: float) -> dict[str, Any]:
-    values = (encoder.name, encoder.weights_hash, tile_size, tile_mpp, min_tissue)
-    return dict(zip(MADE_BY, values, strict=True))
+def _settings(encoder: Encoder, min_tissue: float) -> dict[str, Any]:
+    """The attributes that must agree for a bag to count as already extracted."""
+    return {
+        "encoder": encoder.name,
+        "weights_hash": encoder.weights_hash,
+        "patch_size": TILE_SIZE,
+        "tile_mpp": TILE_MPP,
+        "min_tissue": min_tissue,
+    }
+
+
+def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
+    if mpp is None:
+        return {}
+    return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
 
 
 def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
@@ -220,19 +228,9 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
     }
 
 
-def _tile_labels(slide_path: Path, grid: TileGrid) -> np.ndarray | None:
-    truth = slide_path.with_name(f"{slide_path.stem}.truth.png")
-    if not truth.is_file():
-        return None
-    from hdmil_lib.slides.synthesis import tumor_share
-
-    return tumor_share(truth, *grid.shape)[grid.rowcol[:, 0], grid.rowcol[:, 1]]
-
-
-def _check_made_by(path: Path, encoder: Encoder, min_tissue: float) -> int:
-    """Number of tiles of a bag that this encoder made with these settings."""
+def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
+    """Number of tiles of a bag that was made with the wanted settings."""
     info = bag_info(path)
-    wanted = _settings(encoder, 256, 0.5, min_tissue)
     for key, value in wanted.items():
         if info.get(key) != value:
             raise BagError(
