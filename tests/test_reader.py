@@ -86,7 +86,7 @@ def test_bounds_from_the_properties(tmp_path, noise):
         assert np.abs(slide.thumbnail(8.0) - cells).max() <= 0.5  # rounding to uint8
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     mpp_x=mpps,
     aspect=aspects,
@@ -163,29 +163,42 @@ def test_neighboring_fields_join_without_a_seam(tmp_path, noise):
     assert np.abs(whole[:, 80:].astype(int) - right).max() <= 1  # phases differ by float rounding
 
 
-def test_the_coarsest_sufficient_level_is_read(tmp_path, noise, monkeypatch):
-    levels = []
+@pytest.fixture
+def regions(monkeypatch) -> list[tuple[int, tuple[int, int]]]:
+    """(level, size) of all that is read from files."""
+    read = []
     read_region = openslide.OpenSlide.read_region
-    monkeypatch.setattr(
-        openslide.OpenSlide, "read_region", lambda *args: levels.append(args[2]) or read_region(*args)
-    )
+
+    def record(slide, location, level, size):
+        read.append((level, size))
+        return read_region(slide, location, level, size)
+
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", record)
+    return read
+
+
+def test_a_field_comes_from_the_coarsest_sufficient_level(tmp_path, noise, regions):
     with Slide(write_slide(tmp_path / "a.tif", noise, (0.25, 0.25), tile=16)) as slide:
         for mpp in (0.1, 0.25, 0.4, 0.499, 0.6, 1.0, 100.0):
             slide.read_field(0, 0, (2, 2), mpp)
-    assert levels == [0, 0, 0, 1, 1, 2, 5]  # 0.499: half a percent coarser is as good as exact
+    # 0.499 comes from 0.5: half a percent coarser is as good as exact.
+    assert [level for level, _ in regions] == [0, 0, 0, 1, 1, 2, 5]
 
 
-def test_a_thumbnail_without_pyramid_is_made_from_small_reads(tmp_path, monkeypatch):
+def test_a_thumbnail_comes_from_its_own_scale_or_twice_as_fine(tmp_path, noise, regions):
+    path = write_slide(tmp_path / "a.tif", noise, tile=16)
+    for mpp in (0.5, 0.499, 0.47, 0.3, 0.26, 0.25, 0.2):
+        with Slide(path, mpp=mpp) as slide:
+            slide.thumbnail()
+    assert [level for level, _ in regions] == [4, 4, 3, 3, 3, 5, 4]
+
+
+def test_a_thumbnail_without_pyramid_is_made_from_small_reads(tmp_path, regions):
     pixels = np.full((2500, 5003, 3), 200, np.uint8)
     path = write_slide(tmp_path / "flat.tif", pixels, (0.5, 0.5), pyramid=False, tile=256)
-    areas = []
-    read_region = openslide.OpenSlide.read_region
-    monkeypatch.setattr(
-        openslide.OpenSlide, "read_region", lambda *args: areas.append(np.prod(args[3])) or read_region(*args)
-    )
     with Slide(path) as slide:
         thumbnail = slide.thumbnail()
-    assert max(areas) <= 2050**2
+    assert max(width * height for _, (width, height) in regions) <= 2050**2
     assert thumbnail.shape == (157, 313, 3)
     assert (thumbnail[:156, :312] == 200).all()
 

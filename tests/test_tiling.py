@@ -18,7 +18,7 @@ RADIUS_UM = 16.0
 inside_a_tile = st.floats(RADIUS_UM + 10, TILE_UM - RADIUS_UM - 10)  # a patch pixel away from the border
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     mpp_x=st.floats(0.2, 1.0),
     aspect=st.floats(0.8, 1.25),

@@ -129,8 +129,9 @@ class Slide:
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
 
-        It is averaged block by block from the coarsest level that is fine enough, so that a slide
-        without a pyramid needs no more memory than one with.
+        It is averaged block by block, so that a slide without a pyramid needs no more memory than one
+        with. The source is a level of this scale, or else the coarsest one at least twice as fine:
+        averaging 1.1 pixels into one would blur.
 
         Args:
             mpp: Scale of the thumbnail in um/px.
@@ -145,6 +146,8 @@ class Slide:
         x, y, *extent = self.bounds
         width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
         index, scale, (left, top) = self._locate(x, y, mpp)
+        if max(scale) > LEVEL_TOLERANCE:
+            index, scale, (left, top) = self._locate(x, y, mpp, min_scale=2.0)
         step_x, step_y = (max(1, int(BLOCK / s)) for s in scale)
         thumbnail = np.empty((height, width, 3), np.uint8)
         for row in range(0, height, step_y):
@@ -155,13 +158,19 @@ class Slide:
                 )
         return thumbnail
 
-    def _locate(self, x: float, y: float, mpp: float):
-        """The level to read for `mpp`, its pixels per pixel of the result, and (x, y) on that level."""
+    def _locate(self, x: float, y: float, mpp: float, min_scale: float = 1.0):
+        """The coarsest level with `min_scale` of its pixels or more in a pixel of `mpp` um.
+
+        Returns:
+            Its index, how many of its pixels make one of the result in (x, y), and where (x, y) lies on it.
+        """
 
         def scale(level: Level) -> tuple[float, float]:
             return mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y)
 
-        fine_enough = [i for i, level in enumerate(self.levels) if min(scale(level)) >= 1 / LEVEL_TOLERANCE]
+        fine_enough = [
+            i for i, level in enumerate(self.levels) if min(scale(level)) >= min_scale / LEVEL_TOLERANCE
+        ]
         index = max(fine_enough, default=0)
         level = self.levels[index]
         return index, scale(level), (x / level.downsample_x, y / level.downsample_y)
