@@ -1,0 +1,256 @@
+"""Two-stage inference: what is read, that slide and bag agree, and model folders."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from slide_factory import write_slide
+
+from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.features.extraction import extract_slide
+from hdmil_lib.inference import ModelConfig, Predictor, prescreen
+from hdmil_lib.models import DMIN, LIPN, DMINSettings
+from hdmil_lib.slides import Slide, TileGrid
+
+
+class ColorEncoder:
+    """Mean and spread of each color channel: 6 features a tile, without weights to load."""
+
+    name, dim, weights_hash, precision, engine = "color", 6, "c01", "fp32", "numpy"
+
+    def __call__(self, tiles):
+        pixels = tiles.reshape(len(tiles), -1, 3).astype(np.float32) / 255
+        return np.concatenate([pixels.mean(axis=1), 4 * pixels.std(axis=1)], axis=1)
+
+
+CONFIG = ModelConfig(("normal", "tumor"), "color", "c01", threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    """A slide of 5 x 7 tiles, each its own shade of tissue with its own grain."""
+    rng = np.random.default_rng(0)
+    shades = rng.integers(110, 190, (5, 7, 3)) - [0, 90, 0]
+    grain = rng.integers(1, 25, (5, 7, 1)).repeat(256, 0).repeat(256, 1)
+    pixels = shades.repeat(256, 0).repeat(256, 1) + rng.normal(0, 1, (5 * 256, 7 * 256, 3)) * grain
+    return write_slide(tmp_path_factory.mktemp("slides") / "slide.tif", pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_predictor(slide=None, keep=0.5, n_classes=2, **settings):
+    """Untrained networks; LIPN's threshold is put where `keep` of the slide's tiles stay."""
+    torch.manual_seed(0)
+    settings = {"embed_dim": 16, "attention_dim": 8, "degree": 3} | settings
+    dmin = DMIN(DMINSettings(in_dim=6, n_classes=n_classes, **settings))
+    lipn = LIPN(n_classes)
+    config = replace(CONFIG, classes=tuple(f"class {c}" for c in range(n_classes)))
+    if slide is not None:
+        with Slide(slide) as opened:
+            patches = TileGrid.from_slide(opened).patches
+        with torch.no_grad():  # branches of equal spread, so that each keeps some tiles
+            logits = lipn.eval()(torch.from_numpy(patches))
+            lipn.classifier.weight /= logits.std(dim=0)[:, None]
+            lipn.classifier.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
+        best = prescreen(lipn, patches, 0.5)[1].max(axis=1)
+        config = replace(config, threshold=float(np.quantile(best, 1 - keep)))
+    return Predictor(dmin, lipn, config, encoder=ColorEncoder())
+
+
+def spy_on_tile_reads(monkeypatch):
+    """Level-0 corners of every field that is read at tile resolution."""
+    read, fields = Slide.read_field, []
+
+    def read_field(self, x, y, size, mpp):
+        fields.append((x, y))
+        return read(self, x, y, size, mpp)
+
+    monkeypatch.setattr(Slide, "read_field", read_field)
+    return fields
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5])
+def test_dropped_tiles_are_never_read(slide, monkeypatch, keep):
+    predictor = make_predictor(slide, keep)
+    fields = spy_on_tile_reads(monkeypatch)
+    prediction = predictor.predict(slide)
+    kept = set(map(tuple, prediction.coords[prediction.kept].tolist()))
+    assert set(fields) == kept and len(fields) == len(kept)
+    assert 0 < len(kept) <= np.ceil(keep * prediction.n_tiles) < prediction.n_tiles
+    assert prediction.n_read == len(kept)
+    np.testing.assert_array_equal(np.isnan(prediction.attention).any(axis=1), ~prediction.kept)
+
+
+def test_without_prescreening_every_tile_is_read_and_dmin_selects(slide, monkeypatch):
+    predictor = make_predictor(slide)
+    fields = spy_on_tile_reads(monkeypatch)
+    prediction = predictor.predict(slide, prescreen=False)
+    assert len(fields) == prediction.n_tiles == prediction.n_read == 35
+    np.testing.assert_array_equal(prediction.mask, prediction.attention > 0)
+    assert "lipn" not in prediction.seconds
+
+
+@pytest.mark.parametrize("screened", [True, False])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_slide_and_stored_bag_give_the_same_prediction(slide, tmp_path, screened, n_classes):
+    predictor = make_predictor(slide, n_classes=n_classes)
+    bag = extract_slide(slide, ColorEncoder(), tmp_path / "slide.h5")
+    from_slide, from_bag = predictor.predict(slide, prescreen=screened), None
+    from_bag = predictor.predict_bag(bag, prescreen=screened)
+    np.testing.assert_array_equal(from_bag.mask, from_slide.mask)
+    np.testing.assert_array_equal(from_bag.rowcol, from_slide.rowcol)
+    np.testing.assert_array_equal(from_bag.thumbnail, from_slide.thumbnail)
+    # bags keep features in float16: 11 bits, 5e-4 relative
+    np.testing.assert_allclose(from_bag.probabilities, from_slide.probabilities, atol=2e-3)
+    np.testing.assert_allclose(from_bag.attention, from_slide.attention, atol=5e-3)
+
+
+def test_each_branch_pools_only_the_tiles_kept_for_it(slide):
+    predictor = make_predictor(slide)
+    prediction = predictor.predict(slide)
+    with Slide(slide) as opened:
+        grid = TileGrid.from_slide(opened)
+        tiles = np.stack([grid.read_tile(opened, i) for i in range(len(grid))])
+    features = torch.from_numpy(ColorEncoder()(tiles))
+    dmin = predictor.dmin
+    with torch.inference_mode():
+        embeddings = dmin.projection(features)
+        logits = []
+        for c in range(2):
+            own = torch.from_numpy(prediction.mask[:, c])
+            assert own.any()
+            weights = dmin.attention(embeddings)[own, c].softmax(0)
+            logits.append(dmin.heads[c]((weights @ embeddings[own])[None]).squeeze())
+    expected = torch.stack(logits).softmax(0).numpy()
+    np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-5)
+
+
+def test_where_lipn_keeps_nothing_its_best_tile_is_read(slide, monkeypatch):
+    predictor = make_predictor()
+    predictor.config = replace(CONFIG, threshold=1.0)
+    prediction = predictor.predict(slide)
+    with Slide(slide) as opened:
+        scores = prescreen(predictor.lipn, TileGrid.from_slide(opened).patches, 0.5)[1]
+    assert np.flatnonzero(prediction.kept).tolist() == [scores.max(axis=1).argmax()]
+    assert np.isfinite(prediction.probabilities).all()
+
+
+def test_a_slide_of_one_tile_predicts(tmp_path):
+    pixels = np.full((260, 260, 3), (150, 90, 170), np.uint8)
+    prediction = make_predictor().predict(write_slide(tmp_path / "one.tif", pixels))
+    assert prediction.n_tiles == 1 and prediction.kept.tolist() == [True]
+    assert prediction.probabilities.sum() == pytest.approx(1)
+
+
+def test_prescreening_does_not_depend_on_the_batch_or_the_mode():
+    torch.manual_seed(0)
+    lipn = LIPN(3).train()
+    patches = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), dtype=np.uint8)
+    mask, scores = prescreen(lipn, patches, 0.5, batch=8)
+    assert lipn.training
+    # sums of a batch may be ordered otherwise: float32 rounding
+    np.testing.assert_allclose(prescreen(lipn.eval(), patches, 0.5)[1], scores, atol=1e-6)
+    np.testing.assert_array_equal(mask, scores > 0.5)
+
+
+def test_stages_are_timed_and_add_up(slide):
+    seconds = make_predictor(slide).predict(slide, n_readers=0).seconds
+    assert set(seconds) == {"thumbnail", "lipn", "crop", "features", "dmin", "total"}
+    stages = sum(value for stage, value in seconds.items() if stage != "total")
+    assert min(seconds.values()) > 0 and 0.5 * seconds["total"] < stages <= seconds["total"]
+
+
+def test_a_model_folder_gives_back_the_same_predictions(slide, tmp_path):
+    predictor = make_predictor(slide)
+    predictor.save(tmp_path / "model")
+    loaded = Predictor.load(tmp_path / "model", encoder=ColorEncoder())
+    assert loaded.config == predictor.config
+    a, b = predictor.predict(slide), loaded.predict(slide)
+    np.testing.assert_array_equal(a.probabilities, b.probabilities)
+    np.testing.assert_array_equal(a.mask, b.mask)
+
+
+def test_a_model_without_lipn_reads_all_tiles_or_says_so(slide, tmp_path):
+    predictor = make_predictor(slide)
+    predictor.save(tmp_path / "model")
+    Predictor(predictor.dmin, None, predictor.config).save(tmp_path / "model")
+    loaded = Predictor.load(tmp_path / "model", encoder=ColorEncoder())
+    assert not (tmp_path / "model" / "lipn.safetensors").exists()
+    assert loaded.predict(slide, prescreen=False).n_read == 35
+    with pytest.raises(CheckpointError, match="all tiles"):
+        loaded.predict(slide)
+
+
+def test_another_encoder_is_refused_and_both_are_named(slide, tmp_path):
+    predictor = make_predictor(slide)
+    predictor.save(tmp_path / "model")
+    other = ColorEncoder()
+    other.weights_hash = "c02"
+    with pytest.raises(CheckpointError, match=r"color \(weights c01\).*color \(weights c02\)"):
+        Predictor.load(tmp_path / "model", encoder=other)
+    bag = extract_slide(slide, other, tmp_path / "slide.h5")
+    with pytest.raises(BagError, match="c02.*c01"):
+        predictor.predict_bag(bag)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dmin"] |= {key: value for key, value in changes.items() if key in config["dmin"]}
+    path.write_text(json.dumps(config | {k: v for k, v in changes.items() if k not in config["dmin"]}))
+
+
+def damage(folder, case, tmp_path):
+    """Break a model folder in one of the ways that happen."""
+    if case == "no folder":
+        shutil.rmtree(folder)
+    elif case == "weights missing":
+        (folder / "dmin.safetensors").unlink()
+    elif case == "weights cut off":
+        path = folder / "lipn.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    elif case == "configuration cut off":
+        path = folder / "config.json"
+        path.write_text(path.read_text()[:40])
+    elif case == "another configuration":
+        edit_config(folder, embed_dim=32)
+    elif case == "unknown setting":
+        edit_config(folder, colour="red")
+    elif case == "weights of another model":
+        other = make_predictor()
+        with torch.no_grad():
+            other.lipn.classifier.bias += 1
+        other.save(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "lipn.safetensors", folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        ("no folder", "config.json"),
+        ("weights missing", "dmin.safetensors"),
+        ("weights cut off", "lipn.safetensors"),
+        ("configuration cut off", "config.json"),
+        ("another configuration", "dmin.safetensors"),
+        ("unknown setting", "colour"),
+        ("weights of another model", "lipn.safetensors"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(slide, tmp_path, case, named):
+    folder = tmp_path / "model"
+    make_predictor(slide).save(folder)
+    damage(folder, case, tmp_path)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        Predictor.load(folder)
+    assert any(word in str(caught.value) for word in ("train", "copy"))
+
+
+def test_saving_that_fails_leaves_no_model_behind(slide, tmp_path, monkeypatch):
+    predictor = make_predictor(slide)
+    predictor.save(tmp_path / "model")
+    monkeypatch.setattr("hdmil_lib.inference.checkpoint.write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predictor.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="config.json"):
+        Predictor.load(tmp_path / "model")
