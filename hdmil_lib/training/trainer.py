@@ -308,10 +308,6 @@ def _fit(
                 row = {"epoch": len(history)}
                 row |= _train_epoch(model, optimizer, step, _balanced_draw(split.train, labels))
                 row |= _validate(model, score, [labels[s] for s in split.val])
-                if not (np.isfinite(row["train_loss"]) and np.isfinite(row["val_loss"])):
-                    raise HDMILError(
-                        f"{folder}: the loss is not finite in epoch {row['epoch']}; lower the learning rate"
-                    )
                 history.append(row)
                 if _best_epoch(history) == row["epoch"]:
                     save_weights(model, weights_path)
@@ -364,12 +360,12 @@ def _train_epoch(
 def _validate(model: nn.Module, score: Score, labels: Sequence[int]) -> dict[str, float]:
     model.eval()
     logits, kept = score()
-    probabilities = logits.softmax(1).numpy()
-    if len(set(labels)) < logits.shape[1]:
-        auc = float("nan")
-    elif logits.shape[1] == 2:
-        auc = float(roc_auc_score(labels, probabilities[:, 1]))
-    else:
-        auc = float(roc_auc_score(labels, probabilities, multi_class="ovr"))
     loss = float(cross_entropy(logits, torch.tensor(labels)))
+    if not np.isfinite(loss):
+        raise HDMILError(f"the validation loss is {loss}; lower the learning rate")
+    auc = float("nan")
+    if len(set(labels)) == logits.shape[1]:
+        probabilities = logits.double().softmax(1).numpy()
+        scores = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
+        auc = float(roc_auc_score(labels, scores, multi_class="ovr"))
     return {"val_loss": loss, "val_auc": auc, "keep_ratio": float(kept.mean())}
