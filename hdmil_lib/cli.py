@@ -117,7 +117,7 @@ def train(
     methods = list(dict.fromkeys([*compare, "hdmil_dagger", "hdmil"]))
     runs = out / "runs"
     predictions = run_crossval(labeled, loaded, methods, folds, seed, recipe, runs, workers=workers)
-    scores = table1(predictions)[["AUC", "ACC", "keep ratio"]]
+    scores = table1(predictions)[["AUC", "ACC", "tiles read"]]
     save_table(scores, out / "scores")
     fold = best_fold(runs)
     Predictor.from_fold(runs, fold, labeled.classes, next(iter(loaded.values()))).save(out)

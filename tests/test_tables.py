@@ -44,7 +44,7 @@ def test_table1_prints_mean_and_sd_over_folds_beside_the_paper():
     assert list(table.index) == ["Max-Pooling", "HDMIL"]  # the paper's order, not the order of training
     # AUC 1 and 0.75, ACC 1 and 0.75: mean 87.5, sd 12.5 * sqrt(2)
     assert table.loc["HDMIL", ["AUC", "ACC"]].tolist() == ["87.50 (17.68)", "87.50 (17.68)"]
-    assert table.loc["HDMIL", "keep ratio"] == 50
+    assert table.loc["HDMIL", "tiles read"] == 50
     assert table.loc["HDMIL", "paper AUC"] == "90.88 (2.75)"
     assert table.loc["Max-Pooling", "paper s/slide"] == 23.46
 

@@ -1,14 +1,21 @@
 """The paper's Tables 1 to 3 with our figures beside its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
+from hdmil_lib.data import Cohort
+from hdmil_lib.evaluation.metrics import fold_scores, keep_ratio, mean_sd, tumor_recall
 from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.evaluation.timing import stage_medians
+from hdmil_lib.features.bagstore import Bag, read_tile_labels
+from hdmil_lib.inference import Predictor
 from hdmil_lib.training.crossval import METHODS
+
+SHARES = {"tiles read": "keep_ratio", "tiles pooled": "pooled", "tumor recall": "tumor_recall"}
+"""Columns of Table 1 that are shares of tiles, and where they are found."""
 
 COMPONENTS = {
     "dmin_linear": "none",
@@ -19,27 +26,64 @@ COMPONENTS = {
 """Methods of `run_crossval` as rows of Table 3: each adds a component to the row before."""
 
 
+def add_mask_scores(
+    predictions: pd.DataFrame, run_dir: str | Path, cohort: Cohort, bags: Mapping[str, Bag]
+) -> pd.DataFrame:
+    """Hold the masks of a cross-validation against the truth, on the test slides of each fold.
+
+    Args:
+        predictions: From `run_crossval`.
+        run_dir: Its folder.
+        cohort: Its cohort; the truth is read from the bags' `tile_labels`.
+        bags: Its bags.
+
+    Returns:
+        The predictions with two more columns: `pooled`, the share of tiles that at least one branch pools
+        (for HDMIL† those that DMIN selects of all it reads), and `tumor_recall`, the share of tumor tiles
+        among them: nan on slides without tumor and for methods without a mask. Random tiles get what is
+        expected of them, the share that is kept.
+    """
+    screened = {"hdmil_dagger": False, "hdmil": True}
+    scores = {}
+    for fold, part in predictions[predictions["method"].isin(screened)].groupby("fold"):
+        predictor = Predictor.from_fold(run_dir, fold, cohort.classes, next(iter(bags.values())))
+        for method, slide_id in zip(part["method"], part["slide_id"], strict=True):
+            mask = predictor.predict_bag(bags[slide_id], prescreen=screened[method]).mask
+            truth = read_tile_labels(cohort.bag_path(slide_id))
+            recall = np.nan if truth is None else tumor_recall(mask, truth)
+            scores[method, slide_id] = {"pooled": keep_ratio(mask), "tumor_recall": recall}
+    table = pd.DataFrame.from_dict(scores, orient="index").rename_axis(["method", "slide_id"])
+    predictions = predictions.join(table, on=["method", "slide_id"])
+    random = predictions["method"] == "random"
+    if random.any():
+        has_tumor = predictions["slide_id"].isin(table.dropna().index.get_level_values("slide_id"))
+        predictions.loc[random, "pooled"] = predictions["keep_ratio"]
+        predictions.loc[random & has_tumor, "tumor_recall"] = predictions["keep_ratio"]
+    return predictions
+
+
 def table1(
     predictions: pd.DataFrame, timings: pd.DataFrame | None = None, *, cohort: str = "Camelyon16"
 ) -> pd.DataFrame:
     """Test scores of each method beside the paper's (Table 1).
 
     Args:
-        predictions: From `run_crossval`. Where a column `tumor_recall` was added to them, it is shown.
+        predictions: From `run_crossval`; with `add_mask_scores`, masks are scored too.
         timings: From `time_slides`. Methods that need every tile get the seconds of HDMIL†, as in the paper:
             reading and encoding take nearly all of them.
         cohort: The paper's data set to compare with: Camelyon16, NSCLC or BRCA.
 
     Returns:
         Indexed by the methods' titles, in the order of `METHODS`. As text "mean (sd)" over folds in percent:
-        AUC, ACC. In percent: keep ratio, and tumor recall over the slides that have tumor. Then seconds a
-        slide and the paper's figures; nan where there is none.
+        AUC, ACC. In percent, means over slides: tiles read, tiles pooled, and the tumor tiles among these
+        (of slides that have tumor). Then seconds a slide and the paper's figures; nan where there is none.
 
     Raises:
         CohortError: A fold's test slides miss a class.
     """
     scores = fold_scores(predictions)
     totals = {} if timings is None else stage_medians(timings)["total"]
+    means = predictions.groupby("method").mean(numeric_only=True)
     rows = {}
     for name, method in METHODS.items():
         part = scores[scores["method"] == name]
@@ -48,18 +92,11 @@ def table1(
         rows[method.title] = {
             "AUC": mean_sd(part["auc"]),
             "ACC": mean_sd(part["accuracy"]),
-            "keep ratio": 100 * part["keep_ratio"].mean(),
-            "tumor recall": 100 * _tumor_recall(predictions, name),
+            **{title: 100 * means.get(column, {}).get(name, np.nan) for title, column in SHARES.items()},
             "s/slide": totals.get("HDMIL" if method.screen else "HDMIL†", np.nan),
         }
     ours = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return ours.join(PAPER_TABLE1.loc[cohort].add_prefix("paper "))
-
-
-def _tumor_recall(predictions: pd.DataFrame, method: str) -> float:
-    if "tumor_recall" not in predictions:
-        return np.nan
-    return predictions.loc[predictions["method"] == method, "tumor_recall"].mean()
 
 
 def table2(timings: pd.DataFrame) -> pd.DataFrame:
