@@ -112,11 +112,10 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Give PyTorch every core of the process, and the former number of threads afterwards."""
+    """Give PyTorch every core of the process, or as many as OMP_NUM_THREADS allows, for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
     try:
         yield
     finally:

@@ -1,0 +1,250 @@
+"""Encoders: the right weights, the same features on every engine, and errors that say what to do."""
+
+import hashlib
+import importlib.metadata
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hdmil_lib.config import cache_dir
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.features import encoders, engines, networks
+from hdmil_lib.features.encoders import ENCODERS, EncoderSpec, load_encoder
+from hdmil_lib.features.engines import has_openvino
+from hdmil_lib.features.networks import TileNetwork, build_network, fuse_batch_norms, weights_hash
+
+ENGINES = [
+    "torch",
+    pytest.param("openvino", marks=pytest.mark.skipif(not has_openvino(), reason="no openvino")),
+]
+
+
+def make_tiles(n: int, side: int = 256, seed: int = 0) -> np.ndarray:
+    """Smooth colours with noise: closer to tissue than noise alone."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(60, 250, (n, 8, 8, 3)).repeat(side // 8, 1).repeat(side // 8, 2)
+    return np.clip(coarse + rng.normal(0, 15, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The default encoder on each engine, converted once for this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HDMIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        names = ["torch", "openvino"] if has_openvino() else ["torch"]
+        return {name: load_encoder(device="cpu", engine=name, precision="fp32") for name in names}
+
+
+@pytest.fixture(scope="module")
+def eager_features():
+    """Features of four tiles by plain PyTorch: PIL-like float images, one at a time, nothing fused."""
+    network = build_network(ENCODERS["efficientnet_lite0"]).backbone
+    images = torch.from_numpy(make_tiles(4)).permute(0, 3, 1, 2).contiguous() / 255
+    with torch.inference_mode():
+        return torch.cat([network((image[None] - 0.5) / 0.5).mean((2, 3)) for image in images]).numpy()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_features_of_plain_pytorch(loaded, eager_features, engine):
+    features = loaded[engine](make_tiles(4))
+    assert features.dtype == np.float32 and features.shape == (4, 320)
+    # fp32 with fused norms and other summation orders: 1e-5 measured, on features of about 0.3
+    np.testing.assert_allclose(features, eager_features, atol=1e-4)
+
+
+def test_every_weight_of_the_wheel_has_its_place():
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    state = networks._timm_keys(torch.load(networks._lite0_weights(), weights_only=True), network)
+    network.load_state_dict(state)  # strict: no key is left over on either side, heads included
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_of_any_length_equals_its_tiles_one_by_one(loaded, engine):
+    tiles = make_tiles(5)
+    one_by_one = np.concatenate([loaded[engine](tile[None]) for tile in tiles])
+    for n in (0, 3, 5):
+        features = loaded[engine](tiles[:n])
+        assert features.shape == (n, 320)
+        # 1e-5: kernels of another batch size may sum in another order
+        np.testing.assert_allclose(features, one_by_one[:n], atol=1e-5)
+
+
+def test_tiles_of_another_size_are_resized(loaded):
+    tiles = make_tiles(2)
+    smaller = tiles.reshape(2, 128, 2, 128, 2, 3).mean((2, 4)).round().astype(np.uint8)
+    assert least_cosine(loaded["torch"](smaller), loaded["torch"](tiles)) > 0.5
+
+
+def test_a_view_of_tiles_is_read_in_its_own_order(loaded):
+    tiles = make_tiles(2)
+    for encoder in loaded.values():
+        flipped = tiles[:, ::-1, :, ::-1]
+        np.testing.assert_allclose(encoder(flipped), encoder(flipped.copy()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        np.zeros((2, 256, 256, 3), np.float32),
+        np.zeros((256, 256, 3), np.uint8),
+        np.zeros((1, 4, 4, 4), np.uint8),
+    ],
+)
+def test_what_is_no_batch_of_tiles_is_refused(loaded, tiles):
+    with pytest.raises(ValueError, match="uint8"):
+        loaded["torch"](tiles)
+
+
+def test_the_default_is_within_the_promised_cosine_of_fp32(eager_features):
+    assert least_cosine(load_encoder()(make_tiles(4)), eager_features) >= 0.999
+
+
+def test_bf16_is_only_taken_where_it_is_close_to_fp32(monkeypatch, loaded):
+    """On hardware with bf16 the probe decides; a precision that spoils features is not taken."""
+    monkeypatch.setattr(encoders, "has_native_bf16", lambda engine, device: True)
+    monkeypatch.setattr(encoders, "_least_cosine", lambda exact, fast: 0.9991)
+    assert load_encoder(device="cpu", engine="torch").precision == "bf16"
+    monkeypatch.setattr(encoders, "_least_cosine", lambda exact, fast: 0.9989)
+    assert load_encoder(device="cpu", engine="torch").precision == "fp32"
+
+
+def test_torch_bf16_differs_from_fp32_by_rounding_only(loaded):
+    fast = load_encoder(device="cpu", engine="torch", precision="bf16")
+    tiles = make_tiles(1)
+    assert fast.precision == "bf16" and fast(tiles).dtype == np.float32
+    # bf16 has 8 bits: 0.4 % a product, some fifty layers deep
+    assert 0.99 < least_cosine(fast(tiles), loaded["torch"](tiles)) < 1 - 1e-7
+
+
+def test_the_hash_belongs_to_the_weights(loaded):
+    assert len({encoder.weights_hash for encoder in loaded.values()}) == 1
+    network = build_network(ENCODERS["efficientnet_lite0"])
+    assert weights_hash(network) == loaded["torch"].weights_hash
+    network.backbone.conv_stem.weight[0, 0, 0, 0] += 1e-3
+    assert weights_hash(network) != loaded["torch"].weights_hash
+
+
+def test_random_weights_are_the_same_every_time_and_tell_tiles_apart():
+    state = torch.get_rng_state()
+    first, second = (
+        load_encoder("efficientnet_lite0_random", device="cpu", engine="torch") for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), state), "loading must not touch the caller's generator"
+    assert first.weights_hash == second.weights_hash
+    features = first(make_tiles(4))
+    np.testing.assert_array_equal(features, second(make_tiles(4)))
+    assert np.isfinite(features).all() and features.std(axis=0).mean() > 0.01
+
+
+@pytest.mark.skipif(not has_openvino(), reason="no openvino")
+def test_the_converted_model_is_kept_and_a_damaged_copy_is_named():
+    first = load_encoder("efficientnet_lite0_random")
+    files = sorted((cache_dir() / "encoders").iterdir())
+    assert [f.suffix for f in files] == [".bin", ".xml"]
+    changed = files[1].stat().st_mtime_ns
+    np.testing.assert_array_equal(
+        load_encoder("efficientnet_lite0_random")(make_tiles(1)), first(make_tiles(1))
+    )
+    assert files[1].stat().st_mtime_ns == changed
+    files[1].write_text("<net")
+    with pytest.raises(HDMILError, match="damaged copy of an encoder; delete"):
+        load_encoder("efficientnet_lite0_random")
+
+
+def test_resnet50_ends_after_its_third_stage(monkeypatch):
+    """Without its weights, which come from the hub: shapes, pooling and folding."""
+    create = timm.create_model
+    monkeypatch.setattr(
+        networks.timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False})
+    )
+    network = build_network(ENCODERS["resnet50"])
+    assert not any("layer4" in name for name, _ in network.named_modules())
+    randomize_norms(network)
+    tiles = torch.from_numpy(make_tiles(2))
+    expected = network(tiles)
+    assert expected.shape == (2, 1024)
+    fuse_batch_norms(network)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    # folding reorders float32 products over 40 layers
+    torch.testing.assert_close(network(tiles), expected, rtol=1e-3, atol=1e-4)
+
+
+def randomize_norms(network: nn.Module) -> None:
+    """Batch norms as training leaves them; fresh ones are almost the identity and hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
+            for tensor in (module.bias, module.running_mean):
+                tensor.data = torch.rand(tensor.shape, generator=generator) - 0.5
+
+
+def test_virchow2_joins_the_class_token_to_the_mean_of_the_patch_tokens():
+    spec = EncoderSpec("small", source="", dim=64, licence="", pool="token+mean")
+    backbone = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, num_classes=0, embed_dim=32, num_heads=2, depth=1,
+        reg_tokens=4, global_pool="",
+    ).eval()  # fmt: skip
+    tiles = torch.from_numpy(make_tiles(2, 224))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    tokens = backbone((tiles.permute(0, 3, 1, 2) / 255 - mean) / std)
+    assert tokens.shape == (2, 1 + 4 + 196, 32)
+    expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1)
+    torch.testing.assert_close(TileNetwork(backbone, spec)(tiles), expected)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_entry_says_what_it_is(name):
+    spec = ENCODERS[name]
+    assert spec.name == name and spec.licence and spec.dim > 0
+    assert spec.input_size <= spec.resize and min(spec.std) > 0
+    assert timm.is_model(spec.source.split(".")[0]) or spec.source.startswith("hf-hub:")
+
+
+def test_offline_a_gated_model_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HDMILError, match="huggingface.co/MahmoodLab/UNI.*huggingface-cli login"):
+        load_encoder("uni")
+    with pytest.raises(HDMILError, match="resnet50.*Connect to the internet once"):
+        load_encoder("resnet50")
+
+
+def test_an_unknown_name_or_engine_is_refused(monkeypatch):
+    with pytest.raises(HDMILError, match="efficientnet_lite0, "):
+        load_encoder("vgg")
+    with pytest.raises(HDMILError, match="runs on the CPU"):
+        monkeypatch.setattr(encoders, "has_openvino", lambda: True)
+        load_encoder(engine="openvino", device="cuda")
+    monkeypatch.setattr(encoders, "has_openvino", lambda: False)
+    with pytest.raises(HDMILError, match="pip install openvino"):
+        load_encoder(engine="openvino", device="cpu")
+    assert load_encoder(device="cpu").engine == "torch"
+
+
+def test_a_damaged_weights_file_is_named(monkeypatch, tmp_path):
+    bad = tmp_path / "efficientnet-lite0-57934424.pth"
+    bad.write_bytes(b"damaged")
+    digest = hashlib.sha256(b"damaged").hexdigest()[:8]
+    entry = type("Entry", (), {"name": bad.name, "locate": lambda self: bad})()
+    monkeypatch.setattr(importlib.metadata, "files", lambda package: [entry])
+    with pytest.raises(HDMILError, match=f"{bad.name}: damaged, its sha256 starts with {digest}.*reinstall"):
+        load_encoder()
+
+
+def test_threads_are_taken_and_given_back(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with engines._all_cores():
+        assert asked == [3]
+    assert asked == [3, 1]
