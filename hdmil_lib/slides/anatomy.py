@@ -89,9 +89,9 @@ def cell_texture() -> np.ndarray:
 
 
 def sample(texture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear look-up with wrap-around; x, y in texels."""
+    """Bilinear look-up with wrap-around; x, y in texels, float32 grids that span less than 2**15 texels."""
     side = texture.shape[0]
-    x, y = np.mod(x, side).astype(np.float32), np.mod(y, side).astype(np.float32)
+    x, y = (a - np.float32(side * np.floor(a.flat[0] / side)) for a in (x, y))
     return cv2.remap(texture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
@@ -126,7 +126,7 @@ class Anatomy:
     def noise(self, x: np.ndarray, y: np.ndarray, wavelength: float, index: int) -> np.ndarray:
         """Smooth random field number `index` (unit variance) at points in micrometers."""
         dx, dy = self.offset[index]
-        scale = CELLS / wavelength
+        scale = np.float32(CELLS / wavelength)
         return sample(noise_texture(), x * scale + dx, y * scale + dy)
 
     def _outline(self, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -137,8 +137,8 @@ class Anatomy:
         for piece in range(pieces):
             across = (piece + 0.5) / pieces
             cx, cy = width * (across + rng.normal(0, 0.02)), height * rng.normal(0.5, 0.02)
-            rx, ry = 0.56 * width / pieces, 0.56 * height * rng.uniform(0.85, 1.1)
-            wobble = 0.14 * self.noise(x, y, 0.9 * ry, 0) + 0.05 * self.noise(x, y, 0.3 * ry, 1)
+            rx, ry = 0.5 * width / pieces, 0.5 * height * rng.uniform(0.9, 1.0)
+            wobble = 0.13 * self.noise(x, y, 0.9 * ry, 0) + 0.05 * self.noise(x, y, 0.3 * ry, 1)
             level = np.maximum(level, min(rx, ry) * (1 + wobble - np.hypot((x - cx) / rx, (y - cy) / ry)))
         edge = np.minimum.reduce([x, y, width - x, height - y]) - 25
         level = np.minimum(level, edge)
@@ -228,6 +228,7 @@ class Anatomy:
         if self.recipe.mimic_share > 0:
             which = self._layer(self.mimic_id, wx, wy, nearest=True)
             kinds = np.where(mimic > 0, self.mimic_kinds[which], 255)
+            level = np.where(mimic > 0, 50.0, level)
             atypia = np.where(mimic > 0, self.mimic_grades[which], atypia)
             tissue, level = self._mimics(kinds, mimic, tissue, level, x, y, u, v)
         if self.recipe.tumor_share > 0:
@@ -237,6 +238,7 @@ class Anatomy:
             local = self.recipe.grade_spread * 0.7 * self.noise(x, y, 170, 12)
             atypia = np.where(inside, self.tumor_grades[which] + local, atypia)
             density = np.where(inside, density * (1 + self.recipe.density_contrast), density)
+            level = np.where(inside, 50.0, level)
             tissue, level = self._arrange(self.recipe.architecture, inside, tissue, level, x, y, u, v)
 
         blood = self._layer(self.vessels, wx, wy)

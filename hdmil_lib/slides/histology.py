@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 
 from hdmil_lib.slides.anatomy import Anatomy, Recipe, Tissue
 from hdmil_lib.slides.nuclei import GRADES, KINDS, epithelial, lattice, render
@@ -22,15 +23,15 @@ CELL = 512  # pixels painted at once
 STEP = 4  # pixels between points of the tissue map
 HALO = 40  # pixels around a cell whose nuclei may reach into it
 TEXTURE = 1024  # side of the seamless textures, pixels
-PITCHES = (6.3, 9.6, 12.6)  # um between nuclei: small, medium, large
+PITCHES = (5.8, 9.4, 12.4)  # um between nuclei: small, medium, large
 
 # tissue -> base hematoxylin, base eosin, collagen texture, grain
 LOOKS = {
-    Tissue.STROMA: (0.06, 0.62, 0.55, 0.12),
-    Tissue.LYMPHOID: (0.20, 0.26, 0.12, 0.45),
+    Tissue.STROMA: (0.05, 0.55, 0.42, 0.08),
+    Tissue.LYMPHOID: (0.20, 0.26, 0.12, 0.30),
     Tissue.MANTLE: (0.24, 0.24, 0.10, 0.40),
     Tissue.GERMINAL: (0.20, 0.38, 0.10, 0.35),
-    Tissue.SINUS: (0.10, 0.38, 0.16, 0.45),
+    Tissue.SINUS: (0.10, 0.36, 0.16, 0.30),
     Tissue.ADIPOSE: (0.04, 0.42, 0.10, 0.10),
     Tissue.BLOOD: (0.01, 0.18, 0.00, 0.20),
     Tissue.EPITHELIUM: (0.17, 0.45, 0.06, 0.30),
@@ -53,6 +54,9 @@ CROWDS: dict[Tissue, tuple[dict[str, float], dict[str, float], dict[str, float]]
     Tissue.KERATIN: ({}, {"epithelial": 0.06}, {}),
 }
 NAMES = (*KINDS, "epithelial")
+ALIGNED = (NAMES.index("spindle"), NAMES.index("crushed"))  # lie along the fibers
+NOTHING = -1
+AREA_KEYS = ("tissue", "level", "atypia", "density")
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,21 @@ def texture(along: float, across: float, channel: int) -> np.ndarray:
 
 def collagen() -> np.ndarray:
     """Fibers along x: bundles, and single fibrils on them, with pale clefts between."""
-    bundles, fibrils = texture(60, 7, 0), texture(45, 2.2, 1)
-    return np.clip(0.75 * bundles + 0.55 * fibrils - 0.5 * (bundles < -1.2), -1.7, 2).astype(np.float32)
+    bundles, fibrils = texture(70, 5, 0), texture(50, 2.0, 1)
+    return np.clip(0.6 * bundles + 0.6 * fibrils - 0.3 * np.maximum(-bundles - 1.2, 0), -1.7, 2).astype(
+        np.float32
+    )
 
 
 def grain() -> np.ndarray:
     """Granular cytoplasm."""
-    return (0.6 * texture(5, 5, 2) + 0.6 * texture(1.8, 1.8, 3)).astype(np.float32)
+    return (0.8 * texture(7, 7, 2) + 0.5 * texture(2.2, 2.2, 3)).astype(np.float32)
 
 
-def wrapped(tile: np.ndarray, x: int, y: int, width: int, height: int) -> np.ndarray:
-    """A window of a seamless texture."""
-    rows, columns = (np.arange(start, start + n) % len(tile) for start, n in ((y, height), (x, width)))
-    return tile[rows[:, None], columns[None, :]]
+def window(tile: np.ndarray, x: int, y: int) -> np.ndarray:
+    """The part of a seamless texture that belongs to a cell, with its margin."""
+    x, y = x % TEXTURE, y % TEXTURE
+    return tile[y : y + CELL + 2 * STEP, x : x + CELL + 2 * STEP]
 
 
 class Painter:
@@ -133,12 +139,13 @@ class Painter:
         self.scanner = Scanner.draw(rng, stain_jitter)
         kinds = [*KINDS.values(), *(epithelial(i / (GRADES - 1)) for i in range(GRADES))]
         self.bank = [render(kind, mpp, rng) for kind in kinds]
+        self.radii = np.array([kind.radius * kind.aspect**0.5 for kind in kinds] + [0.0], np.float32)
         self.keys = [int(key) for key in rng.integers(1 << 62, size=len(PITCHES))]
         self.looks = np.array([LOOKS[t] for t in Tissue], np.float32)
         self.crowds = np.array(
             [[np.cumsum([c.get(k, 0) for k in NAMES]) for c in CROWDS[t]] for t in Tissue], np.float32
         )
-        self.collagen, self.grain = collagen(), grain()
+        self.collagen, self.grain = collagen(), np.pad(grain(), STEP, mode="wrap")
         self.noise = np.random.default_rng(5).normal(0, 1, (TEXTURE, TEXTURE, 3)).astype(np.float32)
 
     def strips(self, height: int = CELL) -> Iterator[np.ndarray]:
@@ -163,7 +170,7 @@ class Painter:
         for top in range(0, rows, 256):
             n = min(256, rows - top)
             y = (2 * top + np.arange(2 * n) + 0.5) * mpp / 2
-            inside = self.anatomy.tumor_level(*np.meshgrid(x, y)) > 0
+            inside = self.anatomy.tumor_level(*np.meshgrid(x.astype(np.float32), y.astype(np.float32))) > 0
             mask[top : top + n] = inside.reshape(n, 2, columns, 2).mean((1, 3)) >= 0.5
         return mask
 
@@ -177,80 +184,77 @@ class Painter:
         if area["level"].max() < -2:
             density = np.zeros((side, side, 2), np.float32)
         else:
-            density = self._ground(area, x0, y0)
-            stamped = self._nuclei(area, x0, y0)
-            density += stamped
+            density = self._ground(area, x0, y0) + self._nuclei(area, x0, y0)
         return self._scan(np.maximum(density, 0), x0, y0)
 
     def _ground(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
         """Tissue without nuclei: hematoxylin and eosin of a cell with a margin of STEP pixels."""
         margin = HALO // STEP - 2
-        crop = np.s_[margin:-margin, margin:-margin]
-        side = CELL + 2 * STEP
 
         def enlarge(values: np.ndarray) -> np.ndarray:
-            large = cv2.resize(values[crop], None, fx=STEP, fy=STEP, interpolation=cv2.INTER_LINEAR)
+            values = values[margin:-margin, margin:-margin]
+            large = cv2.resize(values, None, fx=STEP, fy=STEP, interpolation=cv2.INTER_LINEAR)
             return large[STEP:-STEP, STEP:-STEP]
 
         looks = enlarge(cv2.blur(self.looks[area["tissue"]], (3, 3)))
-        scale = 0.5 * TEXTURE / 512
-        period = TEXTURE / scale
-        u, v = (enlarge(a - period * np.floor(a[0, 0] / period)) * scale for a in (area["u"], area["v"]))
-        fibers = cv2.remap(
-            self.collagen,
-            np.mod(u, TEXTURE).astype(np.float32),
-            np.mod(v, TEXTURE).astype(np.float32),
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_WRAP,
-        )
-        grain = wrapped(self.grain, x0 - STEP, y0 - STEP, side, side)
-        inside = np.clip(enlarge(area["level"]) / 1.6 + 0.5 + 0.35 * grain, 0, 1)
-        speckle = 1 + looks[..., 3] * grain
-        hematoxylin = inside * looks[..., 0] * speckle
-        eosin = inside * looks[..., 1] * np.maximum(1 + looks[..., 2] * fibers, 0.12) * speckle
-        return np.stack([hematoxylin, eosin], axis=-1)
+        scale = np.float32(1 / 0.5)
+        fiber = [enlarge(area[axis] * scale) for axis in "uv"]
+        fiber = [a - np.float32(TEXTURE * np.floor(a[0, 0] / TEXTURE)) for a in fiber]
+        fibers = cv2.remap(self.collagen, *fiber, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        grain = window(self.grain, x0, y0)
+        inside = np.clip(enlarge(area["level"]) / 1.6 + 0.5 + 0.2 * grain, 0, 1)
+        inside *= 1 + looks[..., 3] * grain
+        hematoxylin = inside * looks[..., 0]
+        eosin = inside * looks[..., 1] * np.maximum(1 + looks[..., 2] * fibers, 0.12)
+        return cv2.merge([hematoxylin, eosin])
 
     def _nuclei(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
         """Stamped nuclei of a cell with a margin of STEP pixels."""
         canvas = np.zeros((CELL + 4 * HALO, CELL + 4 * HALO, 2), np.float32)
-        box = tuple((np.array([x0, y0, x0 + CELL, y0 + CELL]) + HALO * np.array([-1, -1, 1, 1])) * self.mpp)
-        slope_x, slope_y = np.gradient(area["v"], axis=1), np.gradient(area["v"], axis=0)
-        direction = np.mod(np.arctan2(-slope_x, slope_y), np.pi)
-        for number, (pitch, key) in enumerate(zip(PITCHES, self.keys, strict=True)):
-            x, y, pick, grade, turn, chance = lattice(box, pitch, key)
+        box = tuple(np.array([x0 - HALO, y0 - HALO, x0 + CELL + HALO, y0 + CELL + HALO]) * self.mpp)
+        rise_y, rise_x = np.gradient(area["v"])
+        direction = np.mod(np.arctan2(-rise_x, rise_y), np.pi) / np.pi
+        taken = np.empty((0, 3), np.float32)
+        for number in (2, 1, 0):
+            x, y, pick, vary, turn, chance = lattice(box, PITCHES[number], self.keys[number])
             px, py = x / self.mpp - x0 + HALO, y / self.mpp - y0 + HALO
-            at = (np.minimum(a / STEP, area["tissue"].shape[0] - 1).astype(int) for a in (py, px))
-            at = tuple(at)
-            tissue, level, atypia = area["tissue"][at], area["level"][at], area["atypia"][at]
-            crowd = self.crowds[tissue, number] * area["density"][at][:, None]
-            graded = {0: 1.0, 1: 1 - atypia, 2: atypia}[number]
-            crowd[:, -1] = crowd[:, -2] + (crowd[:, -1] - crowd[:, -2]) * graded
-            kind = (pick[:, None] >= crowd).sum(1)
-            kind[level < 1] = len(NAMES)
-            if number == 2:
-                kind[(level < -40) & (chance < 0.004)] = NAMES.index("debris")
-            own = np.clip(atypia + (0.05 + 0.25 * atypia) * (2 * grade - 1), 0, 1)
-            kind = np.where(
-                kind == len(KINDS),
-                len(KINDS) + np.rint(own * (GRADES - 1)),
-                np.where(kind > len(KINDS), 999, kind),
-            ).astype(int)
-            along = np.isin(kind, (NAMES.index("spindle"), NAMES.index("crushed")))
-            angle = np.where(along, np.mod(direction[at] / np.pi + 0.12 * (turn - 0.5), 1), turn)
-            for k, a, cx, cy in zip(kind.tolist(), angle.tolist(), px.tolist(), py.tolist(), strict=True):
-                if k < 999:
-                    stamps = self.bank[k]
-                    half = stamps.shape[1] // 2
-                    left, top = int(cx) + HALO - half, int(cy) + HALO - half
-                    window = canvas[top : top + 2 * half + 1, left : left + 2 * half + 1]
-                    window += stamps[int(a * len(stamps))]
+            at = tuple(np.minimum(a / STEP, len(direction) - 1).astype(int) for a in (py, px))
+            kind = self._kinds(number, pick, vary, chance, *(area[k][at] for k in AREA_KEYS))
+            radius = self.radii[kind]
+            if len(taken):
+                distance, near = cKDTree(taken[:, :2]).query(np.stack([x, y], 1), distance_upper_bound=14)
+                reach = np.append(taken[:, 2], 0)[near] + radius
+                kind[distance < 0.85 * reach] = NOTHING
+            present = kind != NOTHING
+            taken = np.concatenate([taken, np.stack([x, y, radius], 1)[present]])
+            along = np.isin(kind, ALIGNED)
+            angle = np.where(along, np.mod(direction[at] + 0.12 * (turn - 0.5), 1), turn)
+            for k, a, cx, cy in zip(*(v[present].tolist() for v in (kind, angle, px, py)), strict=True):
+                stamps = self.bank[k]
+                half = stamps.shape[1] // 2
+                left, top = int(cx) + HALO - half, int(cy) + HALO - half
+                canvas[top : top + 2 * half + 1, left : left + 2 * half + 1] += stamps[int(a * len(stamps))]
         edge = 2 * HALO - STEP
         return canvas[edge:-edge, edge:-edge]
+
+    def _kinds(self, number, pick, vary, chance, tissue, level, atypia, density) -> np.ndarray:
+        """Kind of nucleus at the points of lattice `number`: an index into the bank, or NOTHING."""
+        crowd = self.crowds[tissue, number]
+        graded = (1.0, 1.0, atypia)[number]
+        crowd[:, -1] = crowd[:, -2] + (crowd[:, -1] - crowd[:, -2]) * graded
+        kind = (pick[:, None] >= crowd * density[:, None]).sum(1)
+        own = np.clip(atypia + (0.05 + 0.25 * atypia) * (2 * vary - 1), 0, 1)
+        kind = np.where(kind == len(KINDS), len(KINDS) + np.rint(own * (GRADES - 1)).astype(int), kind)
+        kind[(level < 1) | ((pick[:, None] >= crowd * density[:, None]).all(1))] = NOTHING
+        if number == 2:
+            kind[(level < -40) & (chance < 0.003)] = NAMES.index("debris")
+        return kind
 
     def _scan(self, density: np.ndarray, x0: int, y0: int) -> np.ndarray:
         """Densities to the scanner's RGB; drops the margin."""
         scanner = self.scanner
-        light = cv2.exp(-cv2.transform(density, scanner.stains.T.copy()))
+        mixing = np.concatenate([-scanner.stains.T, np.log(scanner.white)[:, None]], axis=1)
+        light = cv2.exp(cv2.transform(density, mixing))
         light = cv2.GaussianBlur(light, (0, 0), scanner.blur)[STEP:-STEP, STEP:-STEP]
-        noise = wrapped(self.noise, 7 * x0 // CELL * 131 + x0, y0, CELL, CELL)
-        return np.clip(light * scanner.white + scanner.noise * noise + 0.5, 0, 255).astype(np.uint8)
+        x, y = (int(start * 0.618) % (TEXTURE - CELL) for start in (x0 + y0, x0 + 3 * y0))
+        return cv2.convertScaleAbs(cv2.scaleAdd(self.noise[y : y + CELL, x : x + CELL], scanner.noise, light))

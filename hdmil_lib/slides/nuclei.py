@@ -87,14 +87,14 @@ def render(kind: NucleusKind, mpp: float, rng: np.random.Generator, n: int = 48)
         outline = outline + amplitude * np.cos(waves * polar + column(rng.uniform(0, 6.3, n)))
     depth = (outline - np.hypot(along, across)) * column(short)  # um inside the outline, roughly
 
-    inside = np.clip(0.5 + depth / 0.5, 0, 1)
+    inside = np.clip(0.5 + depth / 0.8, 0, 1)
     rim = np.exp(-(((depth - 0.4) / 0.55) ** 2))
     chromatin = rng.normal(0, 1, (n, *depth.shape[1:])).astype(np.float32)
     sigma = 0.55 / mpp
     chromatin = np.stack([cv2.GaussianBlur(c, (0, 0), sigma) for c in chromatin]) * (
         2 * np.sqrt(np.pi) * sigma
     )
-    filled = 1 - 0.75 * kind.vesicle * (1 - rim) + 0.35 * kind.clumps * chromatin
+    filled = 1 - 0.6 * kind.vesicle * (1 - rim) + 0.35 * kind.clumps * chromatin
     for _ in range(2):
         present = rng.uniform(0, 1, n) < kind.nucleolus
         away = rng.uniform(0, 0.45, n) * radius
