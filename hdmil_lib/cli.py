@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
 """Files in a folder that are taken for slides."""
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+
 
 class _OneLineErrors(TyperGroup):
-    """Prints an `HDMILError` as one red line on stderr, without a traceback, and exits with 1."""
+    """Prints what the user can mend as one red line on stderr, without a traceback, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except HDMILError as error:
+        except (HDMILError, OSError) as error:
             typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None
 
@@ -138,6 +140,8 @@ def predict(
     from hdmil_lib.inference import Predictor
 
     setup()
+    if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
+        raise HDMILError(f"{heatmap}: cannot write such a picture; name it {' or '.join(PICTURE_SUFFIXES)}")
     prediction = Predictor.load(model).predict(slide, prescreen=not all_tiles, mpp=mpp, progress=True)
     order = prediction.probabilities.argsort()[::-1]
     ranked = ", ".join(f"{prediction.classes[c]} {prediction.probabilities[c]:.3f}" for c in order)
@@ -220,15 +224,15 @@ def _write_heatmap(prediction: "Prediction", path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from hdmil_lib.viz.overlays import attention_overlay, kept_overlay
+    from hdmil_lib.training.checkpoint import write_whole
+    from hdmil_lib.viz.plots import attention_overlay, kept_overlay
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     branch = prediction.classes.index(prediction.label)
     attention_overlay(prediction, prediction.attention[:, branch], left)
     kept_overlay(prediction, ~np.isnan(prediction.attention[:, branch]), right)
     figure.suptitle(f"{prediction.slide_id}: {prediction.label} {prediction.probabilities[branch]:.2f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda part: figure.savefig(part, dpi=150, format=path.suffix[1:]))
     plt.close(figure)
 
 
