@@ -35,10 +35,16 @@ def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """The default encoder on each engine, converted once for this module."""
+def cache(tmp_path_factory):
+    """One cache for this module: the conversion to OpenVINO takes seconds."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def loaded(cache):
+    """The default encoder on each engine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HDMIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HDMIL_CACHE", str(cache))
         names = ["torch", "openvino"] if has_openvino() else ["torch"]
         return {name: load_encoder(device="cpu", engine=name, precision="fp32") for name in names}
 
@@ -103,7 +109,8 @@ def test_what_is_no_batch_of_tiles_is_refused(loaded, tiles):
         loaded["torch"](tiles)
 
 
-def test_the_default_is_within_the_promised_cosine_of_fp32(eager_features):
+def test_the_default_is_within_the_promised_cosine_of_fp32(eager_features, cache, monkeypatch):
+    monkeypatch.setenv("HDMIL_CACHE", str(cache))
     assert least_cosine(load_encoder()(make_tiles(4)), eager_features) >= 0.999
 
 

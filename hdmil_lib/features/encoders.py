@@ -17,7 +17,7 @@ from hdmil_lib.features.engines import (
     has_native_bf16,
     has_openvino,
 )
-from hdmil_lib.features.networks import build_network, weights_hash
+from hdmil_lib.features.networks import build_network, fuse_batch_norms, weights_hash
 from hdmil_lib.features.registry import ENCODERS, EncoderSpec
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "load_encoder"]
@@ -94,6 +94,7 @@ def load_encoder(
     engine = _choose_engine(engine, device)
     network = build_network(spec)
     digest = weights_hash(network)
+    fuse_batch_norms(network)
 
     if engine == "openvino":
         import openvino as ov

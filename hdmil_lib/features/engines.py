@@ -12,18 +12,17 @@ import numpy as np
 import torch
 
 from hdmil_lib.errors import HDMILError
-from hdmil_lib.features.networks import TileNetwork, fuse_batch_norms
+from hdmil_lib.features.networks import TileNetwork
 
 Precision = Literal["fp32", "bf16"]
 
 
 class TorchEngine:
-    """PyTorch with fused batch norms, channels last, and all cores while it runs."""
+    """PyTorch, channels last, with all cores while it runs."""
 
     name = "torch"
 
     def __init__(self, network: TileNetwork, device: torch.device, precision: Precision):
-        fuse_batch_norms(network)
         self._network = network.to(device, memory_format=torch.channels_last)
         self._device = device
         self._bf16 = precision == "bf16"

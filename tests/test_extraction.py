@@ -1,0 +1,242 @@
+"""Slides to bags: only the asked tiles are read, runs resume, and failures are reported."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from slide_factory import INK, write_slide
+
+from hdmil_lib.errors import BagError, SlideError
+from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels
+from hdmil_lib.features.encoders import load_encoder
+from hdmil_lib.features.extraction import encode_tiles, extract_slide, extract_slides
+from hdmil_lib.slides import Slide, TileGrid
+
+
+class MeanColor:
+    """An encoder whose features are known: the tile's mean color, then its corner pixel."""
+
+    name, dim, weights_hash, engine, precision = "mean_color", 6, "0" * 12, "numpy", "fp32"
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        self.batches.append(len(tiles))
+        return np.concatenate([tiles.mean((1, 2)), tiles[:, 0, 0]], 1).astype(np.float32)
+
+
+def make_slide(path, rows: int = 3, cols: int = 4, mpp=(0.5, 0.5)):
+    """Tissue everywhere; each tile has a color of its own."""
+    rng = np.random.default_rng(0)
+    colors = INK.astype(int) + rng.integers(-30, 30, (rows, cols, 3))
+    pixels = colors.astype(np.uint8).repeat(256, 0).repeat(256, 1)
+    return write_slide(path, pixels, mpp, tile=256)
+
+
+@pytest.fixture
+def slide_path(tmp_path):
+    (tmp_path / "slides").mkdir()
+    return make_slide(tmp_path / "slides" / "a.tif")
+
+
+@pytest.fixture
+def opened(slide_path):
+    with Slide(slide_path) as slide:
+        yield slide, TileGrid.from_slide(slide)
+
+
+@pytest.mark.parametrize("n_readers", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_features_stand_in_the_order_of_the_rows(opened, n_readers, batch_size):
+    slide, grid = opened
+    rows = [7, 0, 3, 11, 4, 5]
+    encoder = MeanColor()
+    features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, n_readers=n_readers)
+    expected = MeanColor()(np.stack([grid.read_tile(slide, row) for row in rows]))
+    np.testing.assert_array_equal(features, expected)
+    assert max(encoder.batches) <= batch_size and sum(encoder.batches) == len(rows)
+    assert len(np.unique(expected, axis=0)) == len(rows), "the tiles must differ for this to test anything"
+
+
+def test_only_the_asked_tiles_are_read(opened, monkeypatch):
+    slide, grid = opened
+    read = []
+    field = Slide.read_field
+    monkeypatch.setattr(
+        Slide, "read_field", lambda self, x, y, *rest: read.append((x, y)) or field(self, x, y, *rest)
+    )
+    encode_tiles(slide, grid, np.array([2, 9]), MeanColor())
+    assert sorted(read) == sorted(map(tuple, grid.coords[[2, 9]].tolist()))
+
+
+def test_no_rows_need_no_reading(opened):
+    slide, grid = opened
+    assert encode_tiles(slide, grid, [], MeanColor()).shape == (0, 6)
+
+
+def test_reading_ahead_is_bounded():
+    """A slow encoder must not let the readers fill the memory with tiles."""
+    read, encoded, ahead = [0], [0], []
+    lock = threading.Lock()
+
+    class Grid:
+        def read_tile(self, slide, i):
+            with lock:
+                read[0] += 1
+                ahead.append(read[0] - encoded[0])
+            return np.zeros((4, 4, 3), np.uint8)
+
+    class Slow(MeanColor):
+        def __call__(self, tiles):
+            time.sleep(0.005)
+            with lock:
+                encoded[0] += len(tiles)
+            return super().__call__(tiles)
+
+    encode_tiles(SimpleNamespace(name="s"), Grid(), range(200), Slow(), batch_size=4, n_readers=2)
+    assert read[0] == 200
+    assert max(ahead) <= 4 * (2 + 2)  # the batch being encoded, and n_readers + 1 read or waiting
+
+
+def test_the_seconds_of_both_stages_accumulate(opened):
+    slide, grid = opened
+    seconds = {"crop": 100.0, "other": 1.0}
+    start = time.perf_counter()
+    encode_tiles(slide, grid, range(12), MeanColor(), n_readers=0, seconds=seconds)
+    spent = time.perf_counter() - start
+    assert seconds["other"] == 1.0
+    assert seconds["features"] > 0 and seconds["crop"] - 100 > 0 and seconds["crop"] - 100 < spent
+    assert seconds["crop"] - 100 + seconds["features"] <= spent
+
+
+def test_a_slide_becomes_a_bag_with_its_geometry(slide_path, tmp_path):
+    bag = extract_slide(slide_path, MeanColor(), tmp_path / "bags" / "a.h5")
+    with Slide(slide_path) as slide:
+        grid = TileGrid.from_slide(slide)
+        tiles = np.stack([grid.read_tile(slide, i) for i in range(len(grid))])
+    np.testing.assert_array_equal(bag.features, MeanColor()(tiles).astype(np.float16))
+    np.testing.assert_array_equal(bag.coords, grid.coords)
+    np.testing.assert_array_equal(bag.patches, grid.patches)
+    assert bag.slide_id == "a" and bag.attrs["encoder"] == "mean_color"
+    assert bag.attrs["patch_size_level0"] == 256 and bag.attrs["level0_magnification"] == 20
+    assert (bag.attrs["level0_width"], bag.attrs["level0_height"]) == (1024, 768)
+
+
+def test_a_given_mpp_overrides_the_files(tmp_path):
+    path = make_slide(tmp_path / "a.tif", mpp=None)
+    with pytest.raises(SlideError, match="mpp="):
+        extract_slide(path, MeanColor(), tmp_path / "a.h5")
+    assert not (tmp_path / "a.h5").exists()
+    bag = extract_slide(path, MeanColor(), tmp_path / "a.h5", mpp=0.25)
+    assert len(bag) == 2 and bag.attrs["patch_size_level0"] == 512 and bag.attrs["mpp_x"] == 0.25
+
+
+def test_labels_come_from_the_truth_beside_the_slide(slide_path, tmp_path):
+    extract_slide(slide_path, MeanColor(), tmp_path / "without.h5")
+    assert read_tile_labels(tmp_path / "without.h5") is None
+    truth = np.zeros((48, 64), np.uint8)
+    truth[0:16, 16:32] = 255  # tile (0, 1)
+    truth[16:24, 0:16] = 255  # upper half of tile (1, 0)
+    truth[32:48, 48:64] = 2  # tile (2, 3) is another class of a composed slide
+    cv2.imwrite(str(slide_path.with_name("a.truth.png")), truth)
+    extract_slide(slide_path, MeanColor(), tmp_path / "with.h5")
+    expected = np.zeros(12, np.float32)
+    expected[[1, 4]] = 1.0, 0.5
+    np.testing.assert_array_equal(read_tile_labels(tmp_path / "with.h5"), expected)
+    extract_slide(slide_path, MeanColor(), tmp_path / "composed.h5", truth_value=2)
+    np.testing.assert_array_equal(read_tile_labels(tmp_path / "composed.h5"), np.eye(12)[11])
+
+
+def test_failures_are_reported_and_do_not_stop_the_run(slide_path, tmp_path):
+    folder = slide_path.parent
+    (folder / "text.svs").write_text("no slide")
+    blank = write_slide(folder / "blank.tif", np.full((600, 600, 3), 255, np.uint8), tile=256)
+    last = make_slide(folder / "z.tif", 1, 2)
+    paths = [folder / "text.svs", slide_path, blank, folder / "absent.svs", last]
+    table = extract_slides(paths, MeanColor(), tmp_path / "bags", progress=False)
+    assert table.slide_id.tolist() == ["text", "a", "blank", "absent", "z"]
+    assert table.status.tolist() == ["failed", "done", "failed", "failed", "done"]
+    assert table.n_tiles.tolist() == [0, 12, 0, 0, 2]
+    for row in table[table.status == "failed"].itertuples():
+        assert row.slide_id in row.error
+    assert (table[table.status == "done"].error == "").all()
+    assert sorted(p.name for p in (tmp_path / "bags").iterdir()) == ["a.h5", "z.h5"]
+
+
+def test_what_is_done_is_skipped_and_what_is_different_is_reported(slide_path, tmp_path):
+    def run(encoder=None, **options):
+        table = extract_slides([slide_path], encoder or MeanColor(), tmp_path, progress=False, **options)
+        return table.iloc[0]
+
+    assert run().status == "done"
+    before = (tmp_path / "a.h5").stat().st_mtime_ns
+    again = run()
+    assert (again.status, again.n_tiles) == ("skipped", 12)
+    assert (tmp_path / "a.h5").stat().st_mtime_ns == before
+
+    other = MeanColor()
+    other.weights_hash = "f" * 12
+    for changed in (run(other), run(min_tissue=0.5), run(mpp=0.4)):
+        assert changed.status == "failed" and "overwrite" in changed.error
+    assert run(other, overwrite=True).status == "done"
+    assert bag_info(tmp_path / "a.h5")["weights_hash"] == "f" * 12
+
+
+def test_a_damaged_bag_is_reported(slide_path, tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"half a bag")
+    row = extract_slides([slide_path], MeanColor(), tmp_path, progress=False).iloc[0]
+    assert row.status == "failed" and "Delete the file" in row.error
+
+
+def test_slides_of_one_name_are_refused(tmp_path):
+    with pytest.raises(BagError, match="called 'a'"):
+        extract_slides([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.tif"], MeanColor(), tmp_path)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_extraction import MeanColor, extract_slides
+class Slow(MeanColor):
+    def __call__(self, tiles):
+        print("encoding", flush=True)
+        time.sleep(0.2)
+        return super().__call__(tiles)
+extract_slides({paths!r}, Slow(), {out!r}, batch_size=3, progress=False)
+"""
+
+
+def test_a_killed_run_leaves_whole_bags_and_is_resumed(slide_path, tmp_path):
+    paths = [str(slide_path), str(make_slide(slide_path.with_name("b.tif")))]
+    out = tmp_path / "bags"
+    code = KILLED.format(tests=str(Path(__file__).parent), paths=paths, out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for _ in range(4 + 2):  # four batches a slide: killed within the second slide
+        assert process.stdout.readline() == "encoding\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [p.name for p in out.iterdir()] == ["a.h5"]
+    assert len(read_bag(out / "a.h5")) == 12
+    table = extract_slides(paths, MeanColor(), out, progress=False)
+    assert table.status.tolist() == ["skipped", "done"]
+    assert len(read_bag(out / "b.h5")) == 12
+
+
+def test_a_real_slide_with_the_default_encoder(real_data, tmp_path):
+    encoder = load_encoder(device="cpu", engine="torch")
+    bag = extract_slide(real_data / "cmu_small_region.svs", encoder, tmp_path / "cmu.h5")
+    assert bag.features.shape == (len(bag), 320) and len(bag) > 20
+    assert bag.attrs["level0_magnification"] == 20
+    with Slide(real_data / "cmu_small_region.svs") as slide:
+        grid = TileGrid.from_slide(slide)
+        alone = encoder(grid.read_tile(slide, 5)[None])[0]
+    # stored as float16: 2^-11 relative
+    np.testing.assert_allclose(bag.features[5], alone, rtol=1e-3, atol=1e-4)
