@@ -72,7 +72,7 @@ def test_evaluation_follows_the_equations_without_noise_or_temperature(n, n_clas
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_training_follows_the_equations_with_the_noise_of_the_generator(n_classes):
-    model, features = make(n_classes=n_classes, temperature=0.7).train(), bag(40)
+    model, features = make(n_classes=n_classes, temperature=0.7, threshold=0.6).train(), bag(40)
     output = model(features, generator=torch.Generator().manual_seed(5))
     uniform = torch.rand(40, n_classes, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     assert_equal(output, restate(model, features, logistic.ppf(uniform.numpy()), 0.7))

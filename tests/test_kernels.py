@@ -154,11 +154,16 @@ def test_pooling_ignores_dropped_tiles_of_any_size():
 
 
 def test_pooling_of_an_empty_branch_takes_its_best_tile():
-    embeddings, logits = torch.randn(5, 3), torch.tensor([[0.0, 4], [3, 1], [9, 2], [1, 0], [2, 3]])
-    mask = torch.tensor([[0, 1], [0, 0], [0, 0], [0, 0], [0, 1]])
+    """Also for the gradient of the mask: exp(A_j - A_best) (F_j - F_best)."""
+    embeddings, logits = torch.randn(5, 3), torch.tensor([[0.0, 4], [3, 1], [4, 2], [1, 0], [2, 3]])
+    mask = torch.tensor([[0.0, 1], [0, 0], [0, 0], [0, 0], [0, 1]], requires_grad=True)
     pooled = segment_softmax_pool(embeddings, logits, mask)
     torch.testing.assert_close(pooled[0], embeddings[2])
-    torch.testing.assert_close(pooled[1], segment_softmax_pool(embeddings, logits, mask)[1])
+    pooled[0].sum().backward()
+    expected = (logits[:, 0] - 4).exp() * (embeddings - embeddings[2]).sum(1)
+    torch.testing.assert_close(mask.grad[:, 0], expected)
+    nothing = torch.zeros(5, 2)
+    torch.testing.assert_close(segment_softmax_pool(embeddings, logits, nothing), embeddings[[2, 0]])
 
 
 def test_pooling_gradients():
