@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pooch
-from sklearn.model_selection import StratifiedKFold
 from tqdm.auto import tqdm
 
 from hdmil_lib.config import cache_dir
@@ -191,10 +190,9 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
                 f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
                 "ask for fewer folds, or add cases"
             )
-    dealer = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    group_of = pd.Series(0, index=cases.index)
-    for group, (_, members) in enumerate(dealer.split(cases.index, cases)):
-        group_of.iloc[members] = group
+    rng = np.random.default_rng(seed)
+    shuffled = cases.iloc[rng.permutation(len(cases))].sort_values(kind="stable")
+    group_of = pd.Series(np.arange(len(cases)) % n_folds, index=shuffled.index)
     groups = cohort.table["case_id"].map(group_of).to_numpy()
     slides = cohort.table["slide_id"].to_numpy()
 

@@ -3,6 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import roc_auc_score
 
 from hdmil_lib.errors import CohortError
 from hdmil_lib.evaluation.metrics import (
@@ -37,6 +41,18 @@ def test_auc_of_three_classes_is_the_mean_of_one_against_the_rest():
         wins = (positive[:, None] > negative).sum() + 0.5 * (positive[:, None] == negative).sum()
         by_hand.append(wins / (len(positive) * len(negative)))
     assert auc(labels, probabilities) == pytest.approx(np.mean(by_hand))
+
+
+@given(
+    arrays(int, 12, elements=st.integers(0, 2)), arrays(float, (12, 3), elements=st.floats(0, 1, width=16))
+)
+@settings(max_examples=50, deadline=None)
+def test_auc_agrees_with_sklearn(labels, scores):
+    labels[:3] = 0, 1, 2
+    probabilities = (scores + 0.01) / (scores + 0.01).sum(axis=1, keepdims=True)
+    expected = roc_auc_score(labels, probabilities, multi_class="ovr")
+    # both sum at most 12 * 12 halves exactly; only the means differ in rounding
+    assert auc(labels, probabilities) == pytest.approx(expected, abs=1e-12)
 
 
 def test_auc_of_one_class_says_which_is_absent():

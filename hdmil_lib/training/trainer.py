@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -31,6 +30,7 @@ from hdmil_lib.training.checkpoint import (
     write_json,
 )
 from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
+from hdmil_lib.training.scores import auc
 
 Step = Callable[[str], tuple[Tensor, Terms]]
 Score = Callable[[], tuple[Tensor, Tensor]]
@@ -363,9 +363,6 @@ def _validate(model: nn.Module, score: Score, labels: Sequence[int]) -> dict[str
     loss = float(cross_entropy(logits, torch.tensor(labels)))
     if not np.isfinite(loss):
         raise HDMILError(f"the validation loss is {loss}; lower the learning rate")
-    auc = float("nan")
-    if len(set(labels)) == logits.shape[1]:
-        probabilities = logits.double().softmax(1).numpy()
-        scores = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
-        auc = float(roc_auc_score(labels, scores, multi_class="ovr"))
-    return {"val_loss": loss, "val_auc": auc, "keep_ratio": float(kept.mean())}
+    every_class = len(set(labels)) == logits.shape[1]
+    val_auc = auc(labels, logits.double().softmax(1).numpy()) if every_class else float("nan")
+    return {"val_loss": loss, "val_auc": val_auc, "keep_ratio": float(kept.mean())}
