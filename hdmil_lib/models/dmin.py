@@ -1,4 +1,4 @@
-"""DMIN: attention MIL that learns which tiles it needs by distilling itself (paper: section on DMIN)."""
+"""DMIN: attention MIL that learns which tiles it needs by distilling itself (paper: DMIN)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -52,9 +52,10 @@ class DMINSettings:
             raise ValueError(f"head is {self.head!r}, expected 'cka' or 'linear'")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}, expected more than 0")
-        for name in ("threshold", "keep_ratio"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold}, expected a number between 0 and 1")
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio is {self.keep_ratio}, expected more than 0 and at most 1")
 
 
 @dataclass(frozen=True)
