@@ -1,0 +1,237 @@
+"""The steps of the main job: cohort, cross-validation, seconds a slide, tables and figures, notebooks."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import psutil
+
+import notebooks
+from hdmil_lib.config import Config
+from hdmil_lib.data import Cohort, load_bags, prepare_cohort
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.evaluation.metrics import fold_scores, tumor_recall
+from hdmil_lib.evaluation.tables import save_table, table1, table2, table3, to_markdown
+from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
+from hdmil_lib.features.bagstore import Bag, read_tile_labels
+from hdmil_lib.inference import Predictor, best_fold
+from hdmil_lib.slides.synthesis import synthesize_slide, truth_path, tumor_share
+from hdmil_lib.training.crossval import METHODS, RECIPES, Recipe, run_crossval, run_dir
+from hdmil_lib.viz import plots
+
+COHORT = "camelyon-mini"
+TABLE1_METHODS = ("max", "mean", "abmil", "hdmil_dagger", "hdmil", "random")
+TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Attributes:
+        n_drawn: Slides to draw where the cohort itself is shipped as bags.
+        n_folds: Of the cross-validation.
+        epochs: At most, of each network; None: the recipe's.
+        n_slides: Large slides for the comparison of seconds.
+        side: Their width and height in pixels.
+        repeats: Of each timing.
+    """
+
+    n_drawn: int
+    n_folds: int
+    epochs: int | None
+    n_slides: int
+    side: int
+    repeats: int
+
+
+FULL = Size(n_drawn=0, n_folds=5, epochs=None, n_slides=3, side=15_360, repeats=3)
+FAST = Size(n_drawn=4, n_folds=3, epochs=6, n_slides=1, side=6_144, repeats=1)
+
+
+class Steps:
+    """Announces steps and records seconds and peak memory, of this process and all it started.
+
+    The memory is the sum of resident sizes, read twice a second: shared pages count once a process.
+    """
+
+    def __init__(self, path: Path, fast: bool):
+        self.path = path
+        self.steps: dict[str, dict[str, float]] = {}
+        self.runs = json.loads(path.read_text()) if path.exists() else []
+        started = datetime.now().isoformat(timespec="seconds")
+        self.runs.append({"started": started, "fast": fast, "steps": self.steps})
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        print(f"\n{len(self.steps) + 1}. {name}", flush=True)
+        done, peak, start = threading.Event(), [0.0], time.perf_counter()
+        watcher = threading.Thread(target=_watch_memory, args=(done, peak), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+        seconds = time.perf_counter() - start
+        self.steps[name] = {"seconds": round(seconds, 1), "peak_mb": round(peak[0])}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.runs, indent=1) + "\n")
+        print(f"   {seconds:.0f} s, peak {peak[0]:,.0f} MB", flush=True)
+
+
+def _watch_memory(done: threading.Event, peak: list[float]) -> None:
+    me = psutil.Process()
+    while True:
+        total = 0
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:  # it ended between the two calls
+                continue
+        peak[0] = max(peak[0], total / 2**20)
+        if done.wait(0.5):
+            return
+
+
+def recipe_of(size: Size) -> Recipe:
+    """The cohort's recipe, shortened to the size's epochs."""
+    recipe = RECIPES[COHORT]
+    if size.epochs is None:
+        return recipe
+    short = {"epochs": size.epochs, "min_epochs": 0}
+    return replace(
+        recipe,
+        training=replace(recipe.training, **short),
+        lipn_training=replace(recipe.lipn_training, **short),
+    )
+
+
+def large_slides(cfg: Config, size: Size) -> list[Path]:
+    """Synthetic slides with tumor, apart from the cohort, as large as real biopsies: made once."""
+    folder = cfg.cache / "large_slides"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{COHORT}-{size.side}-{seed}.tif" for seed in range(size.n_slides)]
+    for seed, path in enumerate(paths):
+        if not path.exists():
+            print(f"   drawing {path.name}", flush=True)
+            synthesize_slide(path, COHORT, "tumor", 10_000 + seed, size=(size.side, size.side))
+    return paths
+
+
+def add_tumor_recall(
+    predictions: pd.DataFrame, runs: Path, cohort: Cohort, bags: dict[str, Bag]
+) -> pd.DataFrame:
+    """Add a column `tumor_recall`: the share of a test slide's tumor tiles that HDMIL and HDMIL† keep."""
+    recall = {}
+    for fold, part in predictions[predictions["method"] == "hdmil"].groupby("fold"):
+        predictor = Predictor.from_fold(runs, fold, cohort.classes, bags[part["slide_id"].iloc[0]])
+        for slide_id in part["slide_id"]:
+            labels = read_tile_labels(cohort.bag_path(slide_id))
+            for method, prescreen in (("hdmil", True), ("hdmil_dagger", False)):
+                kept = predictor.predict_bag(bags[slide_id], prescreen=prescreen).kept
+                recall[method, slide_id] = tumor_recall(kept, labels)
+    keys = zip(predictions["method"], predictions["slide_id"], strict=True)
+    return predictions.assign(tumor_recall=[recall.get(key, float("nan")) for key in keys])
+
+
+def time_once(predictor: Predictor, slides: list[Path], size: Size, path: Path) -> pd.DataFrame:
+    """Seconds by stage on the large slides; measured once for these networks and kept in `path`."""
+    if not path.exists():
+        timings = time_slides(predictor, slides, size.repeats, keep_ratios=(0.3,), progress=True)
+        timings.to_csv(path, index=False)
+    return pd.read_csv(path)
+
+
+def draw_figures(
+    folder: Path,
+    predictions: pd.DataFrame,
+    timings: pd.DataFrame,
+    history: Path,
+    predictor: Predictor,
+    slide: Path,
+) -> None:
+    """The figures of the README and of the results, as PNG."""
+    plots.use_style()
+    scores = fold_scores(predictions)
+    scores["method"] = scores["method"].map(lambda name: METHODS[name].title)
+    plots.method_scores(scores)
+    _save(folder / "methods.png")
+    hdmil = [fold for _, fold in predictions[predictions["method"] == "hdmil"].groupby("fold")]
+    plots.roc([fold["label"] for fold in hdmil], [fold["p_1"] for fold in hdmil])
+    _save(folder / "roc.png")
+    plots.training_curves(pd.read_csv(history))
+    _save(folder / "training_curves.png")
+    plots.stage_times(stage_medians(timings)[list(STAGES)])
+    _save(folder / "stage_times.png")
+    prediction = predictor.predict(slide)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    plots.truth_overlay(prediction, tumor_share(truth_path(slide), prediction.rowcol), axes[0])
+    plots.kept_overlay(prediction, prediction.kept, axes[1])
+    plots.attention_overlay(prediction, prediction.attention[:, 1], axes[2])
+    _save(folder / "slide.png")
+
+
+def _save(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(path)
+    plt.close("all")
+
+
+def run_notebooks(out: Path) -> None:
+    """Execute the notebooks in order, a line each.
+
+    Raises:
+        HDMILError: One of them failed.
+    """
+    for path in notebooks.find():
+        run = notebooks.execute(path, out)
+        print(f"   {run}", flush=True)
+        if run.error:
+            raise HDMILError(f"{path.name}: {run.error}")
+
+
+def run(cfg: Config) -> None:
+    """All steps, in order."""
+    size = FAST if cfg.fast else FULL
+    tables, figures = cfg.build / "tables", cfg.build / "figures"
+    steps = Steps(cfg.build / "timing.json", cfg.fast)
+    with steps.step("Cohort: synthetic slides, tiles and features"):
+        cohort: Cohort = prepare_cohort(COHORT, fast=cfg.fast)
+        if cfg.fast:  # its bags are shipped: draw, tile and encode a few slides all the same
+            prepare_cohort(COHORT, n_slides=size.n_drawn)
+        bags = load_bags(cohort)
+    with steps.step(f"Cross-validation, {size.n_folds} folds of {len(cohort)} slides"):
+        recipe = recipe_of(size)
+        methods = list(dict.fromkeys(TABLE1_METHODS + TABLE3_METHODS))
+        predictions = run_crossval(cohort, bags, methods, size.n_folds, cfg.seed, recipe)
+        runs = run_dir(cohort, bags, size.n_folds, cfg.seed, recipe)
+    with steps.step("Seconds a slide: all tiles against the tiles that LIPN keeps"):
+        fold = best_fold(runs)
+        predictor = Predictor.from_fold(runs, fold, cohort.classes, next(iter(bags.values())))
+        predictor.save(cfg.build / "model")
+        slides = large_slides(cfg, size)
+        timings = time_once(predictor, slides, size, runs / f"timings-{size.side}-{size.n_slides}.csv")
+    with steps.step("Tables and figures"):
+        predictions = add_tumor_recall(predictions, runs, cohort, bags)
+        results = table1(predictions[predictions["method"].isin(TABLE1_METHODS)], timings)
+        save_table(results, tables / "table1")
+        save_table(table2(timings), tables / "table2")
+        save_table(table3(predictions[predictions["method"].isin(TABLE3_METHODS)]), tables / "table3")
+        predictions.to_csv(tables / "predictions.csv", index=False)
+        timings.to_csv(tables / "timings.csv", index=False)
+        history = runs / "hdmil_dagger" / f"fold{fold}" / "history.csv"
+        draw_figures(figures, predictions, timings, history, predictor, slides[0])
+    with steps.step("Notebooks"):
+        run_notebooks(cfg.build / "notebooks")
+    print(f"\nTest scores on {len(cohort)} synthetic slides ({COHORT}), beside the paper's Camelyon16:\n")
+    print(to_markdown(results))
+    print(f"notebooks  {cfg.build / 'notebooks'}   (read them with `make lab`)")
+    print(f"tables     {tables}\nfigures    {figures}\nmodel      {cfg.build / 'model'}")
