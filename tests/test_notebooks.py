@@ -1,12 +1,16 @@
 """Every notebook runs from nothing in its small size and keeps to the limits; so do the tools for them."""
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import notebooks as tool
@@ -139,3 +143,20 @@ def test_check_finds_gaps_and_solutions_without_a_notebook(course):
 def test_an_unknown_name_is_refused(course):
     with pytest.raises(FileNotFoundError, match="no notebook starts with '07' among: 00_start_here"):
         tool.find(["07"])
+
+
+def as_png(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_pictures_of_tissue_become_jpeg_and_drawings_stay_png():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    tissue = as_png(np.asarray(Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC)))
+    drawing = np.full((256, 256, 3), 255, np.uint8)
+    drawing[100:104] = 0
+    assert list(tool._smaller(tissue)) == ["image/jpeg"]
+    assert list(tool._smaller(as_png(drawing))) == ["image/png"]
+    assert len(tool._smaller(tissue)["image/jpeg"]) < len(tissue) / 2
