@@ -315,7 +315,7 @@ def _fit(
                 bar.update()
             bar.close()
         save_table(history_path, pd.DataFrame(history))
-        state_path.unlink()
+    state_path.unlink(missing_ok=True)
     load_weights(model, weights_path)
     model.eval()
     return pd.read_csv(history_path, float_precision="round_trip")
