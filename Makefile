@@ -36,8 +36,8 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 bench: $(INSTALLED) ## run the benchmarks, one after the other, into benchmarks/results
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-samples: $(INSTALLED) ## remake data_samples/ from the code
-	@$(BIN)/hdmil samples
+samples: $(INSTALLED) ## remake data_samples/ from the code (makes the full cohorts)
+	@$(BIN)/python tools/make_samples.py
 
 clean: ## remove what the tasks made here, except the environment and the cache
 	@rm -rf build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -17,10 +17,9 @@ import notebooks
 from hdmil_lib.config import Config
 from hdmil_lib.data import Cohort, load_bags, prepare_cohort
 from hdmil_lib.errors import HDMILError
-from hdmil_lib.evaluation.metrics import fold_scores, tumor_recall
-from hdmil_lib.evaluation.tables import save_table, table1, table2, table3, to_markdown
+from hdmil_lib.evaluation.metrics import fold_scores
+from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
 from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
-from hdmil_lib.features.bagstore import Bag, read_tile_labels
 from hdmil_lib.inference import Predictor, best_fold
 from hdmil_lib.slides.synthesis import synthesize_slide, truth_path, tumor_share
 from hdmil_lib.training.crossval import METHODS, RECIPES, Recipe, run_crossval, run_dir
@@ -126,22 +125,6 @@ def large_slides(cfg: Config, size: Size) -> list[Path]:
     return paths
 
 
-def add_tumor_recall(
-    predictions: pd.DataFrame, runs: Path, cohort: Cohort, bags: dict[str, Bag]
-) -> pd.DataFrame:
-    """Add a column `tumor_recall`: the share of a test slide's tumor tiles that HDMIL and HDMIL† keep."""
-    recall = {}
-    for fold, part in predictions[predictions["method"] == "hdmil"].groupby("fold"):
-        predictor = Predictor.from_fold(runs, fold, cohort.classes, bags[part["slide_id"].iloc[0]])
-        for slide_id in part["slide_id"]:
-            labels = read_tile_labels(cohort.bag_path(slide_id))
-            for method, prescreen in (("hdmil", True), ("hdmil_dagger", False)):
-                kept = predictor.predict_bag(bags[slide_id], prescreen=prescreen).kept
-                recall[method, slide_id] = tumor_recall(kept, labels)
-    keys = zip(predictions["method"], predictions["slide_id"], strict=True)
-    return predictions.assign(tumor_recall=[recall.get(key, float("nan")) for key in keys])
-
-
 def time_once(predictor: Predictor, slides: list[Path], size: Size, path: Path) -> pd.DataFrame:
     """Seconds by stage on the large slides; measured once for these networks and kept in `path`."""
     if not path.exists():
@@ -220,7 +203,7 @@ def run(cfg: Config) -> None:
         slides = large_slides(cfg, size)
         timings = time_once(predictor, slides, size, runs / f"timings-{size.side}-{size.n_slides}.csv")
     with steps.step("Tables and figures"):
-        predictions = add_tumor_recall(predictions, runs, cohort, bags)
+        predictions = add_mask_scores(predictions, runs, cohort, bags)
         results = table1(predictions[predictions["method"].isin(TABLE1_METHODS)], timings)
         save_table(results, tables / "table1")
         save_table(table2(timings), tables / "table2")
