@@ -160,12 +160,12 @@ def _tidy(notebook: NotebookNode) -> None:
 
 
 def _smaller(png: str) -> dict[str, str]:
-    """A figure by its type, in base64: a PNG of 256 colors, or a JPEG if much smaller, as tissue is."""
+    """A figure by its type, in base64: a PNG of 256 colors, or a JPEG where smaller, as tissue is."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     drawn, photographed = io.BytesIO(), io.BytesIO()
     image.quantize(256, dither=Image.Dither.NONE).save(drawn, "PNG", optimize=True)
     image.save(photographed, "JPEG", quality=80, subsampling=0, optimize=True)
-    if photographed.tell() < 0.75 * drawn.tell():
+    if photographed.tell() < 0.9 * drawn.tell():
         return {"image/jpeg": base64.b64encode(photographed.getvalue()).decode()}
     return {"image/png": min(base64.b64encode(drawn.getvalue()).decode(), png, key=len)}
 
