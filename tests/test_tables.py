@@ -3,10 +3,15 @@
 import numpy as np
 import pandas as pd
 import pytest
+from bag_factory import make_bags, make_cohort
 
 from hdmil_lib.errors import CohortError
 from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
-from hdmil_lib.evaluation.tables import save_table, table1, table2, table3, to_markdown
+from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
+from hdmil_lib.features.bagstore import write_bag
+from hdmil_lib.inference import Predictor
+from hdmil_lib.training.crossval import Recipe, run_crossval
+from hdmil_lib.training.trainer import TrainSettings
 
 
 def predictions(methods, folds=2, **columns):
@@ -110,3 +115,55 @@ def test_markdown_and_csv_say_the_same(tmp_path):
     assert "| BRCA | HDMIL† | - | - |" in to_markdown(table)
     again = pd.read_csv(tmp_path / "tables" / "table2.csv", index_col=[0, 1])
     pd.testing.assert_frame_equal(again, table)
+
+
+GEOMETRY = {"mpp_x": 0.5, "mpp_y": 0.5, "patch_size": 256, "tile_mpp": 0.5}
+
+
+@pytest.fixture(scope="module")
+def crossval(tmp_path_factory):
+    """A short cross-validation on bags whose first third is tumor: predictions, folder, cohort, bags."""
+    folder = tmp_path_factory.mktemp("crossval")
+    bags, labels = make_bags(12)
+    cohort = make_cohort(folder, bags, labels)
+    for slide_id, bag in bags.items():
+        bag.attrs.update(GEOMETRY)
+        truth = np.where(np.arange(len(bag)) < len(bag) // 3, labels[slide_id], 0.0)
+        write_bag(cohort.bag_path(slide_id), bag, truth)
+    short = TrainSettings(epochs=2, min_epochs=0)
+    recipe = Recipe(short, short, {"embed_dim": 8}, {"attention_dim": 4, "degree": 3})
+    methods = ["max", "hdmil_dagger", "hdmil", "random"]
+    run = (cohort, bags, methods, 3, 0, recipe, folder / "runs")
+    return run_crossval(*run, workers=1, progress=False), folder / "runs", cohort, bags
+
+
+def test_masks_are_scored_by_the_networks_that_never_saw_the_slide(crossval):
+    predictions, run_dir, cohort, bags = crossval
+    scored = add_mask_scores(*crossval)
+    pd.testing.assert_frame_equal(scored[predictions.columns], predictions)
+    for row in scored[scored["method"].isin(["hdmil_dagger", "hdmil"])].itertuples():
+        predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
+        mask = predictor.predict_bag(bags[row.slide_id], prescreen=row.method == "hdmil").mask.any(axis=1)
+        assert row.pooled == mask.mean()
+        assert np.isnan(row.tumor_recall) if row.label == 0 else row.tumor_recall == mask[:4].mean()
+
+
+def test_masks_of_methods_that_have_none(crossval):
+    scored = add_mask_scores(*crossval).set_index("method")
+    assert scored.loc["max", ["pooled", "tumor_recall"]].isna().all(axis=None)
+    random = scored.loc["random"]
+    assert (random["pooled"] == random["keep_ratio"]).all()
+    expected = random["keep_ratio"].where(random["label"] == 1)
+    np.testing.assert_array_equal(random["tumor_recall"], expected)
+
+
+def test_hdmil_pools_what_it_reads_and_predicts_as_the_cross_validation_did(crossval):
+    predictions, run_dir, cohort, bags = crossval
+    scored = add_mask_scores(*crossval)
+    hdmil = scored[scored["method"] == "hdmil"]
+    np.testing.assert_allclose(hdmil["pooled"], hdmil["keep_ratio"])
+    for row in hdmil.itertuples():
+        predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
+        probabilities = predictor.predict_bag(bags[row.slide_id]).probabilities
+        # the table was written with the shortest decimals that give back a float64
+        np.testing.assert_allclose(probabilities, [row.p_0, row.p_1], atol=1e-6)
