@@ -19,7 +19,7 @@ from hdmil_lib.config import cache_dir
 from hdmil_lib.data import Cohort, Split, make_splits, write_splits
 from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.models import DMIN, LIPN, PAPER_PRESETS, DMINSettings, MILModel, build_model
+from hdmil_lib.models import DMIN, LIPN, PAPER_PRESETS, DMINSettings, MILModel, PaperPreset, build_model
 from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table
 from hdmil_lib.training.trainer import (
     MINI_LIPN_TRAINING,
@@ -88,25 +88,33 @@ class Recipe:
     loss: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _recipes() -> dict[str, Recipe]:
-    recipes = {}
-    for name, preset in PAPER_PRESETS.items():
-        dmin = {"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio}
-        loss = {"subtyping": preset.subtyping}
-        training = replace(PAPER_TRAINING, learning_rate=preset.learning_rate)
-        recipes[name] = Recipe(training, PAPER_LIPN_TRAINING, {}, dmin, loss)
-        recipes[f"{name.removesuffix('16')}-mini"] = Recipe(
-            MINI_TRAINING,
-            MINI_LIPN_TRAINING,
-            {"embed_dim": 256},
-            dmin | {"attention_dim": 128},
-            loss | {"k": 8},
-        )
-    return recipes
+def _paper(preset: PaperPreset) -> Recipe:
+    return Recipe(
+        training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate),
+        lipn_training=PAPER_LIPN_TRAINING,
+        dmin={"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio},
+        loss={"subtyping": preset.subtyping},
+    )
 
 
-RECIPES = _recipes()
-"""By cohort: "camelyon16", "nsclc", "brca" after the paper; "camelyon-mini", "nsclc-mini", "brca-mini"."""
+def _mini(paper: Recipe) -> Recipe:
+    """The paper's recipe cut down to a synthetic cohort of some 200 bags of some 130 tiles."""
+    return Recipe(
+        training=MINI_TRAINING,
+        lipn_training=MINI_LIPN_TRAINING,
+        model={"embed_dim": 256},
+        dmin={**paper.dmin, "attention_dim": 128},
+        loss={**paper.loss, "k": 8},
+    )
+
+
+RECIPES: dict[str, Recipe] = {name: _paper(preset) for name, preset in PAPER_PRESETS.items()}
+RECIPES |= {
+    "camelyon-mini": _mini(RECIPES["camelyon16"]),
+    "nsclc-mini": _mini(RECIPES["nsclc"]),
+    "brca-mini": _mini(RECIPES["brca"]),
+}
+"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones after them."""
 
 
 @dataclass(frozen=True)
