@@ -72,18 +72,12 @@ class Prediction:
         """Number of tiles that were read and encoded."""
         return int((~np.isnan(self.attention[:, 0])).sum())
 
-    def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
-        """Put one value a tile (N,) back on the grid, float (rows, cols); `fill` where there is no tile."""
-        grid = np.full(self.shape, fill, dtype=float)
-        grid[self.rowcol[:, 0], self.rowcol[:, 1]] = values
-        return grid
-
 
 class Predictor:
     """DMIN, LIPN and the encoder they were trained on, from a slide file to a prediction.
 
     With LIPN this is the paper's HDMIL; `prescreen=False` reads every tile and lets DMIN select by itself,
-    which is its HDMIL-dagger.
+    which is its HDMIL†.
 
     Attributes:
         dmin: The classifier, in evaluation mode.
