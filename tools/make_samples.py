@@ -1,78 +1,83 @@
-"""Make `data_samples/`: small cohorts of bags, so that `HDMIL_FAST=1` starts without drawing slides.
+"""Make `data_samples/`: a small cohort of bags and a trained model, for `HDMIL_FAST=1` and first looks.
 
-    python tools/make_samples.py [camelyon-mini ...]
+    python tools/make_samples.py
 
-Each is a part of the full synthetic cohort, which is prepared in the cache first: of every class, the
-slides with the fewest tiles, whole. Bags are copied with their tile labels and compressed.
+The bags are a part of the full synthetic cohort, which is prepared in the cache first: of every class, the
+slides with the fewest tiles, whole. They are copied with their tile labels and compressed. The model is
+HDMIL of the best fold of the full cohort's cross-validation, which `make tutorial` leaves in the cache.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
 import pandas as pd
 
-from hdmil_lib.data import DEFAULT_ENCODER, SAMPLES, Cohort, prepare_cohort
+from hdmil_lib.data import DEFAULT_ENCODER, SAMPLES, Cohort, load_bags, prepare_cohort
 from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels, write_bag
-from hdmil_lib.slides.synthesis import PRESETS
+from hdmil_lib.inference import Predictor, best_fold
+from hdmil_lib.training.crossval import RECIPES, run_crossval, run_dir
 
-N_SLIDES = {"camelyon-mini": 60, "nsclc-mini": 30, "brca-mini": 30}
+NAME = "camelyon-mini"
+N_SLIDES = 100
+N_FOLDS = 5  # of the cross-validation in `make tutorial`
 LIMIT_MB = 16
 
-README = f"""# Sample bags
+README = """# Sample bags and model
 
-Bags of synthetic slides: drawn by `hdmil_lib.slides.histology`, encoded with `{DEFAULT_ENCODER}`, no
-patient's data, under the license of this repository. They let `HDMIL_FAST=1` start without drawing slides.
-`python tools/make_samples.py` makes them: of every class of a full cohort, the slides with the fewest tiles.
-
-| cohort | slides | tiles | MB |
-|---|---|---|---|
+`{name}` holds bags of {n} synthetic slides ({classes}; {tiles:,} tiles, {size:.1f} MB): drawn by
+`hdmil_lib.slides.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained on
+the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
+slides or training. `make samples` makes them: of every class of the full cohort, the slides with the fewest
+tiles; of the cross-validation, the fold of lowest validation loss.
 """
 
 
-def choose(cohort: Cohort, n_slides: int) -> list[str]:
+def choose(cohort: Cohort) -> list[str]:
     """The slides with the fewest tiles, equally many of every class, in the cohort's order."""
     tiles = pd.Series({s: bag_info(cohort.bag_path(s))["n_tiles"] for s in cohort.slide_ids})
     labels = cohort.table.set_index("slide_id")["label"]
-    per_class = n_slides // len(cohort.classes)
+    per_class = N_SLIDES // len(cohort.classes)
     chosen = {s for name in cohort.classes for s in tiles[labels == name].nsmallest(per_class).index}
     return [slide_id for slide_id in cohort.slide_ids if slide_id in chosen]
 
 
-def make(name: str) -> None:
-    """Replace `data_samples/<name>/`."""
-    full = prepare_cohort(name)
-    part, folder = full.select(choose(full, N_SLIDES[name])), SAMPLES / name
-    shutil.rmtree(folder, ignore_errors=True)
+def copy_bags(full: Cohort, folder: Path) -> None:
+    """The chosen bags and their labels."""
+    part = full.select(choose(full))
     for slide_id in part.slide_ids:
         source, target = part.bag_path(slide_id), folder / "bags" / f"{slide_id}.h5"
         write_bag(target, read_bag(source), read_tile_labels(source), compress=True)
     part.table.drop(columns="path").to_csv(folder / "cohort.csv", index=False)
 
 
-def describe(name: str) -> str:
-    """A line about a cohort in `data_samples/`."""
-    cohort = prepare_cohort(name, fast=True)
-    slides = ", ".join(f"{n} {label}" for label, n in cohort.table["label"].value_counts().items())
-    tiles = sum(bag_info(cohort.bag_path(s))["n_tiles"] for s in cohort.slide_ids)
-    return f"| {name} | {slides} | {tiles:,} | {megabytes(SAMPLES / name):.1f} |\n"
-
-
-def megabytes(folder: Path) -> float:
-    """Size of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+def save_model(full: Cohort, folder: Path) -> None:
+    """The networks of the best fold."""
+    bags = load_bags(full)
+    run = (full, bags, N_FOLDS, 0, RECIPES[NAME])
+    run_crossval(full, bags, ["hdmil"], *run[2:])
+    runs = run_dir(*run)
+    Predictor.from_fold(runs, best_fold(runs), full.classes, next(iter(bags.values()))).save(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"default: {' '.join(N_SLIDES)}")
-    for name in parser.parse_args().names or N_SLIDES:
-        make(name)
-    text = README + "".join(describe(name) for name in PRESETS if (SAMPLES / name).is_dir())
+    full, folder = prepare_cohort(NAME), SAMPLES / NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    copy_bags(full, folder)
+    save_model(full, folder / "model")
+    shipped = prepare_cohort(NAME, fast=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    text = README.format(
+        name=NAME,
+        n=len(shipped),
+        classes=", ".join(f"{n} {label}" for label, n in shipped.table["label"].value_counts().items()),
+        tiles=sum(bag_info(shipped.bag_path(s))["n_tiles"] for s in shipped.slide_ids),
+        size=size,
+        encoder=DEFAULT_ENCODER,
+    )
     (SAMPLES / "README.md").write_text(text)
     print(text)
-    if (size := megabytes(SAMPLES)) > LIMIT_MB:
-        raise SystemExit(f"{SAMPLES} holds {size:.1f} MB, more than {LIMIT_MB}: lower N_SLIDES")
+    if size > LIMIT_MB:
+        raise SystemExit(f"{folder} holds {size:.1f} MB, more than {LIMIT_MB}: lower N_SLIDES")
 
 
 if __name__ == "__main__":
