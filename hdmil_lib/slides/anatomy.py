@@ -38,7 +38,8 @@ class Recipe:
         tumor_share: Share of the tissue that lies in tumor foci, 0 to 1.
         architecture: How tumor cells are arranged: "nests", "glands", "solid" or "files".
         grade: Mean atypia of the tumor, 0 benign to 1 anaplastic.
-        grade_spread: Standard deviation of the atypia between and within foci.
+        grade_spread: Half the range of the atypia between foci, benign and malignant.
+        patchiness: How much of a large focus looks benign: 0 none, 1 most of its rim.
         mimic_share: Share of the tissue in foci of benign look-alikes.
         mimic_grade: Mean atypia of benign epithelium and of epithelioid histiocytes.
         density_contrast: How much denser tumor nuclei lie than those of look-alikes; 0 = alike.
@@ -50,6 +51,7 @@ class Recipe:
     architecture: str = "nests"
     grade: float = 0.6
     grade_spread: float = 0.15
+    patchiness: float = 0.0
     mimic_share: float = 0.2
     mimic_grade: float = 0.15
     density_contrast: float = 0.0
@@ -57,8 +59,9 @@ class Recipe:
 
 
 MIMICS = ("epithelium", "histiocytes", "germinal", "inflamed", "crushed")
-MIMIC_ODDS = {"node": (0.4, 0.3, 0.14, 0.08, 0.08), "lung": (0.4, 0.2, 0.1, 0.22, 0.08)}
+MIMIC_ODDS = {"node": (0.52, 0.22, 0.12, 0.07, 0.07), "lung": (0.4, 0.2, 0.1, 0.22, 0.08)}
 MIMIC_ODDS["breast"] = (0.6, 0.1, 0.05, 0.17, 0.08)
+SMALLEST_FOCUS = 50_000.0  # um2, where a slide has several
 CELLS = 16  # texels of one wavelength in the noise texture
 
 
@@ -119,9 +122,9 @@ class Anatomy:
         self.mimic = mimic
         odds = MIMIC_ODDS[recipe.organ]
         self.mimic_kinds = rng.choice(len(MIMICS), size=n, p=odds).astype(np.uint8)
-        self.mimic_grades = recipe.mimic_grade + recipe.grade_spread * rng.normal(0, 0.6, n)
+        self.mimic_grades = recipe.mimic_grade + recipe.grade_spread * rng.uniform(-1, 1, n)
         self.tumor, self.tumor_id, n = self._foci(x, y, rng, recipe.tumor_share, 1.2)
-        self.tumor_grades = recipe.grade + recipe.grade_spread * rng.normal(0, 0.7, n)
+        self.tumor_grades = recipe.grade + recipe.grade_spread * rng.uniform(-1, 1, n)
 
     def noise(self, x: np.ndarray, y: np.ndarray, wavelength: float, index: int) -> np.ndarray:
         """Smooth random field number `index` (unit variance) at points in micrometers."""
@@ -176,7 +179,7 @@ class Anatomy:
             return level, index, 0
         inside = self.outline > 0
         area = inside.sum() * self.pitch**2
-        n = 1 + rng.poisson(density * area / 1e6 * min(1.0, 0.3 + 8 * share))
+        n = min(1 + rng.poisson(density * area / 1e6), max(1, int(share * area / SMALLEST_FOCUS)))
         spots = np.flatnonzero(self.outline > 60)
         spots = spots if len(spots) else np.flatnonzero(inside)
         weights = rng.dirichlet(np.full(n, 2.5))
@@ -235,8 +238,7 @@ class Anatomy:
             tumor = self._layer(self.tumor, wx, wy)
             which = self._layer(self.tumor_id, wx, wy, nearest=True)
             inside = tumor > 0
-            local = self.recipe.grade_spread * 0.7 * self.noise(x, y, 170, 12)
-            atypia = np.where(inside, self.tumor_grades[which] + local, atypia)
+            atypia = np.where(inside, self._tumor_atypia(x, y, tumor, which), atypia)
             density = np.where(inside, density * (1 + self.recipe.density_contrast), density)
             level = np.where(inside, 50.0, level)
             tissue, level = self._arrange(self.recipe.architecture, inside, tissue, level, x, y, u, v)
@@ -255,6 +257,15 @@ class Anatomy:
             "density": np.clip(density, 0, 1.3).astype(np.float32),
         }
 
+    def _tumor_atypia(self, x, y, depth, which):
+        """Frank atypia in the core of a focus, patches as bland as benign epithelium towards its rim."""
+        recipe = self.recipe
+        deepest = max(float(self.tumor.max()), 1.0)
+        patchiness = recipe.patchiness * min(1.0, deepest / 150)
+        bland = 0.9 - 1.6 * depth / deepest + 0.7 * self.noise(x, y, 220, 12)
+        frank = np.clip(1 - patchiness * np.maximum(bland, 0), 0, 1)
+        return recipe.mimic_grade + (self.tumor_grades[which] - recipe.mimic_grade) * frank
+
     def _arrange(self, architecture, inside, tissue, level, x, y, u, v):
         """Lay epithelium out as nests, glands, solid sheets or single files in its own stroma."""
         field = self.noise(x, y, 95, 15) + 0.3 * self.noise(x, y, 40, 16)
@@ -268,7 +279,7 @@ class Anatomy:
         elif architecture == "ducts":
             cells, lumen, pearl = field > 0.0, (field - 0.95) * 16, None
         else:
-            cells, lumen, pearl = field > -0.6, None, None
+            cells, lumen, pearl = field > -0.85, None, None
         new = np.where(cells, Tissue.EPITHELIUM, Tissue.STROMA)
         if pearl is not None:
             new = np.where(pearl, Tissue.KERATIN, new)

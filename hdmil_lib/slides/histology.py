@@ -22,8 +22,9 @@ from hdmil_lib.slides.nuclei import GRADES, KINDS, epithelial, lattice, render
 CELL = 512  # pixels painted at once
 STEP = 4  # pixels between points of the tissue map
 HALO = 40  # pixels around a cell whose nuclei may reach into it
+BASOPHILIA = 0.2  # hematoxylin that the cytoplasm of anaplastic cells takes up
 TEXTURE = 1024  # side of the seamless textures, pixels
-PITCHES = (5.8, 9.4, 12.4)  # um between nuclei: small, medium, large
+PITCHES = (5.6, 9.4, 14.0)  # um between nuclei: small, medium, large
 
 # tissue -> base hematoxylin, base eosin, collagen texture, grain
 LOOKS = {
@@ -42,13 +43,13 @@ LOOKS = {
 # tissue -> for each lattice, kind of nucleus -> probability at a lattice point
 CROWDS: dict[Tissue, tuple[dict[str, float], dict[str, float], dict[str, float]]] = {
     Tissue.STROMA: ({"lymphocyte": 0.012}, {"spindle": 0.13}, {"spindle": 0.08}),
-    Tissue.LYMPHOID: ({"lymphocyte": 0.78}, {"histiocyte": 0.05}, {"centroblast": 0.04}),
+    Tissue.LYMPHOID: ({"lymphocyte": 0.9}, {"histiocyte": 0.04}, {"centroblast": 0.03}),
     Tissue.MANTLE: ({"lymphocyte": 0.93}, {}, {}),
     Tissue.GERMINAL: ({"lymphocyte": 0.16}, {"centroblast": 0.78}, {}),
     Tissue.SINUS: ({"lymphocyte": 0.13}, {"histiocyte": 0.58}, {}),
     Tissue.ADIPOSE: ({}, {"spindle": 0.22}, {}),
     Tissue.BLOOD: ({"erythrocyte": 0.8, "lymphocyte": 0.012}, {}, {}),
-    Tissue.EPITHELIUM: ({"lymphocyte": 0.03}, {"epithelial": 0.85}, {"epithelial": 0.8}),
+    Tissue.EPITHELIUM: ({"lymphocyte": 0.03}, {"epithelial": 0.85}, {"epithelial": 0.9}),
     Tissue.INFLAMED: ({"lymphocyte": 0.40, "plasma": 0.18}, {"histiocyte": 0.12, "spindle": 0.12}, {}),
     Tissue.CRUSHED: ({"crushed": 0.45, "lymphocyte": 0.2}, {"crushed": 0.4}, {}),
     Tissue.KERATIN: ({}, {"epithelial": 0.06}, {}),
@@ -196,7 +197,9 @@ class Painter:
             large = cv2.resize(values, None, fx=STEP, fy=STEP, interpolation=cv2.INTER_LINEAR)
             return large[STEP:-STEP, STEP:-STEP]
 
-        looks = enlarge(cv2.blur(self.looks[area["tissue"]], (3, 3)))
+        looks = self.looks[area["tissue"]]
+        looks[..., 0] += BASOPHILIA * area["atypia"] * (area["tissue"] == Tissue.EPITHELIUM)
+        looks = enlarge(cv2.blur(looks, (3, 3)))
         scale = np.float32(1 / 0.5)
         fiber = [enlarge(area[axis] * scale) for axis in "uv"]
         fiber = [a - np.float32(TEXTURE * np.floor(a[0, 0] / TEXTURE)) for a in fiber]
@@ -240,7 +243,7 @@ class Painter:
     def _kinds(self, number, pick, vary, chance, tissue, level, atypia, density) -> np.ndarray:
         """Kind of nucleus at the points of lattice `number`: an index into the bank, or NOTHING."""
         crowd = self.crowds[tissue, number]
-        graded = (1.0, 1.0, atypia)[number]
+        graded = (1.0, 1 - 0.75 * atypia, atypia)[number]
         crowd[:, -1] = crowd[:, -2] + (crowd[:, -1] - crowd[:, -2]) * graded
         kind = (pick[:, None] >= crowd * density[:, None]).sum(1)
         own = np.clip(atypia + (0.05 + 0.25 * atypia) * (2 * vary - 1), 0, 1)

@@ -54,7 +54,7 @@ KINDS: dict[str, NucleusKind] = {
     "carbon": NucleusKind(1.2, 0.4, 0.8, 0.3, 4.5, 0.2, 0.0, 0.2),
 }
 BENIGN = NucleusKind(3.7, 0.06, 0.85, 0.03, 1.3, 0.08, 0.45, 0.35, 0.15, 3.0, 0.16)
-ANAPLASTIC = NucleusKind(6.4, 0.27, 0.76, 0.16, 1.5, 0.32, 0.55, 0.6, 0.95, 3.6, 0.2)
+ANAPLASTIC = NucleusKind(7.2, 0.22, 0.8, 0.13, 1.4, 0.3, 0.75, 0.7, 1.0, 3.6, 0.2)
 GRADES = 9
 
 
@@ -97,11 +97,11 @@ def render(kind: NucleusKind, mpp: float, rng: np.random.Generator, n: int = 48)
     filled = 1 - 0.6 * kind.vesicle * (1 - rim) + 0.35 * kind.clumps * chromatin
     for _ in range(2):
         present = rng.uniform(0, 1, n) < kind.nucleolus
-        away = rng.uniform(0, 0.45, n) * radius
+        away = rng.uniform(0, 0.4, n) * radius
         turn = rng.uniform(0, 6.3, n)
-        size = np.clip(0.17 * radius * rng.normal(1, 0.2, n), 0.4, 1.6)
+        size = np.clip(0.2 * radius * rng.normal(1, 0.2, n), 0.4, 1.6)
         distance2 = (x - column(away * np.cos(turn))) ** 2 + (y - column(away * np.sin(turn))) ** 2
-        filled = filled + column(0.9 * present) * np.exp(-distance2 / column(size) ** 2 / 1.2)
+        filled = filled + column(1.1 * present) * np.exp(-distance2 / column(size) ** 2 / 1.2)
     dark = column(kind.darkness * np.clip(rng.normal(1, kind.contrast, n), 0.45, 1.9))
     hematoxylin = dark * inside * np.clip(filled, 0.1, 2.2)
 
@@ -138,7 +138,7 @@ def lattice(box: tuple[float, float, float, float], pitch: float, key: int) -> n
     iy = np.arange(int(np.floor(y0 / rise)) - 1, int(np.ceil(y1 / rise)) + 2)
     ix, iy = (grid.ravel() for grid in np.meshgrid(ix, iy))
     place, other = hashed(ix, iy, key), hashed(ix, iy, key ^ 0x5DEECE66D)
-    x = (ix + 0.5 * (iy & 1) + 0.7 * (place[0] - 0.5)) * pitch
-    y = (iy + 0.7 * (place[1] - 0.5)) * rise
+    x = (ix + 0.5 * (iy & 1) + 0.6 * (place[0] - 0.5)) * pitch
+    y = (iy + 0.6 * (place[1] - 0.5)) * rise
     keep = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
     return np.stack([x, y, *other])[:, keep].astype(np.float32)

@@ -43,7 +43,8 @@ class CohortPreset:
         tumor_share: For each class, (lowest, highest) share of the tissue; drawn log-uniformly.
         grade: Mean atypia of the tumor in each class, 0 benign to 1 anaplastic.
         grade_sd: Standard deviation of the mean atypia between slides.
-        grade_spread: Standard deviation of the atypia between and within the foci of a slide.
+        grade_spread: Half the range of the atypia between the foci of a slide.
+        patchiness: How much of a large tumor focus looks benign; see `Recipe`.
         mimic_share: (lowest, highest) share of the tissue in benign look-alikes.
         mimic_grade: Mean atypia of benign epithelium: the closer to `grade`, the harder.
         density_contrast: How much denser tumor nuclei lie than benign ones; 0 = alike.
@@ -63,6 +64,7 @@ class CohortPreset:
     grade: tuple[float, ...]
     grade_sd: float = 0.06
     grade_spread: float = 0.15
+    patchiness: float = 0.0
     mimic_share: tuple[float, float] = (0.1, 0.4)
     mimic_grade: float = 0.15
     density_contrast: float = 0.0
@@ -82,6 +84,7 @@ class CohortPreset:
             architecture=self.architectures[index],
             grade=float(np.clip(rng.normal(self.grade[index], self.grade_sd), 0, 1)),
             grade_spread=self.grade_spread,
+            patchiness=self.patchiness,
             mimic_share=float(rng.uniform(*self.mimic_share)),
             mimic_grade=float(np.clip(rng.normal(self.mimic_grade, self.grade_sd), 0, 1)),
             density_contrast=self.density_contrast,
@@ -99,7 +102,13 @@ PRESETS: dict[str, CohortPreset] = {
             proportions=(0.5, 0.5),
             architectures=("nests", "nests"),
             tumor_share=((0.0, 0.0), (0.005, 0.10)),
-            grade=(0.0, 0.65),
+            grade=(0.0, 0.95),
+            grade_sd=0.04,
+            grade_spread=0.1,
+            patchiness=0.6,
+            mimic_share=(0.1, 0.35),
+            mimic_grade=0.15,
+            stain_jitter=0.5,
         ),
         CohortPreset(
             name="nsclc-mini",
