@@ -144,3 +144,23 @@ def test_build_model_passes_settings_on():
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(HDMILError, match="'clam'.*mean, max, abmil, dmin"):
         build_model("clam", 5, 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_standardizing_is_the_z_score_of_the_training_tiles_and_travels_with_the_weights(name):
+    bags = [100 + 50 * bag(n, seed=n) for n in (3, 8, 20)]
+    model = build_model(name, 5, 2, **SMALL).double().eval()
+    scaled = build_model(name, 5, 2, **SMALL).double().eval()
+    scaled.load_state_dict(model.state_dict())
+    model.standardize(bags)
+    tiles = torch.cat(bags).numpy()
+    z = (bags[0].numpy() - tiles.mean(0)) / tiles.std(0)
+    torch.testing.assert_close(model(bags[0]).logits, scaled(torch.from_numpy(z)).logits)
+    scaled.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(bags[1]).logits, scaled(bags[1]).logits)
+
+
+def test_a_constant_feature_does_not_divide_by_zero():
+    model = build_model("abmil", 5, 2, **SMALL)
+    model.standardize([torch.ones(4, 5)])
+    assert model(torch.ones(4, 5)).logits.isfinite().all()

@@ -322,3 +322,15 @@ def test_two_stage_reads_kept_tiles_alone(data):
     again, _ = two_stage(dmin, Brightness(), poisoned, patches, threshold)
     assert dropped.sum() == 6 and kept == 0.5
     assert torch.equal(output.logits, again.logits)
+
+
+def test_features_are_standardized_by_the_training_slides_alone(data, tmp_path):
+    bags, split, labels = data
+    model = small_model("abmil")
+    train_model(model, bags, split, labels, replace(SHORT, epochs=1, standardize=True), tmp_path / "on")
+    tiles = np.concatenate([np.asarray(bags[s].features, np.float32) for s in split.train])
+    np.testing.assert_allclose(model.feature_mean, tiles.mean(0), atol=1e-5)
+    np.testing.assert_allclose(model.feature_std, tiles.std(0), atol=1e-5)
+    plain = small_model("abmil")
+    train_model(plain, bags, split, labels, replace(SHORT, epochs=1), tmp_path / "off")
+    assert plain.feature_mean.eq(0).all() and plain.feature_std.eq(1).all()

@@ -40,7 +40,7 @@ class ABMIL(MILModel):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def forward(self, features: Tensor) -> MILOutput:
-        self.check(features)
+        features = self.prepare(features)
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
         bag = segment_softmax_pool(embeddings, attention)

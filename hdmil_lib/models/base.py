@@ -1,7 +1,9 @@
 """What every bag classifier takes and returns."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hdmil_lib.errors import BagError
@@ -23,6 +25,10 @@ class MILOutput:
 class MILModel(nn.Module):
     """Base of the bag classifiers: `forward(features)` takes (N, in_dim) and returns a `MILOutput`.
 
+    Features of some encoders differ between dimensions in offset and spread, which slows training down. A
+    model may therefore learn their mean and standard deviation once, before training, and keep them with its
+    weights; without that it takes features as they are, as in the paper.
+
     Attributes:
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
@@ -32,9 +38,22 @@ class MILModel(nn.Module):
         super().__init__()
         self.in_dim = in_dim
         self.n_classes = n_classes
+        self.register_buffer("feature_mean", torch.zeros(in_dim))
+        self.register_buffer("feature_std", torch.ones(in_dim))
 
-    def check(self, features: Tensor) -> None:
-        """Raise `BagError` unless the features are (N, in_dim) with at least one tile."""
+    @torch.no_grad()
+    def standardize(self, bags: Iterable[Tensor]) -> None:
+        """Keep mean and standard deviation of the features of these bags (N, in_dim), over all tiles."""
+        tiles = torch.cat(list(bags))
+        self.feature_mean.copy_(tiles.mean(0))
+        self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Features (N, in_dim) as the first layer takes them.
+
+        Raises:
+            BagError: They have another shape, or there is not one tile.
+        """
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise BagError(
                 f"features have shape {tuple(features.shape)}, expected (n_tiles, {self.in_dim}): "
@@ -42,3 +61,4 @@ class MILModel(nn.Module):
             )
         if len(features) == 0:
             raise BagError("the bag has no tiles: a model needs at least one; check the tissue mask")
+        return (features - self.feature_mean) / self.feature_std

@@ -140,7 +140,7 @@ class DMIN(MILModel):
         Raises:
             BagError: If features or mask have another shape than the model or the bag.
         """
-        self.check(features)
+        features = self.prepare(features)
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
         keep_ratio = None

@@ -20,7 +20,7 @@ class MaxPooling(MILModel):
         )
 
     def forward(self, features: Tensor) -> MILOutput:
-        self.check(features)
+        features = self.prepare(features)
         logits = self.classifier(features)
         probabilities = logits.softmax(1)
         score = probabilities[:, 1] if self.n_classes == 2 else probabilities.amax(1)

@@ -16,5 +16,5 @@ class MeanPooling(MILModel):
         )
 
     def forward(self, features: Tensor) -> MILOutput:
-        self.check(features)
+        features = self.prepare(features)
         return MILOutput(logits=self.classifier(features).mean(0))

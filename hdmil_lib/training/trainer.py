@@ -47,6 +47,7 @@ class TrainSettings:
         min_epochs: Early stopping waits for this many.
         patience: Stop after this many epochs in a row without a lower validation loss.
         seed: Of the order of bags, dropout and Gumbel noise.
+        standardize: Let the bag classifier learn mean and spread of the training features beforehand.
     """
 
     learning_rate: float = 3e-4
@@ -55,11 +56,12 @@ class TrainSettings:
     min_epochs: int = 50
     patience: int = 20
     seed: int = 0
+    standardize: bool = False
 
 
 PAPER_TRAINING = TrainSettings()
 PAPER_LIPN_TRAINING = TrainSettings(learning_rate=1e-4, min_epochs=0, patience=5)
-MINI_TRAINING = TrainSettings(epochs=30, min_epochs=10, patience=8)
+MINI_TRAINING = TrainSettings(learning_rate=1e-3, epochs=40, min_epochs=15, patience=10, standardize=True)
 MINI_LIPN_TRAINING = TrainSettings(learning_rate=1e-3, epochs=15, min_epochs=0, patience=5)
 
 
@@ -102,6 +104,11 @@ def train_model(
     """
     options = dict(loss_options or {})
     features = feature_tensors(bags, (*split.train, *split.val))
+    config = _config(model, bags, split, labels, settings) | {
+        "loss": {name: asdict(value) if name == "weights" else value for name, value in options.items()}
+    }
+    if settings.standardize:
+        model.standardize(features[slide_id] for slide_id in split.train)
 
     def step(slide_id: str) -> tuple[Tensor, Terms]:
         return bag_loss(model, model(features[slide_id]), labels[slide_id], **options)
@@ -110,9 +117,6 @@ def train_model(
         outputs = [model(features[slide_id]) for slide_id in split.val]
         return torch.stack([o.logits for o in outputs]), torch.stack([_kept_share(o) for o in outputs])
 
-    config = _config(model, bags, split, labels, settings) | {
-        "loss": {name: asdict(value) if name == "weights" else value for name, value in options.items()}
-    }
     return _fit(model, step, score, split, labels, settings, Path(out_dir), config, progress)
 
 
