@@ -169,7 +169,8 @@ def _slide_paths(sources: Sequence[Path]) -> list[Path]:
     """Slide files out of files, folders and label files.
 
     Raises:
-        SlideError: A folder or label file names no slide, or two slides have one name and so one bag.
+        SlideError: A folder or label file names no slide.
+        CohortError: A label file is missing or has no column `path`.
     """
     paths: list[Path] = []
     for source in sources:
@@ -181,12 +182,7 @@ def _slide_paths(sources: Sequence[Path]) -> list[Path]:
         if not found:
             raise SlideError(f"{source}: no slides in it; known suffixes are {', '.join(SLIDE_SUFFIXES)}")
         paths += found
-    by_name: dict[str, Path] = {}
-    for path in paths:
-        other = by_name.setdefault(path.stem, path)
-        if other != path:
-            raise SlideError(f"{path}: would have the same bag as {other}; rename one, or extract them apart")
-    return list(by_name.values())
+    return list(dict.fromkeys(paths))
 
 
 def _paths_of_csv(source: Path) -> list[Path]:
@@ -225,11 +221,13 @@ def _write_heatmap(prediction: "Prediction", path: Path) -> None:
     import numpy as np
 
     from hdmil_lib.training.checkpoint import write_whole
-    from hdmil_lib.viz.plots import attention_overlay, kept_overlay
+    from hdmil_lib.viz.plots import attention_overlay, kept_overlay, use_style
 
+    use_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     branch = prediction.classes.index(prediction.label)
-    attention_overlay(prediction, prediction.attention[:, branch], left)
+    label = f"attention for {prediction.label}, rank among tiles"
+    attention_overlay(prediction, prediction.attention[:, branch], left, label=label)
     kept_overlay(prediction, ~np.isnan(prediction.attention[:, branch]), right)
     figure.suptitle(f"{prediction.slide_id}: {prediction.label} {prediction.probabilities[branch]:.2f}")
     write_whole(path, lambda part: figure.savefig(part, dpi=150, format=path.suffix[1:]))

@@ -97,6 +97,12 @@ def test_extract_goes_on_when_a_slide_fails_and_says_which(work, tmp_path):
     assert [path.name for path in (tmp_path / "bags").iterdir()] == ["s00.h5"]
 
 
+def test_two_slides_of_one_name_would_share_a_bag(work, tmp_path):
+    twin = write_textured_slide(tmp_path / "s00.tif", 1, 1)
+    error = hdmil("extract", work / "slides" / "s00.tif", twin, "--out", tmp_path / "bags", code=1)
+    assert "s00" in error and not (tmp_path / "bags").exists()
+
+
 def test_train_writes_a_model_and_its_test_scores(work):
     scores = pd.read_csv(work / "model" / "scores.csv", index_col="method")
     assert set(scores.index) == {"Max-Pooling", "HDMIL†", "HDMIL"}
