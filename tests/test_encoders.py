@@ -219,7 +219,7 @@ def test_every_entry_says_what_it_is(name):
 
 def test_offline_a_gated_model_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HDMILError, match="huggingface.co/MahmoodLab/UNI.*huggingface-cli login"):
+    with pytest.raises(HDMILError, match="huggingface.co/MahmoodLab/UNI.*hf auth login"):
         load_encoder("uni")
     with pytest.raises(HDMILError, match="resnet50.*Connect to the internet once"):
         load_encoder("resnet50")

@@ -36,14 +36,14 @@ class Encoder:
         input_size: Side in pixels that the network sees; tiles of other sizes are resized.
         weights_hash: First 12 hex digits of the sha256 of weights and normalisation.
         engine: "openvino" or "torch".
-        precision: "fp32" or "bf16".
+        precision: "fp32" or "bf16", as the engine really computes.
     """
 
-    def __init__(self, spec: EncoderSpec, weights_hash: str, run, precision: Precision):
+    def __init__(self, spec: EncoderSpec, weights_hash: str, run: OpenVINOEngine | TorchEngine):
         self.spec = spec
         self.name, self.dim, self.input_size = spec.name, spec.dim, spec.input_size
         self.weights_hash = weights_hash
-        self.engine, self.precision = run.name, precision
+        self.engine, self.precision = run.name, run.precision
         self._run = run
 
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
@@ -106,8 +106,8 @@ def load_encoder(
 
     def start(precision: Precision) -> Encoder:
         if engine == "openvino":
-            return Encoder(spec, digest, OpenVINOEngine(model_path, precision), precision)
-        return Encoder(spec, digest, TorchEngine(network, device, precision), precision)
+            return Encoder(spec, digest, OpenVINOEngine(model_path, precision))
+        return Encoder(spec, digest, TorchEngine(network, device, precision))
 
     if precision != "auto":
         return start(precision)

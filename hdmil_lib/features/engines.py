@@ -25,12 +25,12 @@ class TorchEngine:
     def __init__(self, network: TileNetwork, device: torch.device, precision: Precision):
         self._network = network.to(device, memory_format=torch.channels_last)
         self._device = device
-        self._bf16 = precision == "bf16"
+        self.precision = precision
 
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
         with (
             torch.inference_mode(),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             _all_cores(),
         ):
             return self._network(torch.from_numpy(tiles).to(self._device)).float().cpu().numpy()
@@ -61,6 +61,8 @@ class OpenVINOEngine:
             compiled = ov.Core().compile_model(model_path, "CPU", hints)
         except RuntimeError as error:
             raise HDMILError(f"{model_path}: damaged copy of an encoder; delete it and try again.") from error
+        taken = compiled.get_property("INFERENCE_PRECISION_HINT")
+        self.precision: Precision = "bf16" if taken == ov.Type.bf16 else "fp32"
         self._requests = ov.AsyncInferQueue(compiled)
         self._requests.set_callback(_store_row)
         self._dim = compiled.output(0).shape[1]

@@ -156,7 +156,7 @@ def _from_hub(spec: EncoderSpec) -> nn.Module:
         if spec.gated:
             remedy = (
                 f"Accept its licence ({spec.licence}) at https://huggingface.co/{repository}, run "
-                "`huggingface-cli login`, and stay online for the first use."
+                "`hf auth login`, and stay online for the first use."
             )
         else:
             remedy = "Connect to the internet once; afterwards the weights are read from the local cache."

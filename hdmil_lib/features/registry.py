@@ -74,6 +74,7 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
                 source="hf-hub:1aurent/vit_base_patch16_224.owkin_pancancer",
                 dim=768,
                 licence="Owkin non-commercial licence",
+                kwargs=dict(num_classes=0),
             ),
             EncoderSpec(
                 "uni",
@@ -124,7 +125,7 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
                 "prov-gigapath",
                 source="hf-hub:prov-gigapath/prov-gigapath",
                 dim=1536,
-                licence="Prov-GigaPath licence (research use)",
+                licence="Apache-2.0 with conditions (research use)",
                 gated=True,
                 resize=256,
             ),
