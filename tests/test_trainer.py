@@ -334,3 +334,15 @@ def test_features_are_standardized_by_the_training_slides_alone(data, tmp_path):
     plain = small_model("abmil")
     train_model(plain, bags, split, labels, replace(SHORT, epochs=1), tmp_path / "off")
     assert plain.feature_mean.eq(0).all() and plain.feature_std.eq(1).all()
+
+
+def test_chebyshev_coefficients_take_their_own_share_of_the_learning_rate(data, tmp_path):
+    bags, split, labels = data
+    moved = {}
+    for share in (1.0, 0.0):
+        model = small_model("dmin")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = replace(SHORT, epochs=1, weight_decay=0.0, kan_rate=share)
+        train_model(model, bags, split, labels, settings, tmp_path / str(share))
+        moved[share] = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    assert moved[1.0] - moved[0.0] == {n for n in moved[1.0] if n.endswith("coefficients")} != set()

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hdmil_lib.data import Split
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.models import DMIN, LIPN, DMINOutput, MILModel
+from hdmil_lib.models import DMIN, LIPN, ChebyshevKAN, DMINOutput, MILModel
 from hdmil_lib.training.checkpoint import (
     claim_folder,
     load_state,
@@ -48,6 +48,9 @@ class TrainSettings:
         patience: Stop after this many epochs in a row without a lower validation loss.
         seed: Of the order of bags, dropout and Gumbel noise.
         standardize: Let the bag classifier learn mean and spread of the training features beforehand.
+        kan_rate: Learning rate of Chebyshev coefficients, as a share of `learning_rate`. Adam moves every
+            weight by about its rate a step, and an output of a Chebyshev layer sums Q (K + 1) of them where
+            that of a linear layer sums Q: on small cohorts such steps are too long.
     """
 
     learning_rate: float = 3e-4
@@ -57,6 +60,7 @@ class TrainSettings:
     patience: int = 20
     seed: int = 0
     standardize: bool = False
+    kan_rate: float = 1.0
 
 
 PAPER_TRAINING = TrainSettings()
@@ -218,9 +222,8 @@ def calibrate_threshold(
     share = torch.cat([torch.full_like(s, 1 / (len(s) * len(scores)), dtype=torch.float64) for s in scores])
     ordered, order = torch.cat(scores).sort(descending=True)
     n_kept = int((share[order].cumsum(0) <= keep_ratio + 1e-9).sum())
-    upper = ordered[max(n_kept - 1, 0)].double()
-    lower = ordered[min(n_kept, len(ordered) - 1)].double() if n_kept < len(ordered) else torch.zeros(())
-    return float((upper + lower) / 2)
+    bounds = torch.cat((torch.ones(1), ordered, torch.zeros(1))).double()
+    return float(bounds[n_kept : n_kept + 2].mean())
 
 
 def feature_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
@@ -302,9 +305,7 @@ def _fit(
         history: list[dict] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            optimizer = torch.optim.Adam(
-                model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-            )
+            optimizer = _adam(model, settings)
             if state_path.is_file():
                 history = load_state(state_path, model, optimizer)
             bar = tqdm(total=settings.epochs, initial=len(history), disable=not progress, desc=folder.name)
@@ -342,6 +343,15 @@ def _balanced_draw(slide_ids: Sequence[str], labels: Mapping[str, int]) -> list[
     weights = 1 / np.bincount(classes)[classes]
     draw = torch.multinomial(torch.from_numpy(weights), len(slide_ids), replacement=True)
     return [slide_ids[i] for i in draw.tolist()]
+
+
+def _adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Adam:
+    kan = [p for m in model.modules() if isinstance(m, ChebyshevKAN) for p in m.parameters()]
+    others = [p for p in model.parameters() if all(p is not q for q in kan)]
+    groups = [{"params": others}, {"params": kan, "lr": settings.kan_rate * settings.learning_rate}]
+    groups = [group for group in groups if group["params"]]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True)
 
 
 def _train_epoch(
