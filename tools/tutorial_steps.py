@@ -26,7 +26,7 @@ from hdmil_lib.training.crossval import METHODS, RECIPES, Recipe, run_crossval, 
 from hdmil_lib.viz import plots
 
 COHORT = "camelyon-mini"
-TABLE1_METHODS = ("max", "mean", "abmil", "hdmil_dagger", "hdmil", "random")
+TABLE1_METHODS = ("max", "mean", "abmil", "hdmil_dagger_published", "hdmil_dagger", "hdmil", "random")
 TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
 
 
