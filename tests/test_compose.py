@@ -18,7 +18,9 @@ TILES = {name: [np.full((32, 32, 3), value, np.uint8)] for name, value in GRAY.i
 @given(
     layout=st.integers(1, 4).flatmap(
         lambda cols: st.lists(
-            st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=cols, max_size=cols), min_size=1, max_size=4
+            st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=cols, max_size=cols),
+            min_size=1,
+            max_size=4,
         )
     ),
     mpp=st.floats(0.3, 1.0),
@@ -37,7 +39,9 @@ def test_fields_and_truth_follow_the_layout(tmp_path_factory, layout, mpp):
         for j, name in enumerate(row):
             y, x = (int((k + 0.5) * 64 / mpp) for k in (i, j))  # a field is 32 px * 2 um = 64 um
             assert abs(int(pixels[y, x]) - (GRAY[name] if name else 243)) <= 4  # JPEG
-            assert (truth[8 * i : 8 * i + 8, 8 * j : 8 * j + 8] == (classes.index(name) + 1 if name else 0)).all()
+            assert (
+                truth[8 * i : 8 * i + 8, 8 * j : 8 * j + 8] == (classes.index(name) + 1 if name else 0)
+            ).all()
 
 
 def test_truth_of_a_composed_slide_gives_shares(tmp_path):
@@ -70,7 +74,11 @@ def test_the_seed_decides(tmp_path):
         (TILES, [["a", "d"]], "'d'"),
         ({"a": []}, [["a"]], "no tiles"),
         ({"a": [np.zeros((8, 9, 3), np.uint8)]}, [["a"]], "square"),
-        ({"a": [np.zeros((8, 8, 3), np.uint8)], "b": [np.zeros((9, 9, 3), np.uint8)]}, [["a", "b"]], "side 9"),
+        (
+            {"a": [np.zeros((8, 8, 3), np.uint8)], "b": [np.zeros((9, 9, 3), np.uint8)]},
+            [["a", "b"]],
+            "side 9",
+        ),
         ({"a": ["missing.png"]}, [["a"]], "missing.png"),
     ],
 )
