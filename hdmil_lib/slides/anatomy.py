@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 
 
 class Tissue(IntEnum):
@@ -59,8 +60,20 @@ class Recipe:
 
 
 MIMICS = ("epithelium", "histiocytes", "germinal", "inflamed", "crushed")
-MIMIC_ODDS = {"node": (0.52, 0.22, 0.12, 0.07, 0.07), "lung": (0.4, 0.2, 0.1, 0.22, 0.08)}
-MIMIC_ODDS["breast"] = (0.6, 0.1, 0.05, 0.17, 0.08)
+MIMIC_ODDS = {
+    "node": (0.52, 0.22, 0.12, 0.07, 0.07),
+    "lung": (0.4, 0.2, 0.1, 0.22, 0.08),
+    "breast": (0.6, 0.1, 0.05, 0.17, 0.08),
+}
+MIMIC_ARCHITECTURE = {"lung": "glands", "breast": "ducts"}  # in a node: that of its tumor
+# architecture -> height of a smooth random field above which there are cells, a lumen, keratin
+ARRANGEMENTS = {
+    "nests": (-0.85, np.inf, np.inf),
+    "glands": (-0.45, 0.75, np.inf),
+    "ducts": (0.0, 0.95, np.inf),
+    "solid": (-1.0, np.inf, 1.75),
+    "files": (0.35, np.inf, np.inf),
+}
 SMALLEST_FOCUS = 50_000.0  # um2, where a slide has several
 CELLS = 16  # texels of one wavelength in the noise texture
 
@@ -84,8 +97,6 @@ def cell_texture() -> np.ndarray:
     rng = np.random.default_rng(7)
     seeds = (np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1) + rng.uniform(0.1, 0.9, (n, n, 2))) / n
     tiled = np.concatenate([seeds.reshape(-1, 2) + (i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    from scipy.spatial import cKDTree
-
     points = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) / side
     distance = cKDTree(tiled).query(points, k=2)[0]
     return ((distance[:, 1] - distance[:, 0]) * n / 2).reshape(side, side).astype(np.float32)
@@ -116,10 +127,9 @@ class Anatomy:
         axes = (np.arange(width) - 0.5) * self.pitch, (np.arange(height) - 0.5) * self.pitch
         x, y = (grid.astype(np.float32) for grid in np.meshgrid(*axes))
         self.outline = self._outline(x, y, rng)
-        self.vessels = self._discs(x, y, rng, density=2.2, radius=(14, 45), aspect=True)[0]
-        self.follicles = self._discs(x, y, rng, density=3.0, radius=(90, 200))[0]
-        mimic, self.mimic_id, n = self._foci(x, y, rng, recipe.mimic_share, 5.0)
-        self.mimic = mimic
+        self.vessels = self._discs(x, y, rng, density=2.2, radius=(14, 45), aspect=True)
+        self.follicles = self._discs(x, y, rng, density=3.0, radius=(90, 200))
+        self.mimic, self.mimic_id, n = self._foci(x, y, rng, recipe.mimic_share, 5.0)
         odds = MIMIC_ODDS[recipe.organ]
         self.mimic_kinds = rng.choice(len(MIMICS), size=n, p=odds).astype(np.uint8)
         self.mimic_grades = recipe.mimic_grade + recipe.grade_spread * rng.uniform(-1, 1, n)
@@ -147,8 +157,8 @@ class Anatomy:
         level = np.minimum(level, edge)
         return level - np.quantile(level, 1 - self.recipe.tissue_share)
 
-    def _discs(self, x, y, rng, density, radius, aspect=False) -> tuple[np.ndarray, np.ndarray]:
-        """Scattered discs (per mm2 of slide): signed distance inside the nearest, and its number."""
+    def _discs(self, x, y, rng, density, radius, aspect=False) -> np.ndarray:
+        """Scattered discs or ellipses, so many a mm2 of slide: signed distance inside the nearest, um."""
         n = rng.poisson(density * self.size[0] * self.size[1] / 1e6)
         level = np.full(x.shape, -1e3, np.float32)
         index = np.zeros(x.shape, np.uint16)
@@ -156,7 +166,7 @@ class Anatomy:
             cx, cy = rng.uniform(0, self.size[0]), rng.uniform(0, self.size[1])
             r, squash, turn = rng.uniform(*radius), rng.uniform(0.35, 1.0), rng.uniform(0, np.pi)
             self._raise(level, index, i, cx, cy, r, squash if aspect else 1.0, turn)
-        return level, index
+        return level
 
     def _raise(self, level, index, i, cx, cy, r, squash=1.0, turn=0.0) -> None:
         """Raise `level` to the signed distance inside one ellipse, in its neighborhood."""
@@ -189,12 +199,12 @@ class Anatomy:
             where = (column - 0.5) * self.pitch, (row - 0.5) * self.pitch
             self._raise(level, index, i, *where, r, rng.uniform(0.45, 1.0), rng.uniform(0, np.pi))
         scale = float(np.sqrt(share * area / n / np.pi))
-        level = (
-            level + 0.35 * scale * self.noise(x, y, 1.3 * scale, 2) + 0.1 * scale * self.noise(x, y, 60, 3)
-        )
+        ragged = 0.35 * scale * self.noise(x, y, 1.3 * scale, 2), 0.1 * scale * self.noise(x, y, 60, 3)
+        level = level + ragged[0] + ragged[1]
         return level - np.quantile(level[inside], 1 - share), index, n
 
     def _layer(self, layer: np.ndarray, x: np.ndarray, y: np.ndarray, nearest: bool = False) -> np.ndarray:
+        """A map of the whole slide, such as `outline`, at points in micrometers."""
         u, v = (np.asarray(axis / self.pitch + 0.5, np.float32) for axis in (x, y))
         method = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
         return cv2.remap(layer, u, v, method, borderMode=cv2.BORDER_REPLICATE)
@@ -211,6 +221,7 @@ class Anatomy:
         return np.minimum(self._layer(self.tumor, wx, wy), self._layer(self.outline, wx, wy) - 4)
 
     def _warp(self, x, y):
+        """Points moved a few micrometers to and fro: borders that are smooth on the map become ragged."""
         return x + 7 * self.noise(x, y, 55, 8), y + 7 * self.noise(x, y, 55, 9)
 
     def at(self, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
@@ -268,30 +279,20 @@ class Anatomy:
 
     def _arrange(self, architecture, inside, tissue, level, x, y, u, v):
         """Lay epithelium out as nests, glands, solid sheets or single files in its own stroma."""
-        field = self.noise(x, y, 95, 15) + 0.3 * self.noise(x, y, 40, 16)
+        cells, lumen, keratin = ARRANGEMENTS[architecture]
         if architecture == "files":
             field = self.noise(u * 0.28, v * 1.6, 60, 17)
-            cells, lumen, pearl = field > 0.35, None, None
-        elif architecture == "solid":
-            cells, lumen, pearl = field > -1.0, None, field > 1.75
-        elif architecture == "glands":
-            cells, lumen, pearl = field > -0.45, (field - 0.75) * 16, None
-        elif architecture == "ducts":
-            cells, lumen, pearl = field > 0.0, (field - 0.95) * 16, None
         else:
-            cells, lumen, pearl = field > -0.85, None, None
-        new = np.where(cells, Tissue.EPITHELIUM, Tissue.STROMA)
-        if pearl is not None:
-            new = np.where(pearl, Tissue.KERATIN, new)
-        if lumen is not None:
-            level = np.where(inside, np.minimum(level, -lumen), level)
+            field = self.noise(x, y, 95, 15) + 0.3 * self.noise(x, y, 40, 16)
+        new = np.where(field > cells, Tissue.EPITHELIUM, Tissue.STROMA)
+        new = np.where(field > keratin, Tissue.KERATIN, new)
+        if np.isfinite(lumen):
+            level = np.where(inside, np.minimum(level, (lumen - field) * 16), level)
         return np.where(inside, new, tissue), level
 
     def _mimics(self, kinds, mimic, tissue, level, x, y, u, v):
         """Benign foci: glands and nests, histiocytes, germinal centers, inflammation, crush."""
-        architecture = {"node": self.recipe.architecture, "lung": "glands", "breast": "ducts"}[
-            self.recipe.organ
-        ]
+        architecture = MIMIC_ARCHITECTURE.get(self.recipe.organ, self.recipe.architecture)
         tissue, level = self._arrange(architecture, kinds == 0, tissue, level, x, y, u, v)
         tissue = np.where(kinds == 1, Tissue.SINUS, tissue)
         tissue = np.where(kinds == 2, np.where(mimic > 22, Tissue.GERMINAL, Tissue.MANTLE), tissue)

@@ -2,7 +2,7 @@
 
 Painting happens in optical density: tissue textures and stamped nuclei add hematoxylin and eosin, a stain
 matrix of the slide's own turns them into absorbance (Beer-Lambert), and a scanner of its own adds white
-balance, gamma, blur and noise. Cells of 512 x 512 pixels are painted one by one and depend on the seed and
+balance, blur and noise. Cells of 512 x 512 pixels are painted one by one and depend on the seed and
 their place alone, so neither memory nor the picture depends on the height of the strips.
 
 These pictures are synthetic. They teach and test software; they are not evidence about any disease.
@@ -23,7 +23,7 @@ CELL = 512  # pixels painted at once
 STEP = 4  # pixels between points of the tissue map
 HALO = 40  # pixels around a cell whose nuclei may reach into it
 BASOPHILIA = 0.2  # hematoxylin that the cytoplasm of anaplastic cells takes up
-TEXTURE = 1024  # side of the seamless textures, pixels
+TEXTURE, TEXTURE_MPP = 1024, 0.5  # side of the seamless textures in pixels, um a pixel of the collagen
 PITCHES = (5.6, 9.4, 14.0)  # um between nuclei: small, medium, large
 
 # tissue -> base hematoxylin, base eosin, collagen texture, grain
@@ -85,9 +85,8 @@ class Scanner:
         stains *= np.exp(jitter * rng.normal(0, 0.16, (2, 1))) * np.exp(jitter * rng.normal(0, 0.08))
         white = 255 * np.clip(0.955 + jitter * (rng.normal(0, 0.012) + rng.normal(0, 0.008, 3)), 0.85, 1)
         blur = 0.55 + 0.3 * jitter * rng.uniform(-1, 1)
-        return cls(
-            stains.astype(np.float32), white.astype(np.float32), blur, 1.2 + jitter * rng.uniform(0, 1.2)
-        )
+        noise = 1.2 + jitter * rng.uniform(0, 1.2)
+        return cls(stains.astype(np.float32), white.astype(np.float32), blur, noise)
 
 
 @lru_cache(maxsize=4)
@@ -103,9 +102,8 @@ def texture(along: float, across: float, channel: int) -> np.ndarray:
 def collagen() -> np.ndarray:
     """Fibers along x: bundles, and single fibrils on them, with pale clefts between."""
     bundles, fibrils = texture(70, 5, 0), texture(50, 2.0, 1)
-    return np.clip(0.6 * bundles + 0.6 * fibrils - 0.3 * np.maximum(-bundles - 1.2, 0), -1.7, 2).astype(
-        np.float32
-    )
+    clefts = np.maximum(-bundles - 1.2, 0)
+    return np.clip(0.6 * bundles + 0.6 * fibrils - 0.3 * clefts, -1.7, 2).astype(np.float32)
 
 
 def grain() -> np.ndarray:
@@ -200,8 +198,7 @@ class Painter:
         looks = self.looks[area["tissue"]]
         looks[..., 0] += BASOPHILIA * area["atypia"] * (area["tissue"] == Tissue.EPITHELIUM)
         looks = enlarge(cv2.blur(looks, (3, 3)))
-        scale = np.float32(1 / 0.5)
-        fiber = [enlarge(area[axis] * scale) for axis in "uv"]
+        fiber = [enlarge(area[axis] / np.float32(TEXTURE_MPP)) for axis in "uv"]
         fiber = [a - np.float32(TEXTURE * np.floor(a[0, 0] / TEXTURE)) for a in fiber]
         fibers = cv2.remap(self.collagen, *fiber, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         grain = window(self.grain, x0, y0)
@@ -241,14 +238,17 @@ class Painter:
         return canvas[edge:-edge, edge:-edge]
 
     def _kinds(self, number, pick, vary, chance, tissue, level, atypia, density) -> np.ndarray:
-        """Kind of nucleus at the points of lattice `number`: an index into the bank, or NOTHING."""
+        """Kind of nucleus at the points of lattice `number`: an index into the bank, or NOTHING.
+
+        The more atypical an epithelium, the more of its nuclei come from the lattice of large ones.
+        """
         crowd = self.crowds[tissue, number]
         graded = (1.0, 1 - 0.75 * atypia, atypia)[number]
         crowd[:, -1] = crowd[:, -2] + (crowd[:, -1] - crowd[:, -2]) * graded
-        kind = (pick[:, None] >= crowd * density[:, None]).sum(1)
+        name = (pick[:, None] >= crowd * density[:, None]).sum(1)
         own = np.clip(atypia + (0.05 + 0.25 * atypia) * (2 * vary - 1), 0, 1)
-        kind = np.where(kind == len(KINDS), len(KINDS) + np.rint(own * (GRADES - 1)).astype(int), kind)
-        kind[(level < 1) | ((pick[:, None] >= crowd * density[:, None]).all(1))] = NOTHING
+        kind = np.where(name == len(KINDS), len(KINDS) + np.rint(own * (GRADES - 1)).astype(int), name)
+        kind[(level < 1) | (name == len(NAMES))] = NOTHING
         if number == 2:
             kind[(level < -40) & (chance < 0.003)] = NAMES.index("debris")
         return kind
