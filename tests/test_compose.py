@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.errors import SlideError
-from hdmil_lib.slides.synthesis import compose_slide, truth_path, tumor_share
+from hdmil_lib.slides.composition import compose_slide
+from hdmil_lib.slides.synthesis import truth_path, tumor_share
 
 GRAY = {"a": 60, "b": 120, "c": 180}
 TILES = {name: [np.full((32, 32, 3), value, np.uint8)] for name, value in GRAY.items()}
@@ -88,16 +89,26 @@ def test_bad_tiles_name_the_problem_and_leave_nothing(tmp_path, tiles, layout, p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_a_class_is_the_same_as_a_mapping(tmp_path):
+    for name, tiles in TILES.items():
+        (tmp_path / "tiles" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "tiles" / name / "1.png"), tiles[0])
+    layout = [["a", "b"], ["c", ""]]
+    from_folder, classes = compose_slide(tmp_path / "f.tif", tmp_path / "tiles", layout, tile_mpp=1.0)
+    from_mapping, _ = compose_slide(tmp_path / "m.tif", TILES, layout, tile_mpp=1.0)
+    assert classes == ("a", "b", "c")
+    assert from_folder.read_bytes() == from_mapping.read_bytes()
+
+
 def test_real_tiles_keep_their_content(tmp_path, real_data):
+    folders = {name: sorted((real_data / "pcam" / name).glob("*.jpg"))[:5] for name in "01"}
+    originals = {name: [cv2.imread(str(f))[..., ::-1] for f in files] for name, files in folders.items()}
     layout = [["0", "1", ""], ["", "1", "0"]]
-    path, classes = compose_slide(tmp_path / "s.tif", real_data / "pcam", layout, tile_mpp=0.97, mpp=0.5)
+    path, classes = compose_slide(tmp_path / "s.tif", folders, layout, tile_mpp=0.97, mpp=0.5)
     assert classes == ("0", "1")
-    originals = {}
-    for name in classes:
-        files = sorted((real_data / "pcam" / name).glob("*.jpg"))
-        originals[name] = np.stack([cv2.imread(str(f))[..., ::-1].mean((0, 1)) for f in files])
     with openslide.OpenSlide(path) as slide:
         assert slide.dimensions == (559, 372)  # 3 x 2 fields of 96 px * 0.97 um at 0.5 um/px
         field = np.asarray(slide.read_region((0, 0), 0, (186, 186)))[..., :3].mean((0, 1))
         # The field is one of the class's own tiles: its mean color survives resizing and JPEG.
-        assert np.abs(originals["0"] - field).max(1).min() < 1.5
+        means = np.array([tile.mean((0, 1)) for tile in originals["0"]])
+        assert np.abs(means - field).max(1).min() < 1.5

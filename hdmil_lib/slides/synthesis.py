@@ -1,4 +1,4 @@
-"""Synthetic cohorts, and slides composed of the caller's own tiles.
+"""Synthetic cohorts: presets, slides, and the truth beside them.
 
 Synthetic slides are drawn by `hdmil_lib.slides.histology` from a seed. They have the file format, the
 scale, the class balance and the difficulty of a real cohort, not its biology: results on them are
@@ -7,7 +7,6 @@ serves teaching and evaluation; training never reads it.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -150,7 +149,8 @@ def truth_path(slide: str | Path) -> Path:
     return Path(slide).with_suffix(".truth.png")
 
 
-def _write_png(path: Path, image: np.ndarray) -> None:
+def write_mask(path: Path, image: np.ndarray) -> None:
+    """Write a PNG, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     os.replace(partial, path)
@@ -181,7 +181,7 @@ def synthesize_slide(
     if label not in preset.classes:
         raise CohortError(f"{path}: {preset.name} has no class {label!r}; take one of {preset.classes}")
     painter = slide_painter(preset, label, seed, size, mpp)
-    _write_png(truth_path(path), painter.truth(TRUTH_MPP).astype(np.uint8) * TUMOR)
+    write_mask(truth_path(path), painter.truth(TRUTH_MPP).astype(np.uint8) * TUMOR)
     return write_pyramid(path, painter.strips(), painter.width, painter.height, painter.mpp)
 
 
@@ -255,13 +255,9 @@ def synthesize_cohort(
     folder.mkdir(parents=True, exist_ok=True)
     table = plan_cohort(preset, n_slides or preset.n_slides, seed)
     table["path"] = [str(folder / f"{slide}.tif") for slide in table.slide_id]
-    missing = [
-        row for row in table.itertuples() if not (Path(row.path).exists() and truth_path(row.path).exists())
-    ]
-    jobs = [(row.path, preset, row.label, row.seed) for row in missing]
-    bar = tqdm(
-        total=len(table), initial=len(table) - len(jobs), desc=preset.name, unit="slide", disable=not progress
-    )
+    drawn = np.array([Path(path).exists() and truth_path(path).exists() for path in table.path], bool)
+    jobs = [(row.path, preset, row.label, row.seed) for row in table[~drawn].itertuples()]
+    bar = tqdm(total=len(table), initial=drawn.sum(), desc=preset.name, unit="slide", disable=not progress)
     workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
     with bar:
         if workers == 1:
@@ -283,7 +279,7 @@ def tumor_share(truth_png: str | Path, rowcol: np.ndarray, value: int = TUMOR) -
     16 x 16 pixels from (16 row, 16 col). Tiles that reach over the edge count the rest as not tumor.
 
     Args:
-        truth_png: Mask written by `synthesize_slide` or `compose_slide`.
+        truth_png: Mask written by `synthesize_slide`, or by `composition.compose_slide`.
         rowcol: int (N, 2), `TileGrid.rowcol`.
         value: Pixel value that counts: 255 = tumor; in a composed slide, 1 + index of the class.
 
@@ -303,111 +299,3 @@ def tumor_share(truth_png: str | Path, rowcol: np.ndarray, value: int = TUMOR) -
     padded[: mask.shape[0], : mask.shape[1]] = mask == value
     share = padded.reshape(rows, side, cols, side).mean(axis=(1, 3), dtype=np.float32)
     return share[rowcol[:, 0], rowcol[:, 1]]
-
-
-def _read_tile(source: str | Path | np.ndarray, name: str) -> np.ndarray:
-    """One labelled tile as uint8 RGB."""
-    if isinstance(source, np.ndarray):
-        tile = source
-    else:
-        bgr = cv2.imread(str(source), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise SlideError(f"{source}: not a readable image; a tile of class {name!r} must be one")
-        tile = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    if tile.dtype != np.uint8 or tile.ndim != 3 or tile.shape[2] != 3 or tile.shape[0] != tile.shape[1]:
-        raise SlideError(f"a tile of class {name!r} is {tile.dtype} {tile.shape}; give square uint8 RGB")
-    return tile
-
-
-def _tile_sources(tiles_by_class, names: set[str]) -> dict[str, Sequence]:
-    """Tiles of each class that the layout names, from a mapping or from a folder a class."""
-    if not isinstance(tiles_by_class, Mapping):
-        root = Path(tiles_by_class)
-        images = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-        tiles_by_class = {
-            folder.name: sorted(p for p in folder.iterdir() if p.suffix.lower() in images)
-            for folder in sorted(root.iterdir())
-            if folder.is_dir()
-        }
-    absent = sorted(n for n in names if not len(tiles_by_class.get(n, ())))
-    if absent:
-        raise SlideError(f"the layout names {absent}, which have no tiles; classes: {sorted(tiles_by_class)}")
-    return dict(tiles_by_class)
-
-
-def compose_slide(
-    path: str | Path,
-    tiles_by_class: Mapping[str, Sequence[str | Path | np.ndarray]] | str | Path,
-    layout: np.ndarray | Sequence[Sequence[str]],
-    *,
-    tile_mpp: float,
-    mpp: float = 0.5,
-    seed: int = 0,
-    background: int = 243,
-) -> tuple[Path, tuple[str, ...]]:
-    """Write a slide whose fields are the caller's own labelled tiles: real texture, known content.
-
-    Field (i, j) of the layout shows one tile of class `layout[i][j]`, resized to the slide's scale. Tiles
-    are drawn in random order and repeat only when all of their class were used. A composed slide is
-    synthetic: its fields are real, their neighborhood is not.
-
-    Args:
-        path: Target `.tif`. `<stem>.truth.png` lies beside it: the class of each 8 um pixel, 0 =
-            background, k + 1 = class k.
-        tiles_by_class: Class name -> image files or uint8 (S, S, 3) RGB arrays, all of one size S; or a
-            folder that has one folder a class (as PatchCamelyon or NCT-CRC-HE are often kept).
-        layout: 2-D, names of classes; "" is background.
-        tile_mpp: Micrometers a pixel of the tiles.
-        mpp: Micrometers a pixel of the slide.
-        seed: Determines which tile goes where.
-        background: Gray level of the glass.
-
-    Returns:
-        The path, and the class names in the order of the truth's values.
-
-    Raises:
-        SlideError: A class has no tiles, a tile is not square uint8 RGB or not of the common size, or the
-            layout is not 2-D or all background.
-    """
-    layout = np.array(layout, dtype=object)
-    if layout.ndim != 2 or not any(layout.ravel()):
-        raise SlideError(f"{path}: the layout must be 2-D and name at least one class, not {layout.shape}")
-    names = {name for name in layout.ravel() if name}
-    sources = _tile_sources(tiles_by_class, names)
-    classes = tuple(sorted(sources))
-    side = len(_read_tile(sources[min(names)][0], min(names)))
-    field = side * tile_mpp  # um
-    edges = [np.rint(np.arange(n + 1) * field / mpp).astype(int) for n in layout.shape]
-    rng = np.random.default_rng(seed)
-    orders = {
-        name: _endless(len(sources[name]), np.random.default_rng(rng.integers(1 << 62))) for name in classes
-    }
-
-    def strips() -> Iterable[np.ndarray]:
-        for i, row in enumerate(layout):
-            strip = np.full((edges[0][i + 1] - edges[0][i], edges[1][-1], 3), background, np.uint8)
-            for j, name in enumerate(row):
-                if name:
-                    tile = _read_tile(sources[name][next(orders[name])], name)
-                    if len(tile) != side:
-                        raise SlideError(f"a tile of class {name!r} has side {len(tile)}, others {side}")
-                    width = edges[1][j + 1] - edges[1][j]
-                    shrink = len(strip) < side
-                    method = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
-                    window = strip[:, edges[1][j] : edges[1][j + 1]]
-                    window[:] = cv2.resize(tile, (width, len(strip)), interpolation=method)
-            yield strip
-
-    values = np.array([[classes.index(n) + 1 if n else 0 for n in row] for row in layout], np.uint8)
-    at = [
-        ((np.arange(np.ceil(e[-1] * mpp / TRUTH_MPP)) + 0.5) * TRUTH_MPP / field).astype(int) for e in edges
-    ]
-    at = [np.minimum(a, n - 1) for a, n in zip(at, layout.shape, strict=True)]
-    write_pyramid(path, strips(), int(edges[1][-1]), int(edges[0][-1]), mpp)
-    _write_png(truth_path(path), values[np.ix_(*at)])
-    return Path(path), classes
-
-
-def _endless(n: int, rng: np.random.Generator) -> Iterable[int]:
-    while True:
-        yield from rng.permutation(n)
