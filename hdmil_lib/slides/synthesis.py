@@ -31,7 +31,8 @@ TUMOR = 255  # value of tumor in a truth mask
 class CohortPreset:
     """A synthetic cohort: what its slides hold and how hard they are.
 
-    `benchmarks/calibrate_cohorts.py` measures what these numbers make of the task.
+    `benchmarks/calibrate_cohorts.py` measures what these numbers make of the task. So far it has judged
+    camelyon-mini alone; the numbers of the two subtype cohorts are chosen by eye.
 
     Attributes:
         name: Name of the preset.
