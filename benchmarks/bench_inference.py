@@ -26,7 +26,7 @@ from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.synthesis import synthesize_slide
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
-KEEP_RATIOS = (0.6, 0.3, 0.1)
+KEEP_RATIOS = (0.3,)
 TOLERANCE = 0.05
 SIDE = 16_384
 
@@ -75,6 +75,7 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "encoder": f"{predictor.encoder.name}, {predictor.encoder.engine} {predictor.encoder.precision}",
+        "load_average": round(os.getloadavg()[1], 1),
         "trained": args.model is not None,
         "slides": args.slides,
         "repeats": args.repeats,
