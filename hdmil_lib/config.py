@@ -41,6 +41,12 @@ def build_dir() -> Path:
     return Path(os.environ.get("HDMIL_BUILD", Path(__file__).resolve().parent.parent / "build"))
 
 
+def n_threads() -> int:
+    """Threads for heavy work: every core of the process, or as many as `OMP_NUM_THREADS` allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("OMP_NUM_THREADS", cores))
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators."""
     random.seed(seed)

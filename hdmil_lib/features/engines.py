@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from hdmil_lib.config import n_threads
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.networks import TileNetwork
 
@@ -115,8 +116,7 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
 def _all_cores() -> Iterator[None]:
     """Give PyTorch every core of the process, or as many as OMP_NUM_THREADS allows, for a while."""
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+    torch.set_num_threads(n_threads())
     try:
         yield
     finally:
