@@ -51,7 +51,7 @@ class Size:
     repeats: int
 
 
-FULL = Size(n_drawn=0, n_folds=5, epochs=None, n_slides=3, side=15_360, repeats=3)
+FULL = Size(n_drawn=0, n_folds=5, epochs=None, n_slides=3, side=16_384, repeats=3)
 FAST = Size(n_drawn=4, n_folds=3, epochs=6, n_slides=1, side=6_144, repeats=1)
 
 
