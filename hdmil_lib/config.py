@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ def build_dir() -> Path:
     return Path(os.environ.get("HDMIL_BUILD", Path(__file__).resolve().parent.parent / "build"))
 
 
+def interprets_triton() -> bool:
+    """Whether this process runs Triton kernels in the interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def n_threads() -> int:
     """Threads for heavy work: every core of the process, or as many as `OMP_NUM_THREADS` allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -49,6 +53,8 @@ def n_threads() -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators."""
+    import torch  # takes seconds, which `hdmil --help` need not wait for
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -60,6 +66,8 @@ def setup(seed: int = 0) -> Config:
     One thread: bags are small, and two threads fighting for a busy core are far slower than one.
     Encoders raise the number for themselves.
     """
+    import torch
+
     seed_everything(seed)
     torch.set_num_threads(1)
     return Config(fast=is_fast(), seed=seed, cache=cache_dir(), build=build_dir())

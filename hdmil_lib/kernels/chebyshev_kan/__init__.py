@@ -1,3 +1,3 @@
-from hdmil_lib.kernels.chebyshev_kan.reference import chebyshev_kan
+from hdmil_lib.kernels.chebyshev_kan.op import chebyshev_kan
 
 __all__ = ["chebyshev_kan"]

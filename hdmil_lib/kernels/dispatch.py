@@ -1,0 +1,78 @@
+"""Which code runs an operator, and what it accepts: shared by all operators."""
+
+import importlib.util
+from typing import Literal
+
+from torch import Tensor
+
+from hdmil_lib.config import interprets_triton
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def use_triton(backend: Backend, inputs: Tensor) -> bool:
+    """Whether the Triton kernel runs: with "auto" where `inputs` is on a GPU, else as asked.
+
+    Raises:
+        ValueError: There is no such backend, or Triton cannot run here.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
+    if backend == "torch" or (backend == "auto" and not inputs.is_cuda):
+        return False
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return installed
+    if not installed:
+        raise ValueError("backend='triton', but Triton is not installed: use 'auto', or pip install triton")
+    if not inputs.is_cuda and not interprets_triton():
+        raise ValueError(
+            f"backend='triton' needs tensors on a GPU, these are on {inputs.device}: move them there, use "
+            "backend='auto', or start Python with TRITON_INTERPRET=1 to run the kernel, slowly, on the CPU"
+        )
+    return True
+
+
+def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Hold tensors to their shapes, and to one floating type and one device.
+
+    Args:
+        arguments: Name -> (tensor, its axes as letters, such as "N E"); a `None` is skipped. The first one
+            sets type and device, and the first to have a letter sets that size.
+
+    Returns:
+        Letter -> size.
+
+    Raises:
+        ValueError: An argument disagrees; the message names it.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    first = next(iter(arguments))
+    model = arguments[first][0]
+    for name, (tensor, axes) in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}, expected a tensor ({', '.join(axes.split())})"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating type")
+        if tensor.dtype != model.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, but {first} is {model.dtype}: convert one of them")
+        if tensor.device != model.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but {first} is on {model.device}: move one of them"
+            )
+        letters = axes.split()
+        if tensor.ndim != len(letters):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(letters)})")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(letters)}) with "
+                    f"{letter} = {sizes[letter]} as in {owner[letter]}"
+                )
+            owner.setdefault(letter, name)
+    return sizes

@@ -1,0 +1,73 @@
+"""The Triton kernels without a GPU: interpreted against their references, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+AOT = [sys.executable, str(ROOT / "tools" / "aot_check.py")]
+
+
+@pytest.mark.slow
+def test_kernels_equal_their_references_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_without_spills_for_every_target():
+    run = subprocess.run(AOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert {line.split()[0] for line in run.stdout.splitlines()} == {"sm_80", "sm_90", "gfx942"}
+
+
+BAD = {
+    "spills registers": """
+        @triton.jit
+        def kernel(x, y, N: tl.constexpr):
+            place = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+            tile = tl.load(x + place)
+            tl.store(y + place, tile - tl.sum(tile))
+
+        def variants():
+            yield Variant(kernel, {"x": "*fp32", "y": "*fp32"}, {"N": 128}, num_warps=1)
+    """,
+    "shared memory over": """
+        @triton.jit
+        def kernel(x, y, N: tl.constexpr):
+            i = tl.arange(0, N)
+            tile = tl.load(x + i[:, None] * N + i[None, :])
+            tl.store(y + i[:, None] * N + i[None, :], tl.dot(tile, tl.trans(tile)))
+
+        def variants():
+            yield Variant(kernel, {"x": "*fp16", "y": "*fp32"}, {"N": 256}, num_warps=8)
+    """,
+    "no matrix instruction": """
+        @triton.jit
+        def kernel(x, y, N: tl.constexpr):
+            i = tl.arange(0, N)
+            tl.store(y + i, tl.load(x + i) + 1)
+
+        def variants():
+            yield Variant(kernel, {"x": "*fp32", "y": "*fp32"}, {"N": 64}, uses_tensor_cores=True)
+    """,
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_the_check_refuses_a_bad_kernel(fault, tmp_path):
+    header = "import triton\nimport triton.language as tl\nfrom hdmil_lib.kernels.variants import Variant\n\n"
+    (tmp_path / "bad.py").write_text(header + textwrap.dedent(BAD[fault]))
+    target = "gfx942" if "shared" in fault else "sm_80"
+    command = [*AOT, "--targets", target, "--modules", "bad"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert run.returncode != 0
+    assert fault in run.stdout

@@ -1,0 +1,166 @@
+"""Compile every kernel for GPUs that need not be there, and refuse what would be slow or not run.
+
+    python tools/aot_check.py [--targets sm_90 ...] [--modules hdmil_lib.kernels.chebyshev_kan.triton ...]
+
+A variant fails on a register spill, on more shared memory than the target has, on a `tl.dot` without a
+matrix instruction, and on an error that the compiler prints (some of them it does not raise). Compiled
+kernels are cached by Triton, so a second run takes seconds.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import hdmil_lib.kernels
+from hdmil_lib.config import n_threads
+from hdmil_lib.kernels.variants import Variant
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: what Triton calls it, and the shared memory a program can have, in bytes."""
+
+    backend: str
+    arch: str | int
+    warp_size: int
+    shared_limit: int
+    matrix_instruction: str
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166_912, r"\bmma\.sync"),
+    "sm_90": Target("cuda", 90, 32, 232_448, r"\b(wgmma\.mma_async|mma\.sync)"),
+    "gfx942": Target("hip", "gfx942", 64, 65_536, r"\bv_(mfma|smfmac)"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a variant."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verdict = "; ".join(self.faults) or "ok"
+        used = f"{self.registers:4d} registers {self.spills:4d} B spilled {self.shared:7,d} B shared"
+        return f"{self.name:<70} {used}  {verdict}"
+
+
+def kernel_modules() -> list[str]:
+    """Modules of `hdmil_lib.kernels` that hold Triton kernels."""
+    folders = pkgutil.iter_modules(hdmil_lib.kernels.__path__, "hdmil_lib.kernels.")
+    names = [f"{folder.name}.triton" for folder in folders if folder.ispkg]
+    return [name for name in names if importlib.util.find_spec(name)]
+
+
+def variants(modules: list[str]) -> Iterator[Variant]:
+    """All that these modules say they launch."""
+    for name in modules:
+        yield from importlib.import_module(name).variants()
+
+
+def compile_variant(variant: Variant, target: Target):
+    """Triton's compiled kernel: binaries and metadata."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = variant.kernel.arg_names
+    types = {name: variant.types.get(name, "constexpr") for name in names}
+    aligned = [
+        i for i, name in enumerate(names) if types[name].startswith("*") or types[name].endswith(":16")
+    ]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
+        constexprs=dict(variant.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    return compile(source, target=gpu, options={"num_warps": variant.num_warps})
+
+
+def inspect(variant: Variant, target: Target) -> Report:
+    """Compile a variant and judge the result."""
+    kernel = compile_variant(variant, target)
+    registers, spills = (_amd_usage if target.backend == "hip" else _nvidia_usage)(kernel, target)
+    shared = kernel.metadata.shared
+    faults = []
+    if spills:
+        faults.append("spills registers")
+    if shared > target.shared_limit:
+        faults.append(f"shared memory over {target.shared_limit:,} B")
+    assembly = kernel.asm["amdgcn" if target.backend == "hip" else "ptx"]
+    if variant.uses_tensor_cores and not re.search(target.matrix_instruction, assembly):
+        faults.append("no matrix instruction")
+    return Report(variant.name, registers, spills, shared, tuple(faults))
+
+
+def _amd_usage(kernel, _target: Target) -> tuple[int, int]:
+    fields = dict(
+        re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"])
+    )
+    return int(fields["vgpr_count"]), int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
+
+
+def _nvidia_usage(kernel, target: Target) -> tuple[int, int]:
+    """Registers a thread, and bytes of spill stores and loads, as ptxas counts them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    arch = re.search(r"\.target (\S+)", kernel.asm["ptx"]).group(1).split(",")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", source, "-o", binary]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return int(re.search(r"Used (\d+) registers", said).group(1)), spills
+
+
+def check_target(name: str, modules: list[str]) -> bool:
+    """Compile for one target in this process, a line a variant; whether all passed."""
+    passed = True
+    for variant in variants(modules):
+        report = inspect(variant, TARGETS[name])
+        print(f"{name:<7}{report}", flush=True)
+        passed &= not report.faults
+    return passed
+
+
+def check_in_subprocess(name: str, modules: list[str]) -> tuple[bool, str]:
+    """The same in a process of its own, whose stderr shows errors that the compiler does not raise."""
+    command = [sys.executable, __file__, "--here", "--targets", name, "--modules", *modules]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
+    passed = done.returncode == 0 and not said
+    return passed, done.stdout + ("" if passed else f"{name} FAILED\n{done.stderr[-3000:]}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--modules", nargs="+", default=kernel_modules(), help="modules with `variants()`")
+    parser.add_argument("--here", action="store_true", help="in this process, without reading stderr")
+    arguments = parser.parse_args()
+    if arguments.here:
+        return int(not all([check_target(name, arguments.modules) for name in arguments.targets]))
+    with ThreadPoolExecutor(n_threads()) as pool:
+        results = list(pool.map(lambda name: check_in_subprocess(name, arguments.modules), arguments.targets))
+    print("".join(text for _, text in results), end="")
+    return int(not all(passed for passed, _ in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
