@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from hdmil_lib.config import cache_dir, setup
+from hdmil_lib.config import setup
+from hdmil_lib.data import large_slides
 from hdmil_lib.evaluation.tables import table2, to_markdown
 from hdmil_lib.evaluation.timing import stage_medians, time_slides
 from hdmil_lib.features.encoders import load_encoder
 from hdmil_lib.inference import ModelConfig, Predictor
 from hdmil_lib.models import DMIN, LIPN, DMINSettings
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.slides.synthesis import synthesize_slide
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 KEEP_RATIOS = (0.3,)
@@ -46,17 +46,6 @@ def untrained_predictor(slide: Path) -> Predictor:
     return Predictor(dmin, lipn, ModelConfig(("0", "1"), encoder.name, encoder.weights_hash), encoder=encoder)
 
 
-def large_slides(n: int) -> list[Path]:
-    """Synthetic slides of more than 2,000 tiles, drawn once."""
-    folder = cache_dir() / "large_slides"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"camelyon-mini-{SIDE}-{seed}.tif" for seed in range(n)]
-    for seed, path in enumerate(paths):
-        if not path.exists():
-            synthesize_slide(path, "camelyon-mini", "tumor", 10_000 + seed, size=(SIDE, SIDE))
-    return paths
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder that `hdmil train` wrote; default: untrained")
@@ -65,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
 
     setup()
-    slides = large_slides(args.slides)
+    slides = large_slides("camelyon-mini", args.slides, SIDE)
     predictor = Predictor.load(args.model) if args.model else untrained_predictor(slides[0])
     timings = time_slides(predictor, slides, args.repeats, KEEP_RATIOS, progress=True)
     medians = stage_medians(timings)

@@ -1,7 +1,6 @@
 """The command line `hdmil`: samples, extract, train, predict and encoders, thin over the library."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,14 +201,7 @@ def _recipe(preset: str, epochs: int | None) -> "Recipe":
     if preset not in RECIPES:
         raise HDMILError(f"there is no preset {preset!r}; choose from {', '.join(RECIPES)}")
     recipe = RECIPES[preset]
-    if epochs is None:
-        return recipe
-    shorter = {
-        part: replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
-        for part in ("training", "lipn_training")
-        for settings in [getattr(recipe, part)]
-    }
-    return replace(recipe, **shorter)
+    return recipe if epochs is None else recipe.shorter(epochs)
 
 
 def _write_heatmap(prediction: "Prediction", path: Path) -> None:

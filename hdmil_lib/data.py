@@ -9,12 +9,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pooch
+from sklearn.model_selection import StratifiedKFold
 from tqdm.auto import tqdm
 
 from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import CohortError
 from hdmil_lib.features.bagstore import Bag, check_same_features, read_bag
-from hdmil_lib.slides.synthesis import CohortPreset, preset_named, slide_painter, synthesize_cohort
+from hdmil_lib.slides.synthesis import (
+    CohortPreset,
+    preset_named,
+    slide_painter,
+    synthesize_cohort,
+    synthesize_slide,
+)
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 DEFAULT_ENCODER = "efficientnet_lite0"
@@ -190,9 +197,9 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
                 f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
                 "ask for fewer folds, or add cases"
             )
-    rng = np.random.default_rng(seed)
-    shuffled = cases.iloc[rng.permutation(len(cases))].sort_values(kind="stable")
-    group_of = pd.Series(np.arange(len(cases)) % n_folds, index=shuffled.index)
+    dealer = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    dealt = [cases.index[members] for _, members in dealer.split(cases.index, cases)]
+    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(dealt)])
     groups = cohort.table["case_id"].map(group_of).to_numpy()
     slides = cohort.table["slide_id"].to_numpy()
 
@@ -314,6 +321,25 @@ def prepare_cohort(
     return cohort
 
 
+def large_slides(name: str, n_slides: int, side: int, *, seed: int = 10_000) -> list[Path]:
+    """Synthetic slides with tumor apart from the cohort, for timing: drawn once, kept in the cache.
+
+    Args:
+        name: Preset whose last class they are of.
+        n_slides: How many.
+        side: Width and height in pixels: 16,384 give about 2,500 tiles of tissue.
+        seed: Of the first slide; the cohorts' own seeds are hashes, so that none is drawn twice.
+    """
+    preset = preset_named(name)
+    folder = cache_dir() / "large_slides" / f"{name}-{_cohort_digest(preset, side)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}-{side}-{number}.tif" for number in range(n_slides)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            synthesize_slide(path, preset, preset.classes[-1], seed + number, size=(side, side))
+    return paths
+
+
 def load_bags(cohort: Cohort, progress: bool = False) -> dict[str, Bag]:
     """All bags of a cohort in memory by slide_id, features in float16; tile labels are never read.
 
@@ -336,9 +362,9 @@ def _shipped_cohort(preset: CohortPreset) -> Cohort:
     return Cohort.from_csv(folder / "cohort.csv", preset.classes, bag_dir=folder / "bags")
 
 
-def _cohort_digest(preset: CohortPreset, n_slides: int) -> str:
+def _cohort_digest(preset: CohortPreset, size: int) -> str:
     """Short hash of a cohort's settings and of what the painter makes of them in a small field."""
-    digest = hashlib.sha256(repr((preset, n_slides)).encode())
+    digest = hashlib.sha256(repr((preset, size)).encode())
     for strip in slide_painter(preset, preset.classes[-1], seed=0, size=(512, 512), mpp=0.5).strips():
         digest.update(np.ascontiguousarray(strip))
     return digest.hexdigest()[:8]

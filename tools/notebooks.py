@@ -34,6 +34,7 @@ NOTEBOOKS = ROOT / "notebooks"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "[interactive: run this cell to move the controls]"
 NAVIGATION = "navigation"
+ACRONYMS = {name.lower(): name for name in ("MIL", "DMIN", "KAN", "LIPN", "GPU")}
 LIMITS = {"median code lines": 6, "longest code cell": 25, "words": 120, "code cells": 35, "kilobytes": 500}
 
 
@@ -181,9 +182,10 @@ def write_back(path: Path, out: Path) -> None:
 
 
 def title(path: Path) -> str:
-    """`01_slides_and_tiling` -> `01 Slides and tiling`."""
-    number, _, words = path.stem.partition("_")
-    return f"{number} {words.replace('_', ' ').capitalize()}"
+    """`03_mil_baselines` -> `03 MIL baselines`."""
+    number, *words = path.stem.split("_")
+    words = [ACRONYMS.get(word, word) for word in words]
+    return " ".join([number, words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def navigation(path: Path, paths: Sequence[Path]) -> str:
@@ -213,11 +215,11 @@ def check(path: Path, paths: Sequence[Path]) -> Iterator[str]:
     """Each way in which a notebook breaks the rules of docs/design.md, "A notebook"."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code]
+    lines = [cell.source.splitlines() for cell in code]
     words = [len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown"]
     measured = {
-        "median code lines": statistics.median(lines) if lines else 0,
-        "longest code cell": max(lines, default=0),
+        "median code lines": statistics.median(sum(map(bool, cell)) for cell in lines) if lines else 0,
+        "longest code cell": max(map(len, lines), default=0),
         "words": max(words, default=0),
         "code cells": len(code),
         "kilobytes": path.stat().st_size / 1000,

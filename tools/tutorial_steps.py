@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import psutil
 
 import notebooks
 from hdmil_lib.config import Config
-from hdmil_lib.data import Cohort, load_bags, prepare_cohort
+from hdmil_lib.data import Cohort, large_slides, load_bags, prepare_cohort
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.evaluation.metrics import fold_scores
 from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
 from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
 from hdmil_lib.inference import Predictor, best_fold
-from hdmil_lib.slides.synthesis import synthesize_slide, truth_path, tumor_share
-from hdmil_lib.training.crossval import METHODS, RECIPES, Recipe, run_crossval, run_dir
+from hdmil_lib.slides.synthesis import truth_path, tumor_share
+from hdmil_lib.training.crossval import METHODS, RECIPES, run_crossval, run_dir
 from hdmil_lib.viz import plots
 
 COHORT = "camelyon-mini"
@@ -100,31 +100,6 @@ def _watch_memory(done: threading.Event, peak: list[float]) -> None:
             return
 
 
-def recipe_of(size: Size) -> Recipe:
-    """The cohort's recipe, shortened to the size's epochs."""
-    recipe = RECIPES[COHORT]
-    if size.epochs is None:
-        return recipe
-    short = {"epochs": size.epochs, "min_epochs": 0}
-    return replace(
-        recipe,
-        training=replace(recipe.training, **short),
-        lipn_training=replace(recipe.lipn_training, **short),
-    )
-
-
-def large_slides(cfg: Config, size: Size) -> list[Path]:
-    """Synthetic slides with tumor, apart from the cohort, as large as real biopsies: made once."""
-    folder = cfg.cache / "large_slides"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{COHORT}-{size.side}-{seed}.tif" for seed in range(size.n_slides)]
-    for seed, path in enumerate(paths):
-        if not path.exists():
-            print(f"   drawing {path.name}", flush=True)
-            synthesize_slide(path, COHORT, "tumor", 10_000 + seed, size=(size.side, size.side))
-    return paths
-
-
 def time_once(predictor: Predictor, slides: list[Path], size: Size, path: Path) -> pd.DataFrame:
     """Seconds by stage on the large slides; measured once for these networks and kept in `path`."""
     if not path.exists():
@@ -192,7 +167,8 @@ def run(cfg: Config) -> None:
             prepare_cohort(COHORT, n_slides=size.n_drawn)
         bags = load_bags(cohort)
     with steps.step(f"Cross-validation, {size.n_folds} folds of {len(cohort)} slides"):
-        recipe = recipe_of(size)
+        recipe = RECIPES[COHORT]
+        recipe = recipe if size.epochs is None else recipe.shorter(size.epochs)
         methods = list(dict.fromkeys(TABLE1_METHODS + TABLE3_METHODS))
         predictions = run_crossval(cohort, bags, methods, size.n_folds, cfg.seed, recipe)
         runs = run_dir(cohort, bags, size.n_folds, cfg.seed, recipe)
@@ -200,7 +176,7 @@ def run(cfg: Config) -> None:
         fold = best_fold(runs)
         predictor = Predictor.from_fold(runs, fold, cohort.classes, next(iter(bags.values())))
         predictor.save(cfg.build / "model")
-        slides = large_slides(cfg, size)
+        slides = large_slides(COHORT, size.n_slides, size.side)
         timings = time_once(predictor, slides, size, runs / f"timings-{size.side}-{size.n_slides}.csv")
     with steps.step("Tables and figures"):
         predictions = add_mask_scores(predictions, runs, cohort, bags)

@@ -272,7 +272,7 @@ class Anatomy:
         """Frank atypia in the core of a focus, patches as bland as benign epithelium towards its rim."""
         recipe = self.recipe
         deepest = max(float(self.tumor.max()), 1.0)
-        patchiness = recipe.patchiness * min(1.0, deepest / 150)
+        patchiness = recipe.patchiness * min(1.0, deepest / 100)
         bland = 0.9 - 1.6 * depth / deepest + 0.7 * self.noise(x, y, 220, 12)
         frank = np.clip(1 - patchiness * np.maximum(bland, 0), 0, 1)
         return recipe.mimic_grade + (self.tumor_grades[which] - recipe.mimic_grade) * frank

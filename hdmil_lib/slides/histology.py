@@ -21,8 +21,7 @@ from hdmil_lib.slides.nuclei import GRADES, KINDS, epithelial, lattice, render
 
 CELL = 512  # pixels painted at once
 STEP = 4  # pixels between points of the tissue map
-HALO = 40  # pixels around a cell whose nuclei may reach into it
-BASOPHILIA = 0.2  # hematoxylin that the cytoplasm of anaplastic cells takes up
+BASOPHILIA = 0.14  # hematoxylin that the cytoplasm of anaplastic cells takes up
 TEXTURE, TEXTURE_MPP = 1024, 0.5  # side of the seamless textures in pixels, um a pixel of the collagen
 PITCHES = (5.6, 9.4, 14.0)  # um between nuclei: small, medium, large
 
@@ -132,12 +131,14 @@ class Painter:
     def __init__(
         self, recipe: Recipe, width: int, height: int, mpp: float, seed: int, stain_jitter: float = 1.0
     ):
-        self.width, self.height, self.mpp, self.seed = width, height, mpp, seed
+        self.width, self.height, self.mpp = width, height, mpp
         self.anatomy = Anatomy(recipe, (width * mpp, height * mpp), seed)
         rng = np.random.default_rng([seed, 2])
         self.scanner = Scanner.draw(rng, stain_jitter)
         kinds = [*KINDS.values(), *(epithelial(i / (GRADES - 1)) for i in range(GRADES))]
         self.bank = [render(kind, mpp, rng) for kind in kinds]
+        reach = max(stamps.shape[1] // 2 for stamps in self.bank)
+        self.halo = STEP * (2 + reach // STEP)  # pixels around a cell whose nuclei may reach into it
         self.radii = np.array([kind.radius * kind.aspect**0.5 for kind in kinds] + [0.0], np.float32)
         self.keys = [int(key) for key in rng.integers(1 << 62, size=len(PITCHES))]
         self.looks = np.array([LOOKS[t] for t in Tissue], np.float32)
@@ -175,7 +176,7 @@ class Painter:
 
     def _cell(self, x0: int, y0: int) -> np.ndarray:
         """Paint one cell: uint8 (CELL, CELL, 3)."""
-        points = np.arange((CELL + 2 * HALO) // STEP) * STEP + STEP / 2 - HALO
+        points = np.arange((CELL + 2 * self.halo) // STEP) * STEP + STEP / 2 - self.halo
         across, down = (((start + points) * self.mpp).astype(np.float32) for start in (x0, y0))
         x, y = np.meshgrid(across, down)
         area = self.anatomy.at(x, y)
@@ -188,7 +189,7 @@ class Painter:
 
     def _ground(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
         """Tissue without nuclei: hematoxylin and eosin of a cell with a margin of STEP pixels."""
-        margin = HALO // STEP - 2
+        margin = self.halo // STEP - 2
 
         def enlarge(values: np.ndarray) -> np.ndarray:
             values = values[margin:-margin, margin:-margin]
@@ -210,14 +211,15 @@ class Painter:
 
     def _nuclei(self, area: dict[str, np.ndarray], x0: int, y0: int) -> np.ndarray:
         """Stamped nuclei of a cell with a margin of STEP pixels."""
-        canvas = np.zeros((CELL + 4 * HALO, CELL + 4 * HALO, 2), np.float32)
-        box = tuple(np.array([x0 - HALO, y0 - HALO, x0 + CELL + HALO, y0 + CELL + HALO]) * self.mpp)
+        halo = self.halo
+        canvas = np.zeros((CELL + 4 * halo, CELL + 4 * halo, 2), np.float32)
+        box = tuple(np.array([x0 - halo, y0 - halo, x0 + CELL + halo, y0 + CELL + halo]) * self.mpp)
         rise_y, rise_x = np.gradient(area["v"])
         direction = np.mod(np.arctan2(-rise_x, rise_y), np.pi) / np.pi
         taken = np.empty((0, 3), np.float32)
         for number in (2, 1, 0):
             x, y, pick, vary, turn, chance = lattice(box, PITCHES[number], self.keys[number])
-            px, py = x / self.mpp - x0 + HALO, y / self.mpp - y0 + HALO
+            px, py = x / self.mpp - x0 + halo, y / self.mpp - y0 + halo
             at = tuple(np.minimum(a / STEP, len(direction) - 1).astype(int) for a in (py, px))
             kind = self._kinds(number, pick, vary, chance, *(area[k][at] for k in AREA_KEYS))
             radius = self.radii[kind]
@@ -232,9 +234,9 @@ class Painter:
             for k, a, cx, cy in zip(*(v[present].tolist() for v in (kind, angle, px, py)), strict=True):
                 stamps = self.bank[k]
                 half = stamps.shape[1] // 2
-                left, top = int(cx) + HALO - half, int(cy) + HALO - half
+                left, top = int(cx) + halo - half, int(cy) + halo - half
                 canvas[top : top + 2 * half + 1, left : left + 2 * half + 1] += stamps[int(a * len(stamps))]
-        edge = 2 * HALO - STEP
+        edge = 2 * halo - STEP
         return canvas[edge:-edge, edge:-edge]
 
     def _kinds(self, number, pick, vary, chance, tissue, level, atypia, density) -> np.ndarray:

@@ -51,7 +51,6 @@ KINDS: dict[str, NucleusKind] = {
     "crushed": NucleusKind(4.0, 0.35, 0.3, 0.3, 2.1, 0.25, 0.0, 0.1),
     "erythrocyte": NucleusKind(3.1, 0.08, 0.93, 0.03, 0.0, 0.0, 0.0, 0.0, 0.0, 0.35, 1.15),
     "debris": NucleusKind(3.0, 0.7, 0.5, 0.4, 0.7, 0.6, 0.0, 0.5, 0.0, 2.0, 0.35),
-    "carbon": NucleusKind(1.2, 0.4, 0.8, 0.3, 4.5, 0.2, 0.0, 0.2),
 }
 BENIGN = NucleusKind(3.7, 0.06, 0.85, 0.03, 1.3, 0.08, 0.45, 0.35, 0.15, 3.0, 0.16)
 ANAPLASTIC = NucleusKind(7.2, 0.22, 0.8, 0.13, 1.4, 0.3, 0.75, 0.7, 1.0, 3.6, 0.2)

@@ -40,7 +40,7 @@ class CohortPreset:
         classes: Names of the classes, in the order of their indices.
         proportions: Share of each class among the cases.
         architectures: Arrangement of the tumor cells in each class; see `Recipe`.
-        tumor_share: For each class, (lowest, highest) share of the tissue; drawn log-uniformly.
+        tumor_share: For each class, (lowest, highest) share of the tissue; drawn uniformly.
         grade: Mean atypia of the tumor in each class, 0 benign to 1 anaplastic.
         grade_sd: Standard deviation of the mean atypia between slides.
         grade_spread: Half the range of the atypia between the foci of a slide.
@@ -80,7 +80,7 @@ class CohortPreset:
         low, high = self.tumor_share[index]
         return Recipe(
             organ=self.organ,
-            tumor_share=float(np.exp(rng.uniform(np.log(low), np.log(high)))) if high > 0 else 0.0,
+            tumor_share=float(rng.uniform(low, high)),
             architecture=self.architectures[index],
             grade=float(np.clip(rng.normal(self.grade[index], self.grade_sd), 0, 1)),
             grade_spread=self.grade_spread,
@@ -102,12 +102,12 @@ PRESETS: dict[str, CohortPreset] = {
             proportions=(0.5, 0.5),
             architectures=("nests", "nests"),
             tumor_share=((0.0, 0.0), (0.005, 0.10)),
-            grade=(0.0, 0.95),
-            grade_sd=0.04,
-            grade_spread=0.1,
-            patchiness=0.6,
-            mimic_share=(0.1, 0.35),
-            mimic_grade=0.15,
+            grade=(0.0, 0.93),
+            grade_sd=0.05,
+            grade_spread=0.15,
+            patchiness=1.4,
+            mimic_share=(0.2, 0.35),
+            mimic_grade=0.25,
             stain_jitter=0.5,
         ),
         CohortPreset(

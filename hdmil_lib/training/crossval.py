@@ -45,7 +45,8 @@ class Method:
         model: Name in `MODELS` of the network that it trains.
         options: Of `build_model`, beyond the recipe's.
         screen: Tiles that a trained DMIN gets to read: all (None), those that LIPN keeps at the calibrated
-            threshold ("lipn") or at gamma ("lipn_gamma"), or as many as "lipn", drawn at random ("random").
+            threshold ("lipn") or at gamma ("lipn_gamma"), or as many as "lipn", drawn at random
+            and pooled by every branch ("random").
     """
 
     title: str
@@ -89,6 +90,14 @@ class Recipe:
     model: Mapping[str, Any] = field(default_factory=dict)
     dmin: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
+
+    def shorter(self, epochs: int) -> "Recipe":
+        """The same with at most so many epochs of every network."""
+
+        def cut(settings: TrainSettings) -> TrainSettings:
+            return replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
+
+        return replace(self, training=cut(self.training), lipn_training=cut(self.lipn_training))
 
 
 def _paper(preset: PaperPreset) -> Recipe:
@@ -353,7 +362,7 @@ def _screened(
         output, kept = two_stage(dmin, lipn, features[slide_id], patches[slide_id], threshold)
         if screen == "random":
             n_tiles = len(features[slide_id])
-            order = torch.randperm(n_tiles, generator=generator)
-            output = dmin(features[slide_id][order[: round(float(kept) * n_tiles)]])
+            drawn = torch.randperm(n_tiles, generator=generator)[: round(float(kept) * n_tiles)]
+            output = dmin(features[slide_id][drawn], mask=torch.ones(len(drawn), dmin.n_classes))
         outputs[slide_id] = output.logits, kept
     return outputs

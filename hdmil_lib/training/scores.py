@@ -1,15 +1,13 @@
 """The score that training watches and evaluation reports."""
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from hdmil_lib.errors import CohortError
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Area under the ROC curve: of class 1 for two classes, the mean of one against the rest for more.
-
-    It is the share of pairs of a slide of the class and another slide in which the former has the higher
-    probability; ties count half.
 
     Args:
         labels: Class indices (S,).
@@ -26,8 +24,5 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
             f"no AUC: none of the {len(labels)} slides has class {', '.join(map(str, absent))}; "
             "score a part that holds every class"
         )
-    areas = []
-    for c in [1] if n_classes == 2 else range(n_classes):
-        inside, outside = probabilities[labels == c, c, None], probabilities[labels != c, c]
-        areas.append(np.mean((inside > outside) + 0.5 * (inside == outside)))
-    return float(np.mean(areas))
+    columns = [1] if n_classes == 2 else range(n_classes)
+    return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in columns]))
