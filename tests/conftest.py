@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from hdmil_lib.config import interprets_triton
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,3 +31,16 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real histology at {folder}; set HDMIL_REAL_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """Where Triton kernels run: the GPU, or the interpreter (`TRITON_INTERPRET=1`).
+
+    Fresh tensors hold nan meanwhile, so that a kernel that forgets to write an element is seen.
+    """
+    if not torch.cuda.is_available() and not interprets_triton():
+        pytest.skip("no GPU here; tests/test_triton.py runs these in the interpreter")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield "cuda" if torch.cuda.is_available() else "cpu"
+    torch.use_deterministic_algorithms(False)

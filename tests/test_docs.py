@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,12 @@ def test_every_row_has_the_columns_of_its_table():
     rows = [line for line in PAPER_MAP.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert len(rows) > 30
     assert {line.count("|") for line in rows} == {5, 6}
+
+
+def test_the_readme_shows_the_committed_results():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import publish_results
+
+    assert publish_results.README.read_text(encoding="utf-8") == publish_results.readme_with(
+        publish_results.render()
+    ), "run `python tools/publish_results.py` after a full `make tutorial`"

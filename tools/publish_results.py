@@ -56,6 +56,11 @@ def render() -> str:
     for name, caption in TABLES.items():
         parts.append(f"{caption}\n\n{(RESULTS / f'{name}.md').read_text()}")
     parts.append(f"![Seconds a slide by stage]({RESULTS.relative_to(REPOSITORY) / 'stage_times.jpg'})\n")
+    steps = json.loads((RESULTS / "timing.json").read_text())["steps"].values()
+    minutes, gigabytes = sum(s["seconds"] for s in steps) / 60, max(s["peak_mb"] for s in steps) / 1024
+    parts.append(
+        f"That run took {minutes:.0f} minutes on 2 CPU cores and {gigabytes:.1f} GB of memory at most.\n"
+    )
     return "\n".join(parts)
 
 
