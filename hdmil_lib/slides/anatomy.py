@@ -40,7 +40,7 @@ class Recipe:
         architecture: How tumor cells are arranged: "nests", "glands", "solid" or "files".
         grade: Mean atypia of the tumor, 0 benign to 1 anaplastic.
         grade_spread: Half the range of the atypia between foci, benign and malignant.
-        patchiness: How much of a large focus looks benign: 0 none, 1 most of its rim.
+        patchiness: How much of a large focus looks benign: 0 none, 1 most of its rim, more also of its core.
         mimic_share: Share of the tissue in foci of benign look-alikes.
         mimic_grade: Mean atypia of benign epithelium and of epithelioid histiocytes.
         density_contrast: How much denser tumor nuclei lie than those of look-alikes; 0 = alike.

@@ -21,7 +21,7 @@ from hdmil_lib.slides.nuclei import GRADES, KINDS, epithelial, lattice, render
 
 CELL = 512  # pixels painted at once
 STEP = 4  # pixels between points of the tissue map
-BASOPHILIA = 0.14  # hematoxylin that the cytoplasm of anaplastic cells takes up
+BASOPHILIA = 0.11  # hematoxylin that the cytoplasm of anaplastic cells takes up
 TEXTURE, TEXTURE_MPP = 1024, 0.5  # side of the seamless textures in pixels, um a pixel of the collagen
 PITCHES = (5.6, 9.4, 14.0)  # um between nuclei: small, medium, large
 

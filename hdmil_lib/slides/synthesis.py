@@ -105,9 +105,9 @@ PRESETS: dict[str, CohortPreset] = {
             grade=(0.0, 0.93),
             grade_sd=0.05,
             grade_spread=0.15,
-            patchiness=1.4,
+            patchiness=1.5,
             mimic_share=(0.2, 0.35),
-            mimic_grade=0.25,
+            mimic_grade=0.26,
             stain_jitter=0.5,
         ),
         CohortPreset(
