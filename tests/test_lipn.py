@@ -6,6 +6,7 @@ from torch import nn
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.models import LIPN
+from hdmil_lib.models.lipn import DepthwiseConv
 
 
 def patches(n, seed=0):
@@ -96,3 +97,17 @@ def test_it_learns_to_tell_dark_patches_from_bright_ones():
 def test_other_patches_are_refused_by_shape_and_type(wrong):
     with pytest.raises(BagError, match=r"expected torch.uint8 of shape \(n_tiles, 16, 16, 3\)"):
         LIPN()(wrong)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_convolution_of_small_maps_is_the_convolution(size, stride, kernel):
+    torch.manual_seed(0)
+    conv = DepthwiseConv(4, 4, kernel, stride, padding=kernel // 2, groups=4, bias=False).double()
+    maps = torch.randn(5, 4, size, size, dtype=torch.float64, requires_grad=True)
+    wanted = nn.functional.conv2d(maps, conv.weight, None, stride, kernel // 2, groups=4)
+    torch.testing.assert_close(conv(maps), wanted)
+    inputs = (maps, conv.weight)
+    grads = [torch.autograd.grad(output.square().sum(), inputs) for output in (conv(maps), wanted)]
+    torch.testing.assert_close(*grads)

@@ -10,6 +10,7 @@ from numpy.polynomial import chebyshev
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from hdmil_lib.viz.hardware import program_grid, roofline
 from hdmil_lib.viz.overlays import (
     attention_overlay,
     gallery,
@@ -46,7 +47,9 @@ __all__ = [
     "phi",
     "phi_fit",
     "pipeline",
+    "program_grid",
     "roc",
+    "roofline",
     "score_threshold",
     "slide_overview",
     "stage_times",

@@ -1,0 +1,170 @@
+"""Is every operator at least as fast as the formula that it replaces? Forward and backward, in one run.
+
+    python benchmarks/bench_kernels.py [--repeats N]
+
+Each operator is timed against its textbook form, both also through `torch.compile`, in turns, after a check
+that results and gradients agree. On a GPU the operator is the Triton kernel, and the floor is the time of
+its bytes and arithmetic at the rates that this device reaches on a copy and a matrix product. Medians, in
+milliseconds, go to `benchmarks/results/kernels.json` with the device's name.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hdmil_lib.config import setup
+from hdmil_lib.evaluation.tables import to_markdown
+from hdmil_lib.kernels import cost
+from hdmil_lib.kernels import chebyshev_kan
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+TOLERANCE = 1e-3  # of the largest number: float32 sums of thousands of terms in another order
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size.
+
+    Attributes:
+        name: For the table.
+        arguments: Makes the tensors on a device; floating ones get gradients.
+        textbook: The formula as one would write it.
+        operator: Ours.
+        cost: Of the forward pass.
+    """
+
+    name: str
+    arguments: Callable[[str], Sequence[Tensor]]
+    textbook: Callable[..., Tensor]
+    operator: Callable[..., Tensor]
+    cost: cost.Cost
+
+
+def chebyshev_textbook(inputs: Tensor, coefficients: Tensor) -> Tensor:
+    # 1 - 1e-6: the derivative of arccos is infinite at 1, where float32 rounds tanh of large inputs to.
+    angle = inputs.tanh().clamp(-1 + 1e-6, 1 - 1e-6).arccos()
+    degrees = torch.arange(coefficients.shape[2], device=inputs.device)
+    return torch.einsum("bqk,qok->bo", (angle[..., None] * degrees).cos(), coefficients)
+
+
+def normal(*shapes: Sequence[int]) -> Callable[[str], list[Tensor]]:
+    """Standard normal tensors divided by the square root of their first axis after the rows."""
+    return lambda device: [torch.randn(*s, device=device) / max(s[0], 1) ** 0.25 for s in shapes]
+
+
+def cases() -> list[Case]:
+    """All operators at the sizes of the paper."""
+    return [
+        Case(
+            f"chebyshev_kan, B = {rows}",
+            normal((rows, 512), (512, 1, 13)),
+            chebyshev_textbook,
+            chebyshev_kan,
+            cost.chebyshev_kan(rows, 512, 1, 12, width=4),
+        )
+        for rows in (64, 2_000)
+    ]
+
+
+def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Output and gradients, for a gradient of ones."""
+    output = function(*arguments)
+    leaves = [a for a in arguments if a.requires_grad]
+    if not leaves:
+        return [output]
+    return [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
+
+
+def check_agreement(case: Case, arguments: Sequence[Tensor]) -> None:
+    """Raise where the two forms differ: a fast wrong answer is not timed."""
+    for ours, wanted in zip(run(case.operator, arguments), run(case.textbook, arguments), strict=True):
+        difference = (ours.float() - wanted.float()).abs().max()
+        if difference > TOLERANCE * wanted.float().abs().max().clamp(min=1):
+            raise SystemExit(f"{case.name}: operator and textbook form differ by {difference:.1e}")
+
+
+def median_ms(contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int) -> dict[str, float]:
+    """Median time of each contender, in turns."""
+    synchronize = torch.cuda.synchronize if arguments[0].is_cuda else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 2):
+        for name, function in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            run(function, arguments)
+            synchronize()
+            if repeat >= 2:  # the first two warm up and compile
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def this_device() -> cost.Device:
+    """What a GPU reaches here, on a copy of 1 GB and a matrix product, rather than what is printed on it."""
+    large, matrix = (
+        torch.empty(2**28, device="cuda"),
+        torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16),
+    )
+    wide = matrix.float()
+    rates = {}
+    work = {
+        "copy": (lambda: large.clone(), 2 * large.numel() * 4),
+        "matrix": (lambda: matrix @ matrix, 2 * 8192**3),
+        "vector": (lambda: wide @ wide, 2 * 8192**3),
+    }
+    for name, (function, amount) in work.items():
+        ms = median_ms({name: lambda _, f=function: f()}, [torch.empty(0, device="cuda")], 20)[name]
+        rates[name] = amount / ms * 1000
+    return cost.Device(torch.cuda.get_device_name(), rates["copy"], rates["matrix"], rates["vector"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    repeats = parser.parse_args().repeats
+    setup()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = this_device() if device == "cuda" else None
+    rows = {}
+    for case in cases():
+        arguments = [a.requires_grad_(a.is_floating_point()) for a in case.arguments(device)]
+        check_agreement(case, arguments)
+        contenders = {
+            "textbook": case.textbook,
+            "library": case.operator,
+            "textbook, compiled": torch.compile(case.textbook),
+            "library, compiled": torch.compile(case.operator),
+        }
+        torch.compiler.reset()
+        row = median_ms(contenders, arguments, repeats)
+        row["ratio"] = row["textbook"] / row["library"]
+        row["ratio, compiled"] = row["textbook"] / row["library, compiled"]
+        if gpu:
+            row["floor, forward"] = 1000 * case.cost.seconds(gpu)
+        rows[case.name] = {key: round(value, 4) for key, value in row.items()}
+        print(case.name, rows[case.name], flush=True)
+    result = {
+        "device": gpu.name if gpu else f"{platform.machine()} CPU, 1 thread",
+        "triton": "measured" if gpu else "not measured: no GPU",
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "load_average": round(os.getloadavg()[0], 1),
+        "unit": "ms, forward and backward; floor: forward",
+        "operators": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(to_markdown(pd.DataFrame(rows).T))
+
+
+if __name__ == "__main__":
+    main()
