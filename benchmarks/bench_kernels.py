@@ -21,12 +21,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.kernels import cost
-from hdmil_lib.kernels import chebyshev_kan
+from hdmil_lib.kernels import chebyshev_kan, cost
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 TOLERANCE = 1e-3  # of the largest number: float32 sums of thousands of terms in another order

@@ -22,7 +22,7 @@ class ColorEncoder:
         return np.concatenate([pixels.mean(axis=1), 4 * pixels.std(axis=1)], axis=1)
 
 
-CONFIG = ModelConfig(("normal", "tumor"), "color", "c01", threshold=0.5)
+CONFIG = ModelConfig(("normal", "tumor"), "color", "c01", thresholds=(0.5, 0.5))
 
 
 def write_textured_slide(path: Path, rows: int = 5, cols: int = 7, seed: int = 0) -> Path:
@@ -50,5 +50,5 @@ def make_predictor(slide=None, keep=0.5, n_classes=2, **settings):
             lipn.classifier.weight /= logits.std(dim=0)[:, None]
             lipn.classifier.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
         best = prescreen(lipn, patches, 0.5)[1].max(axis=1)
-        config = replace(config, threshold=float(np.quantile(best, 1 - keep)))
+        config = replace(config, thresholds=(float(np.quantile(best, 1 - keep)),) * n_classes)
     return Predictor(dmin, lipn, config, encoder=ColorEncoder())

@@ -15,7 +15,8 @@ from hdmil_lib.data import read_splits
 from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import METHODS, RECIPES, load_dmin, load_fold, run_crossval, run_dir
-from hdmil_lib.training.trainer import TrainSettings, two_stage
+from hdmil_lib.training.trainer import TrainSettings
+from hdmil_lib.training.two_stage import two_stage
 
 FEW = TrainSettings(learning_rate=3e-3, epochs=2, min_epochs=0)
 RECIPE = replace(
@@ -65,12 +66,12 @@ def test_screens_read_fewer_tiles_and_random_as_many_as_hdmil(run):
 def test_predictions_are_those_of_the_networks_that_are_left(data, run):
     _, bags = data
     predictions, folder = run
-    dmin, lipn, threshold = load_fold(folder, 1)
+    dmin, lipn, thresholds = load_fold(folder, 1)
     part = predictions[(predictions["fold"] == 1) & (predictions["method"] == "hdmil")]
     for row in part.itertuples():
         bag = bags[row.slide_id]
         features, patches = torch.from_numpy(bag.features).float(), torch.from_numpy(bag.patches)
-        output, kept = two_stage(dmin, lipn, features, patches, threshold)
+        output, kept = two_stage(dmin, lipn, features, patches, thresholds)
         # the same float32 computation, written with 17 digits
         assert row.p_1 == pytest.approx(float(output.logits.double().softmax(0)[1]), rel=1e-12)
         assert row.keep_ratio == float(kept)

@@ -70,29 +70,21 @@ def test_slide_and_stored_bag_give_the_same_prediction(slide, tmp_path, screened
     np.testing.assert_allclose(from_bag.attention, from_slide.attention, atol=5e-3)
 
 
-def test_each_branch_pools_only_the_tiles_kept_for_it(slide):
+def test_dmin_selects_by_itself_among_the_tiles_that_lipn_keeps(slide):
     predictor = make_predictor(slide)
     prediction = predictor.predict(slide)
     with Slide(slide) as opened:
         grid = TileGrid.from_slide(opened)
-        tiles = np.stack([grid.read_tile(opened, i) for i in range(len(grid))])
+        tiles = np.stack([grid.read_tile(opened, i) for i in np.flatnonzero(prediction.kept)])
     features = torch.from_numpy(ColorEncoder()(tiles))
-    dmin = predictor.dmin
     with torch.inference_mode():
-        embeddings = dmin.projection(features)
-        logits = []
-        for c in range(2):
-            own = torch.from_numpy(prediction.mask[:, c])
-            assert own.any()
-            weights = dmin.attention(embeddings)[own, c].softmax(0)
-            logits.append(dmin.heads[c]((weights @ embeddings[own])[None]).squeeze())
-    expected = torch.stack(logits).softmax(0).numpy()
+        expected = predictor.dmin(features).logits.softmax(0).numpy()
     np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-5)
 
 
 def test_where_lipn_keeps_nothing_its_best_tile_is_read(slide, monkeypatch):
     predictor = make_predictor()
-    predictor.config = replace(CONFIG, threshold=1.0)
+    predictor.config = replace(CONFIG, thresholds=(1.0, 1.0))
     prediction = predictor.predict(slide)
     with Slide(slide) as opened:
         scores = prescreen(predictor.lipn, TileGrid.from_slide(opened).patches, 0.5)[1]

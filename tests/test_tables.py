@@ -144,24 +144,24 @@ def test_masks_are_scored_by_the_networks_that_never_saw_the_slide(crossval):
     for row in scored[scored["method"].isin(["hdmil_dagger", "hdmil"])].itertuples():
         predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
         mask = predictor.predict_bag(bags[row.slide_id], prescreen=row.method == "hdmil").mask.any(axis=1)
-        assert row.pooled == mask.mean()
+        assert row.kept == mask.mean()
         assert np.isnan(row.tumor_recall) if row.label == 0 else row.tumor_recall == mask[:4].mean()
 
 
 def test_masks_of_methods_that_have_none(crossval):
     scored = add_mask_scores(*crossval).set_index("method")
-    assert scored.loc["max", ["pooled", "tumor_recall"]].isna().all(axis=None)
+    assert scored.loc["max", ["kept", "tumor_recall"]].isna().all(axis=None)
     random = scored.loc["random"]
-    assert (random["pooled"] == random["keep_ratio"]).all()
+    assert (random["kept"] == random["keep_ratio"]).all()
     expected = random["keep_ratio"].where(random["label"] == 1)
     np.testing.assert_array_equal(random["tumor_recall"], expected)
 
 
-def test_hdmil_pools_what_it_reads_and_predicts_as_the_cross_validation_did(crossval):
+def test_hdmil_keeps_what_it_reads_and_predicts_as_the_cross_validation_did(crossval):
     predictions, run_dir, cohort, bags = crossval
     scored = add_mask_scores(*crossval)
     hdmil = scored[scored["method"] == "hdmil"]
-    np.testing.assert_allclose(hdmil["pooled"], hdmil["keep_ratio"])
+    np.testing.assert_allclose(hdmil["kept"], hdmil["keep_ratio"])
     for row in hdmil.itertuples():
         predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
         probabilities = predictor.predict_bag(bags[row.slide_id]).probabilities

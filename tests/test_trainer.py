@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from bag_factory import DIM, make_bag, make_bags, make_split
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -19,14 +17,8 @@ from hdmil_lib.errors import BagError, CheckpointError, HDMILError
 from hdmil_lib.models import LIPN, build_model
 from hdmil_lib.training import trainer
 from hdmil_lib.training.losses import LIPNLossWeights
-from hdmil_lib.training.trainer import (
-    TrainSettings,
-    calibrate_threshold,
-    lipn_mask,
-    train_lipn,
-    train_model,
-    two_stage,
-)
+from hdmil_lib.training.trainer import TrainSettings, train_lipn, train_model
+from hdmil_lib.training.two_stage import calibrate_thresholds, two_stage
 
 SHORT = TrainSettings(learning_rate=3e-3, epochs=4, min_epochs=4, patience=4, seed=3)
 SMALL = {"embed_dim": 16}
@@ -243,7 +235,7 @@ def tumor_selector():
     return dmin
 
 
-def test_lipn_learns_what_dmin_selects_and_stores_its_threshold(data, tmp_path):
+def test_lipn_learns_what_dmin_selects_and_stores_its_thresholds(data, tmp_path):
     bags, split, labels = data
     dmin, lipn = tumor_selector(), small_lipn()
     before = {name: tensor.clone() for name, tensor in dmin.state_dict().items()}
@@ -255,8 +247,10 @@ def test_lipn_learns_what_dmin_selects_and_stores_its_threshold(data, tmp_path):
         scores = torch.cat([lipn(torch.from_numpy(bags[s].patches)).amin(1) for s in split.test])
     selected = [bool(labels[s]) and i < 4 for s in split.test for i in range(12)]
     assert roc_auc_score(selected, scores) > 0.95
-    threshold = json.loads((tmp_path / "config.json").read_text())["threshold"]
-    assert threshold == calibrate_threshold(lipn, bags, split.val, dmin.settings.keep_ratio)
+    thresholds = json.loads((tmp_path / "config.json").read_text())["thresholds"]
+    assert thresholds == calibrate_thresholds(
+        lipn, [torch.from_numpy(bags[s].patches) for s in split.val], dmin.settings.keep_ratio
+    )
 
 
 def test_lipn_of_another_dmin_is_refused(data, tmp_path):
@@ -272,56 +266,6 @@ def test_lipn_needs_a_dmin_that_selects(data, tmp_path):
     model = build_model("dmin", DIM, 2, **SMALL_DMIN, self_distillation=False)
     with pytest.raises(ValueError, match="selects no tiles"):
         train_lipn(small_lipn(), model, bags, split, labels, SHORT, tmp_path)
-
-
-class Brightness(torch.nn.Module):
-    """Scores a patch by its brightness, so that thresholds can be worked out by hand."""
-
-    def forward(self, patches):
-        score = patches.float().mean((1, 2, 3)) / 255
-        return torch.stack((score, score - 1), dim=1).logit(eps=1e-4)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    keep_ratio=st.floats(0.05, 0.95),
-    seed=st.integers(0, 1000),
-)
-def test_calibration_reaches_the_ratio_as_closely_as_the_tiles_allow(sizes, keep_ratio, seed):
-    rng = np.random.default_rng(seed)
-    bags, total = {}, sum(sizes)
-    levels = iter(rng.permutation(total) % 256)
-    for i, size in enumerate(sizes):
-        bags[str(i)] = make_bag(str(i), 0, size)
-        bags[str(i)].patches[:] = np.array([next(levels) for _ in range(size)])[:, None, None, None]
-    threshold = calibrate_threshold(Brightness(), bags, list(bags), keep_ratio)
-    kept = [
-        float((Brightness()(torch.from_numpy(b.patches)).sigmoid().amax(1) > threshold).float().mean())
-        for b in bags.values()
-    ]
-    # one more tile would exceed the target: the gap is at most the largest weight of a tile
-    assert -1e-6 <= keep_ratio - np.mean(kept) <= 1 / (min(sizes) * len(sizes)) + 1e-6
-
-
-def test_a_mask_is_per_branch_and_never_empty():
-    logits = torch.tensor([[-1.0, 0.2], [-3.0, -2.0], [0.5, -4.0]])
-    assert lipn_mask(logits, 0.5).tolist() == [[False, True], [False, False], [True, False]]
-    assert lipn_mask(logits, 0.9).tolist() == [[False, False], [False, False], [True, False]]
-
-
-def test_two_stage_reads_kept_tiles_alone(data):
-    bags, _, _ = data
-    dmin = small_model().eval()
-    features = torch.from_numpy(bags["s01"].features).float()
-    patches = torch.from_numpy(bags["s01"].patches)
-    threshold = float(Brightness()(patches)[:, 0].sigmoid().median())
-    dropped = Brightness()(patches)[:, 0].sigmoid() <= threshold
-    poisoned = features.masked_fill(dropped[:, None], torch.nan)
-    output, kept = two_stage(dmin, Brightness(), features, patches, threshold)
-    again, _ = two_stage(dmin, Brightness(), poisoned, patches, threshold)
-    assert dropped.sum() == 6 and kept == 0.5
-    assert torch.equal(output.logits, again.logits)
 
 
 def test_features_are_standardized_by_the_training_slides_alone(data, tmp_path):

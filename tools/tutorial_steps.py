@@ -26,7 +26,16 @@ from hdmil_lib.training.crossval import METHODS, RECIPES, run_crossval, run_dir
 from hdmil_lib.viz import plots
 
 COHORT = "camelyon-mini"
-TABLE1_METHODS = ("max", "mean", "abmil", "hdmil_dagger_published", "hdmil_dagger", "hdmil", "random")
+TABLE1_METHODS = (
+    "max",
+    "mean",
+    "abmil",
+    "hdmil_dagger_published",
+    "hdmil_dagger",
+    "hdmil",
+    "hdmil_published",
+    "random",
+)
 TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
 
 

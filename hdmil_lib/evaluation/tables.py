@@ -14,7 +14,7 @@ from hdmil_lib.features.bagstore import Bag, read_tile_labels
 from hdmil_lib.inference import Predictor
 from hdmil_lib.training.crossval import METHODS
 
-SHARES = {"tiles read": "keep_ratio", "tiles pooled": "pooled", "tumor recall": "tumor_recall"}
+SHARES = {"tiles read": "keep_ratio", "tiles kept": "kept", "tumor recall": "tumor_recall"}
 """Columns of Table 1 that are shares of tiles, and where they are found."""
 
 COMPONENTS = {
@@ -38,8 +38,8 @@ def add_mask_scores(
         bags: Its bags.
 
     Returns:
-        The predictions with two more columns: `pooled`, the share of tiles that at least one branch pools
-        (for HDMIL† those that DMIN selects of all it reads), and `tumor_recall`, the share of tumor tiles
+        The predictions with two more columns: `kept`, the share of tiles that are kept for at least one
+        branch (by LIPN; for HDMIL† by DMIN, of all it reads), and `tumor_recall`, the share of tumor tiles
         among them: nan on slides without tumor and for methods without a mask. Random tiles get what is
         expected of them, the share that is kept.
     """
@@ -51,13 +51,13 @@ def add_mask_scores(
             mask = predictor.predict_bag(bags[slide_id], prescreen=screened[method]).mask
             truth = read_tile_labels(cohort.bag_path(slide_id))
             recall = np.nan if truth is None else tumor_recall(mask, truth)
-            scores[method, slide_id] = {"pooled": keep_ratio(mask), "tumor_recall": recall}
+            scores[method, slide_id] = {"kept": keep_ratio(mask), "tumor_recall": recall}
     table = pd.DataFrame.from_dict(scores, orient="index").rename_axis(["method", "slide_id"])
     predictions = predictions.join(table, on=["method", "slide_id"])
     random = predictions["method"] == "random"
     if random.any():
         has_tumor = predictions["slide_id"].isin(table.dropna().index.get_level_values("slide_id"))
-        predictions.loc[random, "pooled"] = predictions["keep_ratio"]
+        predictions.loc[random, "kept"] = predictions["keep_ratio"]
         predictions.loc[random & has_tumor, "tumor_recall"] = predictions["keep_ratio"]
     return predictions
 
@@ -75,7 +75,7 @@ def table1(
 
     Returns:
         Indexed by the methods' titles, in the order of `METHODS`. As text "mean (sd)" over folds in percent:
-        AUC, ACC. In percent, means over slides: tiles read, tiles pooled, and the tumor tiles among these
+        AUC, ACC. In percent, means over slides: tiles read, tiles kept, and the tumor tiles among these
         (of slides that have tumor). Then seconds a slide and the paper's figures; nan where there is none.
 
     Raises:

@@ -87,10 +87,10 @@ def _with_budget(predictor: Predictor, path: Path, keep_ratio: float) -> Predict
     """The predictor with the threshold at which LIPN keeps this share of the slide's tiles."""
     with Slide(path) as slide:
         patches = TileGrid.from_slide(slide).patches
-    best = np.sort(prescreen(predictor.lipn, patches, predictor.config.threshold)[1].max(axis=1))[::-1]
+    best = np.sort(prescreen(predictor.lipn, patches, predictor.config.thresholds)[1].max(axis=1))[::-1]
     last = min(max(round(keep_ratio * len(best)), 1), len(best) - 1)
     threshold = float(best[last - 1] + best[last]) / 2
-    config = replace(predictor.config, threshold=threshold)
+    config = replace(predictor.config, thresholds=(threshold,) * predictor.dmin.n_classes)
     return Predictor(predictor.dmin, predictor.lipn, config, encoder=predictor.encoder)
 
 

@@ -22,13 +22,13 @@ class ModelConfig:
         classes: Class names in the order of the branches.
         encoder: Name of the encoder that made the features.
         weights_hash: Hash of the encoder's weights.
-        threshold: gamma of LIPN, as calibrated on validation slides.
+        thresholds: On LIPN's sigmoid, one a branch, as calibrated on validation slides.
     """
 
     classes: tuple[str, ...]
     encoder: str
     weights_hash: str
-    threshold: float = 0.5
+    thresholds: tuple[float, ...] = (0.5, 0.5)
 
 
 def write_model(model_dir: str | Path, dmin: DMIN, lipn: LIPN | None, config: ModelConfig) -> None:
@@ -65,7 +65,8 @@ def read_model(model_dir: str | Path) -> tuple[DMIN, LIPN | None, ModelConfig]:
     try:
         settings = DMINSettings(**stored.pop("dmin"))
         digests = stored.pop("digests")
-        config = ModelConfig(**stored | {"classes": tuple(stored["classes"])})
+        tuples = {name: tuple(stored[name]) for name in ("classes", "thresholds")}
+        config = ModelConfig(**stored | tuples)
         has_lipn = digests["lipn"] is not None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

@@ -33,8 +33,9 @@ class Prediction:
         shape: (rows, cols) of the tile grid.
         rowcol: Position of the tiles on the grid, int64 (N, 2).
         attention: DMIN's attention logits, a column a branch, float32 (N, C); nan where a tile was not read.
-        kept: Tiles that at least one branch pools, bool (N,).
-        mask: Tiles that each branch pools, bool (N, C): LIPN's choice, or DMIN's own without LIPN.
+        kept: Tiles kept for at least one branch, bool (N,).
+        mask: Tiles kept for each branch, bool (N, C): LIPN's choice of what to read or, where all tiles were
+            read, DMIN's choice of what to pool.
         seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
         thumbnail: The slide at 8 um/px, uint8 (H, W, 3). Predicted from a bag it is put together from the
             patches, and the grid starts at the first tissue.
@@ -64,7 +65,7 @@ class Prediction:
 
     @property
     def keep_ratio(self) -> float:
-        """Share of the tiles that at least one branch pools."""
+        """Share of the tiles that are kept for at least one branch."""
         return float(self.kept.mean())
 
     @property
@@ -76,13 +77,13 @@ class Prediction:
 class Predictor:
     """DMIN, LIPN and the encoder they were trained on, from a slide file to a prediction.
 
-    With LIPN this is the paper's HDMIL; `prescreen=False` reads every tile and lets DMIN select by itself,
-    which is its HDMIL†.
+    With LIPN this is the paper's HDMIL, except that DMIN selects by itself among the tiles that LIPN lets it
+    read (see `two_stage`); `prescreen=False` reads every tile, which is its HDMIL†.
 
     Attributes:
         dmin: The classifier, in evaluation mode.
         lipn: The pre-screening network in evaluation mode, or None where none was trained.
-        config: Classes, threshold and encoder.
+        config: Classes, thresholds and encoder.
     """
 
     def __init__(self, dmin: DMIN, lipn: LIPN | None, config: ModelConfig, *, encoder: Encoder | None = None):
@@ -138,8 +139,8 @@ class Predictor:
         Raises:
             CheckpointError: "hdmil" was not trained on that fold, or `encoder` is another one.
         """
-        dmin, lipn, threshold = load_fold(run_dir, fold)
-        config = ModelConfig(tuple(classes), bag.attrs["encoder"], bag.attrs["weights_hash"], threshold)
+        dmin, lipn, thresholds = load_fold(run_dir, fold)
+        config = ModelConfig(tuple(classes), bag.attrs["encoder"], bag.attrs["weights_hash"], thresholds)
         return cls(dmin, lipn, config, encoder=encoder)
 
     def save(self, model_dir: str | Path) -> None:
@@ -170,7 +171,7 @@ class Predictor:
 
         Args:
             slide_path: The slide.
-            prescreen: Let LIPN choose the tiles to read; otherwise all are read and DMIN selects.
+            prescreen: Let LIPN choose the tiles to read; otherwise all are read.
             mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
             n_readers: Threads that read ahead while the encoder runs; with 0 the stages' seconds add up.
             progress: Show a bar over the tiles.
@@ -235,7 +236,7 @@ class Predictor:
                 "(prescreen=False, --all-tiles), or train LIPN"
             )
         with _stage(seconds, "lipn"):
-            return select_tiles(self.lipn, patches, self.config.threshold)[0]
+            return select_tiles(self.lipn, patches, self.config.thresholds)[0]
 
     @torch.inference_mode()
     def _classify(
@@ -248,8 +249,7 @@ class Predictor:
     ) -> dict[str, np.ndarray]:
         """DMIN on the features (n, D) of the tiles `rows`, as the fields of a prediction over all tiles."""
         with _stage(seconds, "dmin"):
-            given = None if mask is None else torch.from_numpy(mask[rows])
-            output = self.dmin(torch.from_numpy(features), mask=given)
+            output = self.dmin(torch.from_numpy(features))
             probabilities = output.logits.softmax(0).numpy()
         attention = np.full((n_tiles, len(self.config.classes)), np.nan, dtype=np.float32)
         attention[rows] = output.attention.numpy()

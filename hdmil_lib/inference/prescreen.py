@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from hdmil_lib.models import LIPN
-from hdmil_lib.training.trainer import lipn_mask
+from hdmil_lib.training.two_stage import Threshold, lipn_mask
 
 
 @torch.inference_mode()
 def prescreen(
-    lipn: LIPN, patches: np.ndarray, threshold: float = 0.5, *, batch: int = 4096
+    lipn: LIPN, patches: np.ndarray, threshold: Threshold = 0.5, *, batch: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score each patch and select tiles for each branch: M_LR,c = [sigmoid(P_c) > gamma].
 
@@ -19,7 +19,7 @@ def prescreen(
     Args:
         lipn: The pre-screening network; used in evaluation mode and left in the mode it was in.
         patches: RGB at 8 um/px, uint8 (N, 16, 16, 3), N >= 1.
-        threshold: gamma.
+        threshold: gamma, or one threshold a branch.
         batch: Patches a forward pass; bounds the memory.
 
     Returns:

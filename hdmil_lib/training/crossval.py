@@ -32,8 +32,8 @@ from hdmil_lib.training.trainer import (
     patch_tensors,
     train_lipn,
     train_model,
-    two_stage,
 )
+from hdmil_lib.training.two_stage import two_stage
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Method:
         title: As the tables print it.
         model: Name in `MODELS` of the network that it trains.
         options: Of `build_model`, beyond the recipe's.
-        screen: Tiles that a trained DMIN gets to read: all (None), those that LIPN keeps at the calibrated
-            threshold ("lipn") or at gamma ("lipn_gamma"), or as many as "lipn", drawn at random
-            and pooled by every branch ("random").
+        screen: Tiles that a trained DMIN gets to read: all (None); those that LIPN keeps at the calibrated
+            thresholds ("lipn"); as many as these, drawn at random ("random"); or those that LIPN keeps at
+            gamma, each pooled by the branches that it was kept for, as in the paper ("published").
     """
 
     title: str
     model: Literal["mean", "max", "abmil", "dmin"] = "dmin"
     options: Mapping[str, Any] = field(default_factory=dict)
-    screen: Literal["lipn", "lipn_gamma", "random"] | None = None
+    screen: Literal["lipn", "random", "published"] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
         "HDMIL†, head as published", options={"degree": 12, "linear_start": False}
     ),
     "hdmil": Method("HDMIL", screen="lipn"),
-    "hdmil_gamma": Method("HDMIL, threshold not calibrated", screen="lipn_gamma"),
+    "hdmil_published": Method("HDMIL, inference as published", screen="published"),
     "random": Method("Random tiles, as many as HDMIL", screen="random"),
     "dmin_linear": Method(
         "DMIN, linear heads, no self-distillation", options={"head": "linear", "self_distillation": False}
@@ -225,20 +225,20 @@ def run_dir(cohort: Cohort, bags: Mapping[str, Bag], n_folds: int, seed: int, re
     return cache_dir() / "runs" / f"{cohort.root.resolve().name}-{digest}"
 
 
-def load_fold(out_dir: str | Path, fold: int) -> tuple[DMIN, LIPN, float]:
-    """The networks that "hdmil" trained on a fold, in evaluation mode, and LIPN's calibrated threshold.
+def load_fold(out_dir: str | Path, fold: int) -> tuple[DMIN, LIPN, tuple[float, ...]]:
+    """The networks that "hdmil" trained on a fold, in evaluation mode, and LIPN's calibrated thresholds.
 
     Raises:
         CheckpointError: That fold of "hdmil" was not run in this folder, or its files are damaged.
     """
     folder = Path(out_dir) / "hdmil" / f"fold{fold}"
-    threshold = read_json(folder / "config.json").get("threshold")
-    if threshold is None:
+    thresholds = read_json(folder / "config.json").get("thresholds")
+    if thresholds is None:
         raise CheckpointError(f"{folder}: LIPN is not trained to its end; run the cross-validation again")
     dmin = load_dmin(out_dir, fold)
     lipn = LIPN(dmin.n_classes)
     load_weights(lipn, folder / "model.safetensors")
-    return dmin, lipn.eval(), threshold
+    return dmin, lipn.eval(), tuple(thresholds)
 
 
 def load_dmin(out_dir: str | Path, fold: int, method: str = "hdmil_dagger") -> DMIN:
@@ -353,16 +353,17 @@ def _screened(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Logits of each test slide from the tiles that the method lets DMIN read, and their share."""
     screen = METHODS[job.method].screen
-    dmin, lipn, threshold = load_fold(job.out_dir, job.fold)
-    if screen == "lipn_gamma":
-        threshold = dmin.settings.threshold
+    dmin, lipn, thresholds = load_fold(job.out_dir, job.fold)
+    published = screen == "published"
+    cut = dmin.settings.threshold if published else thresholds
     generator = torch.Generator().manual_seed(job.recipe.training.seed)
     outputs = {}
     for slide_id in job.split.test:
-        output, kept = two_stage(dmin, lipn, features[slide_id], patches[slide_id], threshold)
+        bag = features[slide_id], patches[slide_id]
+        output, kept = two_stage(dmin, lipn, *bag, cut, lipn_pools=published)
         if screen == "random":
             n_tiles = len(features[slide_id])
             drawn = torch.randperm(n_tiles, generator=generator)[: round(float(kept) * n_tiles)]
-            output = dmin(features[slide_id][drawn], mask=torch.ones(len(drawn), dmin.n_classes))
+            output = dmin(features[slide_id][drawn])
         outputs[slide_id] = output.logits, kept
     return outputs

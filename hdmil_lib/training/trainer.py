@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hdmil_lib.data import Split
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.models import DMIN, LIPN, ChebyshevKAN, DMINOutput, MILModel
+from hdmil_lib.models import DMIN, LIPN, ChebyshevKAN, MILModel
 from hdmil_lib.training.checkpoint import (
     claim_folder,
     load_state,
@@ -31,6 +31,7 @@ from hdmil_lib.training.checkpoint import (
 )
 from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
 from hdmil_lib.training.scores import auc
+from hdmil_lib.training.two_stage import calibrate_thresholds, two_stage
 
 Step = Callable[[str], tuple[Tensor, Terms]]
 Score = Callable[[], tuple[Tensor, Tensor]]
@@ -139,9 +140,9 @@ def train_lipn(
     """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN selects (paper: LIPN).
 
     DMIN is frozen and in evaluation mode: its masks are computed once a bag. The validation loss is that of
-    the two-stage prediction at DMIN's threshold gamma. Afterwards `config.json` also says, as `threshold`,
+    the two-stage prediction at DMIN's threshold gamma. Afterwards `config.json` also says, as `thresholds`,
     where LIPN's scores must be cut to keep DMIN's target ratio on the validation slides: see
-    `calibrate_threshold`. Everything else is as in `train_model`.
+    `calibrate_thresholds`. Everything else is as in `train_model`.
 
     Returns:
         As `train_model`; the terms are `mask` and `rate`.
@@ -171,59 +172,10 @@ def train_lipn(
     }
     history = _fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
     config = read_json(out_dir / "config.json")
-    if "threshold" not in config:
-        threshold = calibrate_threshold(lipn, bags, split.val, keep_ratio)
-        write_json(out_dir / "config.json", config | {"threshold": threshold})
+    if "thresholds" not in config:
+        thresholds = calibrate_thresholds(lipn, (patches[s] for s in split.val), keep_ratio)
+        write_json(out_dir / "config.json", config | {"thresholds": thresholds})
     return history
-
-
-@torch.inference_mode()
-def two_stage(
-    dmin: DMIN, lipn: LIPN, features: Tensor, patches: Tensor, threshold: float
-) -> tuple[DMINOutput, Tensor]:
-    """What the two-stage inference says of a bag whose features are all at hand.
-
-    Args:
-        dmin: Classifier, in evaluation mode.
-        lipn: Pre-screening network, in evaluation mode.
-        features: (N, D).
-        patches: uint8 (N, 16, 16, 3).
-        threshold: A tile is kept for a branch where LIPN's sigmoid exceeds it.
-
-    Returns:
-        DMIN's output on the kept tiles alone, and the share of tiles kept, a scalar.
-    """
-    mask = lipn_mask(lipn(patches), threshold)
-    kept = mask.any(1)
-    return dmin(features[kept], mask=mask[kept]), kept.float().mean()
-
-
-def lipn_mask(logits: Tensor, threshold: float) -> Tensor:
-    """Tiles kept for each branch, bool (N, C): sigmoid above the threshold, or else the single highest."""
-    scores = logits.sigmoid()
-    mask = scores > threshold
-    if not mask.any():
-        mask.view(-1)[scores.argmax()] = True
-    return mask
-
-
-@torch.inference_mode()
-def calibrate_threshold(
-    lipn: LIPN, bags: Mapping[str, Bag], slide_ids: Sequence[str], keep_ratio: float
-) -> float:
-    """The threshold on LIPN's sigmoid that keeps, averaged over these slides, a given share of tiles.
-
-    The rate loss leaves the share at gamma to chance; this sets it on slides whose labels are not needed. A
-    tile is kept where its highest branch exceeds the threshold, so each tile is one candidate threshold,
-    and each weighs one over its slide's number of tiles.
-    """
-    lipn.eval()
-    scores = [lipn(patches).amax(1).sigmoid() for patches in patch_tensors(bags, slide_ids).values()]
-    share = torch.cat([torch.full_like(s, 1 / (len(s) * len(scores)), dtype=torch.float64) for s in scores])
-    ordered, order = torch.cat(scores).sort(descending=True)
-    n_kept = int((share[order].cumsum(0) <= keep_ratio + 1e-9).sum())
-    bounds = torch.cat((torch.ones(1), ordered, torch.zeros(1))).double()
-    return float(bounds[n_kept : n_kept + 2].mean())
 
 
 def feature_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
