@@ -201,5 +201,9 @@ def run(cfg: Config) -> None:
         run_notebooks(cfg.build / "notebooks")
     print(f"\nTest scores on {len(cohort)} synthetic slides ({COHORT}), beside the paper's Camelyon16:\n")
     print(to_markdown(results))
+    if cfg.fast:
+        print(
+            "A fast run is too short to learn much: it shows that all works, the full run shows how well.\n"
+        )
     print(f"notebooks  {cfg.build / 'notebooks'}   (read them with `make lab`)")
     print(f"tables     {tables}\nfigures    {figures}\nmodel      {cfg.build / 'model'}")
