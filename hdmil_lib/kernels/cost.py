@@ -81,10 +81,15 @@ def gumbel_mask(tiles: int, branches: int, width: int = 4) -> Cost:
     return Cost(width * 2 * a, width * 22 * a, 30 * a)
 
 
-def tile_preprocess(tiles: int, side: int = 256, width: int = 2) -> Cost:
-    """((x.float() / 255 - mean) / std).permute(...).to(type): four passes in float32."""
-    pixels = 3 * tiles * side * side
-    return Cost(pixels * (1 + width), pixels * (1 + 4 + 8 + 8 + 8 + 4 + width), 2 * pixels)
+def tile_preprocess(tiles: int, side: int = 256, width: int = 2, *, stain: bool = False) -> Cost:
+    """((x.float() / 255 - mean) / std).permute(...).to(type): four passes in float32.
+
+    Stain normalization before it: + 1, / 256, log, matrix, exp, * 256, - 1, clip.
+    """
+    values = 3 * tiles * side * side
+    passes = 3 + 8 * stain
+    flops = (2 + 50 * stain) * values  # three 3x3 products, logarithm and exponential of some 15 each
+    return Cost(values * (1 + width), values * (1 + 4 + 8 * passes + 4 + width), flops)
 
 
 def tissue_statistics(pixels: int) -> Cost:

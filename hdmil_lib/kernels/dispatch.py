@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hdmil_lib.config import interprets_triton
@@ -76,3 +77,15 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
                 )
             owner.setdefault(letter, name)
     return sizes
+
+
+def check_tiles(tiles: Tensor) -> None:
+    """Hold `tiles` to RGB bytes.
+
+    Raises:
+        ValueError: It is no uint8 tensor (B, H, W, 3).
+    """
+    if not isinstance(tiles, Tensor):
+        raise ValueError(f"tiles is a {type(tiles).__name__}, expected a uint8 tensor (B, H, W, 3)")
+    if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
+        raise ValueError(f"tiles is {tiles.dtype} {tuple(tiles.shape)}, expected torch.uint8 (B, H, W, 3)")

@@ -1,0 +1,51 @@
+"""Normalized tiles in plain PyTorch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_LOG = 10.0  # e^10: far beyond white, and still finite in every product
+
+
+def tile_preprocess(
+    tiles: Tensor,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    stain: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """x * scale + shift of each channel, after `normalize_stain` where there is a stain.
+
+    Args:
+        tiles: uint8 (B, H, W, 3).
+        scale: 3 numbers.
+        shift: 3 numbers.
+        stain: Empty, or `StainTransform.numbers`.
+        dtype: Of the result; computed in float32, or in float64 for float64.
+        channels_last: Memory is (B, H, W, 3).
+
+    Returns:
+        (B, 3, H, W).
+    """
+    number = torch.promote_types(dtype, torch.float32)
+    scale, shift = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
+    pixels = tiles
+    if stain:
+        pixels = normalize_stain(tiles.to(number), torch.tensor(stain, dtype=number, device=tiles.device))
+    batch, height, width, _ = tiles.shape
+    if channels_last:  # as rows of W x 3 values: long lines are fast
+        values = pixels.reshape(batch, height, width * 3).to(number)
+        values = values * scale.repeat(width) + shift.repeat(width)
+        return values.to(dtype).view(batch, height, width, 3).permute(0, 3, 1, 2)
+    planes = pixels.permute(0, 3, 1, 2).contiguous().to(number)
+    return (planes * scale[:, None, None] + shift[:, None, None]).to(dtype)
+
+
+def normalize_stain(pixels: Tensor, numbers: Tensor) -> Tensor:
+    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of pixels (..., 3)."""
+    space, matrix, offset, back = numbers.split((9, 9, 3, 9))
+    logs = ((pixels + 1) / 256 @ space.view(3, 3).T).log()
+    logs = (logs @ matrix.view(3, 3).T + offset).clamp(max=LARGEST_LOG)
+    return (256 * (logs.exp() @ back.view(3, 3).T) - 1).clamp(0, 255)
