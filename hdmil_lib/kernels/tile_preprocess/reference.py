@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LARGEST_LOG = 10.0  # e^10: far beyond white, and still finite in every product
 
@@ -33,7 +34,7 @@ def tile_preprocess(
     scale, shift = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
     pixels = tiles
     if stain:
-        pixels = normalize_stain(tiles.to(number), torch.tensor(stain, dtype=number, device=tiles.device))
+        pixels = normalize_stain(tiles.to(number), stain)
     batch, height, width, _ = tiles.shape
     if channels_last:  # as rows of W x 3 values: long lines are fast
         values = pixels.reshape(batch, height, width * 3).to(number)
@@ -43,9 +44,14 @@ def tile_preprocess(
     return (planes * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
 
-def normalize_stain(pixels: Tensor, numbers: Tensor) -> Tensor:
-    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of pixels (..., 3)."""
-    space, matrix, offset, back = numbers.split((9, 9, 3, 9))
-    logs = ((pixels + 1) / 256 @ space.view(3, 3).T).log()
-    logs = (logs @ matrix.view(3, 3).T + offset).clamp(max=LARGEST_LOG)
-    return (256 * (logs.exp() @ back.view(3, 3).T) - 1).clamp(0, 255)
+def normalize_stain(pixels: Tensor, stain: Sequence[float]) -> Tensor:
+    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of floating pixels (..., 3)."""
+    space, matrix, offset, back = pixels.new_tensor(stain).split((9, 9, 3, 9))
+    mixes = list(stain[:9]) != [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    light = (pixels + 1) / 256
+    if mixes:
+        light = light @ space.view(3, 3).T
+    light = F.linear(light.log(), matrix.view(3, 3), offset).clamp(max=LARGEST_LOG).exp()
+    if mixes:
+        light = light @ back.view(3, 3).T
+    return (256 * light - 1).clamp(0, 255)
