@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.kernels import chebyshev_kan, cost, tile_preprocess
+from hdmil_lib.kernels import chebyshev_kan, cost, tile_preprocess, tissue_statistics
 from hdmil_lib.kernels.tile_preprocess import StainTransform
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -84,8 +84,23 @@ def macenko_textbook(tiles: Tensor) -> Tensor:
     return normalize_textbook((256 * torch.exp(-densities) - 1).clip(0, 255))
 
 
+def histogram_textbook(tiles: Tensor, bins: int = 16) -> Tensor:
+    """In the fixed point of OpenCV: in floats, ties would fall into other bins."""
+    red, green, blue = tiles.flatten(1, 2).int().unbind(2)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    saturation = (chroma * (255 * 4096 / value.clamp(min=1)).round().int() + 2048) >> 12
+    turn = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    turn = torch.where(value == red, green - blue, turn)
+    hue = ((turn * (30 * 4096 / chroma.clamp(min=1)).round().int() + 2048) >> 12) % 180
+    planes = torch.stack([hue * bins // 180, saturation * bins // 256, value * bins // 256], 1)
+    first = torch.arange(0, 3 * len(tiles) * bins, bins, device=tiles.device).view(-1, 3, 1)
+    places = planes + first
+    return torch.bincount(places.flatten(), minlength=3 * len(tiles) * bins).view(-1, 3, bins)
+
+
 def tile_cases(n: int) -> list[Case]:
-    """Tiles as an encoder reads them, plain and with their stain normalized."""
+    """Tiles as an encoder reads them, plain and with their stain normalized, and their colors counted."""
     plain, stained = (cost.tile_preprocess(n, width=4, stain=stain) for stain in (False, True))
     operator = partial(tile_preprocess, mean=MEAN, std=STD)
     return [
@@ -93,6 +108,10 @@ def tile_cases(n: int) -> list[Case]:
         Case(
             f"tile_preprocess, Macenko, B = {n}", random_tiles(n), macenko_textbook,
             partial(operator, stain=STAIN), stained,
+        ),
+        Case(
+            f"tissue_statistics, N = {n}", random_tiles(n), histogram_textbook,
+            lambda tiles: tissue_statistics(tiles).histogram, cost.tissue_statistics(n * 256 * 256),
         ),
     ]  # fmt: skip
 

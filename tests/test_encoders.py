@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 
+import cv2
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -151,6 +152,20 @@ def test_random_weights_are_the_same_every_time_and_tell_tiles_apart():
     assert np.isfinite(features).all() and features.std(axis=0).mean() > 0.01
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_color_features_are_histograms_and_the_share_of_tissue(engine):
+    tiles = make_tiles(3)
+    encoder = load_encoder("color", device="cpu", engine=engine)
+    features = encoder(tiles)
+    assert features.shape == (3, encoder.dim)
+    hsv = np.stack([cv2.cvtColor(tile, cv2.COLOR_RGB2HSV) for tile in tiles])
+    for channel, top in enumerate((180, 256, 256)):
+        for row, planes in zip(features[:, 16 * channel :], hsv, strict=True):
+            expected = cv2.calcHist([planes], [channel], None, [16], [0, top]).ravel() / 256**2
+            np.testing.assert_array_equal(row[:16], expected)
+    np.testing.assert_array_equal(features[:, 48], (hsv[..., 1] > 15).mean((1, 2), dtype=np.float32))
+
+
 @pytest.mark.skipif(not has_openvino(), reason="no openvino")
 def test_the_converted_model_is_kept_and_a_damaged_copy_is_named():
     first = load_encoder("efficientnet_lite0_random")
@@ -214,7 +229,8 @@ def test_every_entry_says_what_it_is(name):
     spec = ENCODERS[name]
     assert spec.name == name and spec.licence and spec.dim > 0
     assert spec.input_size <= spec.resize and min(spec.std) > 0
-    assert timm.is_model(spec.source.split(".")[0]) or spec.source.startswith("hf-hub:")
+    known = timm.is_model(spec.source.split(".")[0]) or spec.source.startswith("hf-hub:")
+    assert known or (spec.weights == "none" and not spec.source)
 
 
 def test_offline_a_gated_model_says_what_to_do(monkeypatch):

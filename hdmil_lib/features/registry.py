@@ -19,10 +19,11 @@ class EncoderSpec:
 
     Attributes:
         name: Key in `ENCODERS`.
-        source: timm model name, or `hf-hub:owner/name` on the Hugging Face hub.
+        source: timm model name, or `hf-hub:owner/name` on the Hugging Face hub; empty without weights.
         dim: Features a tile, D.
         licence: Licence of the weights.
-        weights: "wheel" (installed with hdmil), "hub" (downloaded at first use) or "random" (seeded).
+        weights: "wheel" (installed with hdmil), "hub" (downloaded at first use), "random" (seeded) or
+            "none" (color statistics).
         gated: The hub asks every user to accept the licence before the first download.
         input_size: Side of the square image that the network sees, in pixels.
         resize: Side that a tile is resized to before its centre of `input_size` is taken.
@@ -37,7 +38,7 @@ class EncoderSpec:
     source: str
     dim: int
     licence: str
-    weights: Literal["wheel", "hub", "random"] = "hub"
+    weights: Literal["wheel", "hub", "random", "none"] = "hub"
     gated: bool = False
     input_size: int = 224
     resize: int = 224
@@ -59,6 +60,15 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
         for spec in (
             EncoderSpec("efficientnet_lite0", weights="wheel", **_LITE0),
             EncoderSpec("efficientnet_lite0_random", weights="random", **_LITE0),
+            EncoderSpec(
+                "color",
+                source="",
+                dim=49,
+                licence="no weights",
+                weights="none",
+                input_size=256,
+                resize=256,
+            ),
             EncoderSpec(
                 "resnet50",
                 source="resnet50.tv_in1k",

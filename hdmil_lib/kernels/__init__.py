@@ -1,9 +1,17 @@
-"""The four numerical operators of HDMIL, in plain PyTorch: float64-able and differentiable."""
+"""The numerical operators of HDMIL: plain PyTorch on a CPU, Triton kernels on a GPU."""
 
 from hdmil_lib.kernels.chebyshev_kan import chebyshev_kan
 from hdmil_lib.kernels.gated_attention import gated_attention
 from hdmil_lib.kernels.gumbel_mask import gumbel_mask
 from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
 from hdmil_lib.kernels.tile_preprocess import tile_preprocess
+from hdmil_lib.kernels.tissue_statistics import tissue_statistics
 
-__all__ = ["chebyshev_kan", "gated_attention", "gumbel_mask", "segment_softmax_pool", "tile_preprocess"]
+__all__ = [
+    "chebyshev_kan",
+    "gated_attention",
+    "gumbel_mask",
+    "segment_softmax_pool",
+    "tile_preprocess",
+    "tissue_statistics",
+]

@@ -93,8 +93,12 @@ def tile_preprocess(tiles: int, side: int = 256, width: int = 2, *, stain: bool 
 
 
 def tissue_statistics(pixels: int) -> Cost:
-    """Saturation (max - min) / max of RGB bytes and its histogram; textbook: float32 planes."""
-    return Cost(3 * pixels, pixels * (3 + 12 + 12 + 4 + 12 + 4 + 12 + 4 + 4), 6 * pixels)
+    """Histograms of hue, saturation and value of RGB bytes; textbook: planes of 4 bytes, some 25 passes.
+
+    Copies of the channels, three maxima and minima, chroma, saturation (2), hue in three cases (9), bins of
+    three planes (6), their places among all histograms and the count of these.
+    """
+    return Cost(3 * pixels, pixels * (3 + 12 + 25 * 8), 80 * pixels)
 
 
 LIPN_MULTIPLY_ADDS = 127_648  # a patch, with two classes

@@ -48,7 +48,7 @@ def normalize_stain(numbers, red, green, blue):
     return red, green, tl.minimum(tl.maximum(256 * z - 1, 0.0), 255.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def pixel_kernel(
     tiles, numbers, out, n_pixels, n_blocks,
     STAIN: tl.constexpr, CHANNELS_LAST: tl.constexpr, PIXELS: tl.constexpr,
