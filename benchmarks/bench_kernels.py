@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.kernels import chebyshev_kan, cost, tile_preprocess, tissue_statistics
+from hdmil_lib.kernels import chebyshev_kan, cost, selective_scan, tile_preprocess, tissue_statistics
 from hdmil_lib.kernels.tile_preprocess import StainTransform
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -116,18 +116,60 @@ def tile_cases(n: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def cases() -> list[Case]:
-    """All operators at the sizes of the paper."""
+def scan_textbook(
+    inputs: Tensor, steps: Tensor, decay: Tensor, input_matrix: Tensor, output_matrix: Tensor, skip: Tensor
+) -> Tensor:
+    kept = (steps[..., None] * decay).exp()
+    added = (steps * inputs)[..., None] * input_matrix[:, :, None]
+    state, states = torch.zeros_like(kept[:, 0]), []
+    for factor, term in zip(kept.unbind(1), added.unbind(1), strict=True):
+        state = factor * state + term
+        states.append(state)
+    return torch.einsum("blds,bls->bld", torch.stack(states, 1), output_matrix) + skip * inputs
+
+
+def random_scan(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
+    """One bag, with the step sizes and decays that Mamba starts from."""
+
+    def arguments(device: str) -> list[Tensor]:
+        shapes = ((1, length, channels), (1, length, states), (1, length, states), (channels,))
+        inputs, into, out, skip = (torch.randn(s, device=device) for s in shapes)
+        steps = 10 ** (-1 - 2 * torch.rand(1, length, channels, device=device))
+        decay = -torch.arange(1.0, states + 1, device=device).repeat(channels, 1)
+        return [inputs, steps, decay, into, out, skip]
+
+    return arguments
+
+
+def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> list[Case]:
+    """A bag through MambaMIL's scan. Not compiled: unrolling 300 steps takes minutes."""
     return [
         Case(
-            f"chebyshev_kan, B = {rows}",
-            normal((rows, 512), (512, 1, 13)),
-            chebyshev_textbook,
-            chebyshev_kan,
-            cost.chebyshev_kan(rows, 512, 1, 12, width=4),
+            f"selective_scan, L = {length}",
+            random_scan(length, channels, states),
+            torch.compiler.disable(scan_textbook),
+            torch.compiler.disable(selective_scan),
+            cost.selective_scan(1, length, channels, states, width=4),
         )
-        for rows in (64, 2_000)
-    ] + tile_cases(64)
+    ]
+
+
+def cases() -> list[Case]:
+    """All operators at the sizes of the paper."""
+    return (
+        [
+            Case(
+                f"chebyshev_kan, B = {rows}",
+                normal((rows, 512), (512, 1, 13)),
+                chebyshev_textbook,
+                chebyshev_kan,
+                cost.chebyshev_kan(rows, 512, 1, 12, width=4),
+            )
+            for rows in (64, 2_000)
+        ]
+        + tile_cases(64)
+        + scan_cases()
+    )
 
 
 def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
