@@ -2,6 +2,7 @@
 
 from hdmil_lib.kernels.chebyshev_kan import chebyshev_kan
 from hdmil_lib.kernels.gated_attention import gated_attention
+from hdmil_lib.kernels.gated_attention_pool import gated_attention_pool
 from hdmil_lib.kernels.gumbel_mask import gumbel_mask
 from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
 from hdmil_lib.kernels.selective_scan import selective_scan
@@ -11,6 +12,7 @@ from hdmil_lib.kernels.tissue_statistics import tissue_statistics
 __all__ = [
     "chebyshev_kan",
     "gated_attention",
+    "gated_attention_pool",
     "gumbel_mask",
     "segment_softmax_pool",
     "selective_scan",

@@ -89,3 +89,12 @@ def check_tiles(tiles: Tensor) -> None:
         raise ValueError(f"tiles is a {type(tiles).__name__}, expected a uint8 tensor (B, H, W, 3)")
     if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
         raise ValueError(f"tiles is {tiles.dtype} {tuple(tiles.shape)}, expected torch.uint8 (B, H, W, 3)")
+
+
+def same_type(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under autocast, all floating tensors in its type, as `linear` takes them; otherwise as they are."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]

@@ -42,6 +42,9 @@ class ABMIL(MILModel):
     def forward(self, features: Tensor) -> MILOutput:
         features = self.prepare(features)
         embeddings = self.projection(features)
-        attention = self.attention(embeddings)
-        bag = segment_softmax_pool(embeddings, attention)
+        if isinstance(self.attention, GatedAttention):
+            bag, attention = self.attention.pool(embeddings)
+        else:
+            attention = self.attention(embeddings)
+            bag = segment_softmax_pool(embeddings, attention)
         return MILOutput(logits=self.classifier(bag)[0], attention=attention)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import gumbel_mask, segment_softmax_pool
+from hdmil_lib.kernels.random import draw_seed
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.layers import GatedAttention, projection
@@ -135,7 +136,7 @@ class DMIN(MILModel):
         Args:
             features: I, (N, in_dim).
             mask: (N, C), the tiles of each branch chosen beforehand by LIPN; takes the place of DMIN's own.
-            generator: Source of the Gumbel noise in training; torch's global one by default.
+            generator: Source of the seed of the Gumbel noise in training; torch's global one by default.
 
         Raises:
             BagError: If features or mask have another shape than the model or the bag.
@@ -148,8 +149,7 @@ class DMIN(MILModel):
             mask, keep_ratio = self._given(mask, attention)
         elif self.settings.self_distillation:
             mask, keep_ratio = self._select(attention, generator)
-        teacher = segment_softmax_pool(embeddings, attention)
-        student = teacher if mask is None else segment_softmax_pool(embeddings, attention, mask)
+        student, teacher = self._pool(embeddings, attention, mask)
         logits, teacher_logits = self._classify(torch.stack((student, teacher)))
         return DMINOutput(
             logits=logits,
@@ -166,8 +166,17 @@ class DMIN(MILModel):
         threshold = self.settings.threshold
         if not self.training:
             return gumbel_mask(attention, threshold=threshold)
-        noise = gumbel_difference(attention, generator)
-        return gumbel_mask(attention, noise, temperature=self.settings.temperature, threshold=threshold)
+        temperature, seed = self.settings.temperature, draw_seed(generator)
+        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)
+
+    @staticmethod
+    def _pool(embeddings: Tensor, attention: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Student and teacher (C, E), each tile read once: the teacher is a second set of branches."""
+        if mask is None:
+            teacher = segment_softmax_pool(embeddings, attention)
+            return teacher, teacher
+        masks = torch.cat((mask, torch.ones_like(mask)), 1)
+        return segment_softmax_pool(embeddings, attention.repeat(1, 2), masks).chunk(2)
 
     @staticmethod
     def _given(mask: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,9 +191,3 @@ class DMIN(MILModel):
     def _classify(self, bags: Tensor) -> Tensor:
         """Logits (B, C) of bag embeddings (B, C, E), branch c by head c."""
         return torch.cat([head(bags[:, c]) for c, head in enumerate(self.heads)], dim=1)
-
-
-def gumbel_difference(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """G1 - G2 of two standard Gumbel variables, drawn as the standard logistic variable that it is."""
-    uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    return uniform.logit(eps=torch.finfo(like.dtype).eps)

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from hdmil_lib.kernels import gated_attention
+from hdmil_lib.kernels import gated_attention, gated_attention_pool
+from hdmil_lib.kernels.random import draw_seed
 
 
 def projection(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
@@ -21,13 +22,17 @@ class GatedAttention(nn.Module):
         self.dropout = dropout
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return gated_attention(
-            embeddings,
-            self.tanh.weight,
-            self.tanh.bias,
-            self.gate.weight,
-            self.gate.bias,
-            self.score.weight,
-            self.score.bias,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        return gated_attention(embeddings, *self._weights, **self._drops())
+
+    def pool(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Bag embeddings (n_branches, embed_dim) and logits; see `kernels.gated_attention_pool`."""
+        return gated_attention_pool(embeddings, *self._weights, **self._drops())
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [p for layer in (self.tanh, self.gate, self.score) for p in (layer.weight, layer.bias)]
+
+    def _drops(self) -> dict[str, float | int]:
+        if not self.training or self.dropout == 0:
+            return {}
+        return {"dropout": self.dropout, "seed": draw_seed()}

@@ -21,8 +21,10 @@ def assert_kernel_equals_reference(
     for ours, wanted in zip(kernel, exact, strict=True):
         assert ours.shape == wanted.shape
         assert (ours - wanted).abs().amax() <= forward * wanted.abs().amax().clamp(min=1.0)
+    # A gradient that cancels to nothing (softmax of one tile) is compared with a tenth of the largest one.
+    floor = max((g.norm() for g in exact_grads), default=0.0) / 10 + 1e-6
     for ours, wanted in zip(kernel_grads, exact_grads, strict=True):
-        assert (ours - wanted).norm() <= backward * wanted.norm().clamp(min=1e-6)
+        assert (ours - wanted).norm() <= backward * wanted.norm().clamp(min=floor)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -13,17 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdmil_lib.kernels.elementary import tanh
 from hdmil_lib.kernels.variants import Variant
 
 ROWS, INPUTS = 32, 64  # of a block
 OUTPUTS = 2  # that a program works on
 PROGRAMS = 128  # keep a large GPU busy: small batches are split over the inputs until there are as many
-
-
-@triton.jit
-def tanh(x):
-    """tanh, which Triton's interpreter lacks."""
-    return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit
@@ -34,6 +29,7 @@ def forward_kernel(
     """partials[s, b, o] = sum over the inputs q of share s of sum_k T_k(tanh x[b, q]) Omega[q, o, k]."""
     split, o = tl.program_id(1), tl.program_id(2) * OUTPUTS
     b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n_second = tl.where(o + 1 < n_outputs, n_inputs, 0)  # the second output may not exist
     total = tl.zeros((ROWS, INPUTS), tl.float32)
     total_next = tl.zeros((ROWS, INPUTS), tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, n_inputs), INPUTS):
@@ -46,13 +42,13 @@ def forward_kernel(
             weight = tl.load(row + k, q < n_inputs, 0.0).to(tl.float32)
             total += current * weight[None, :]
             if OUTPUTS == 2:
-                weight = tl.load(row + degree + 1 + k, (q < n_inputs) & (o + 1 < n_outputs), 0.0)
+                weight = tl.load(row + degree + 1 + k, q < n_second, 0.0)
                 total_next += current * weight.to(tl.float32)[None, :]
             current, following = following, 2 * x * following - current
     out = partials + (split * n_rows + b) * n_outputs + o
     tl.store(out, tl.sum(total, 1), b < n_rows)
     if OUTPUTS == 2:
-        tl.store(out + 1, tl.sum(total_next, 1), (b < n_rows) & (o + 1 < n_outputs))
+        tl.store(out + 1, tl.sum(total_next, 1), b < tl.where(o + 1 < n_outputs, n_rows, 0))
 
 
 @triton.jit

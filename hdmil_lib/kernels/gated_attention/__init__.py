@@ -1,3 +1,3 @@
-from hdmil_lib.kernels.gated_attention.reference import gated_attention
+from hdmil_lib.kernels.gated_attention.op import gated_attention
 
 __all__ = ["gated_attention"]

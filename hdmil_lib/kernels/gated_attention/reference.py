@@ -1,8 +1,9 @@
 """Gated attention scores of the tiles of a bag (paper: DMIN, attention)."""
 
 from torch import Tensor
-from torch.nn.functional import dropout as drop
 from torch.nn.functional import linear
+
+from hdmil_lib.kernels.random import bits, shift
 
 
 def gated_attention(
@@ -13,23 +14,23 @@ def gated_attention(
     gate_bias: Tensor,
     score_weight: Tensor,
     score_bias: Tensor,
-    *,
     dropout: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
-    """Attention logits A = [tanh(F V) * sigmoid(F U)] W, one column for each branch.
-
-    Args:
-        embeddings: F, (N, E).
-        tanh_weight, tanh_bias: V, (H, E) and (H,).
-        gate_weight, gate_bias: U, (H, E) and (H,).
-        score_weight, score_bias: W, (C, H) and (C,).
-        dropout: Share of hidden units dropped from each of the two factors; 0 in evaluation.
-
-    Returns:
-        Logits before the softmax over tiles, (N, C).
-    """
+    """Logits (N, C), as `kernels.gated_attention` describes them."""
     hidden = linear(embeddings, tanh_weight, tanh_bias).tanh()
-    gate = linear(embeddings, gate_weight, gate_bias).sigmoid()
+    hidden = hidden * linear(embeddings, gate_weight, gate_bias).sigmoid()
     if dropout > 0:
-        hidden, gate = drop(hidden, dropout), drop(gate, dropout)
-    return linear(hidden * gate, score_weight, score_bias)
+        hidden = hidden * kept_pairs(hidden, dropout, seed) / (1 - dropout) ** 2
+    return linear(hidden, score_weight, score_bias)
+
+
+def kept_pairs(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """Where neither factor is dropped: half of a place's 32 bits decides for each factor."""
+    words, level = bits(seed, like.shape, like.device), drop_level(dropout)
+    return ((words & 0xFFFF) >= level) & (shift(words, 16) >= level)
+
+
+def drop_level(dropout: float) -> int:
+    """Of 2^16 equally likely numbers, how many mean "dropped"."""
+    return round(dropout * 2**16)

@@ -1,3 +1,3 @@
-from hdmil_lib.kernels.gumbel_mask.reference import gumbel_mask
+from hdmil_lib.kernels.gumbel_mask.op import gumbel_mask
 
 __all__ = ["gumbel_mask"]

@@ -1,3 +1,3 @@
-from hdmil_lib.kernels.segment_softmax_pool.reference import segment_softmax_pool
+from hdmil_lib.kernels.segment_softmax_pool.op import segment_softmax_pool
 
 __all__ = ["segment_softmax_pool"]

@@ -1,0 +1,19 @@
+"""Elementary functions that several Triton kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh, which Triton's interpreter lacks."""
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def random_bits(place, key):
+    """The 32 bits that `kernels.random.bits` has at a place, for the key of a seed."""
+    words = (place ^ key).to(tl.uint32, bitcast=True)
+    words = (words ^ (words >> 16)) * 0x21F0AAAD
+    words = (words ^ (words >> 15)) * 0x735A2D97
+    return words ^ (words >> 15)

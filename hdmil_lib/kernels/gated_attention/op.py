@@ -1,0 +1,122 @@
+"""`gated_attention`: the public operator."""
+
+import torch
+from torch import Tensor
+
+from hdmil_lib.kernels.dispatch import Backend, check, same_type, use_triton
+from hdmil_lib.kernels.gated_attention import reference
+from hdmil_lib.kernels.random import key
+
+
+def gated_attention(
+    embeddings: Tensor,
+    tanh_weight: Tensor,
+    tanh_bias: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention logits A = [tanh(F V) * sigmoid(F U)] W, one column for each branch (paper: DMIN, attention).
+
+    Args:
+        embeddings: F, (N, E).
+        tanh_weight, tanh_bias: V, (H, E) and (H,).
+        gate_weight, gate_bias: U, (H, E) and (H,).
+        score_weight, score_bias: W, (C, H) and (C,).
+        dropout: Share of hidden units dropped from each of the two factors; 0 in evaluation.
+        seed: Which units are dropped, as a function of seed and place; needed with dropout.
+        backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
+            again; "auto" the kernel on a GPU.
+
+    Returns:
+        Logits before the softmax over tiles, (N, C).
+
+    Raises:
+        ValueError: An argument has another shape, type, device or range, or the backend cannot run.
+    """
+    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
+    embeddings, *weights = same_type(embeddings, *weights)
+    check_arguments(embeddings, weights, dropout, seed)
+    if use_triton(backend, embeddings):
+        return _forward(embeddings, *weights, dropout, key(seed or 0))
+    return reference.gated_attention(embeddings, *weights, dropout, seed or 0)
+
+
+def check_arguments(embeddings: Tensor, weights: list[Tensor], dropout: float, seed: int | None) -> None:
+    """Raise ValueError for what is not as `gated_attention` says."""
+    names = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
+    axes = ("H E", "H", "H E", "H", "C H", "C")
+    expected = {name: (weight, axis) for name, weight, axis in zip(names, weights, axes, strict=True)}
+    check(embeddings=(embeddings, "N E"), **expected)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected at least 0 and less than 1")
+    if dropout > 0 and seed is None:
+        raise ValueError("seed is None, but dropout needs one: draw it with kernels.random.draw_seed()")
+
+
+@torch.library.custom_op("hdmil::gated_attention", mutates_args=())
+def _forward(
+    embeddings: Tensor,
+    tanh_weight: Tensor,
+    tanh_bias: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    dropout: float,
+    key: int,
+) -> Tensor:
+    from hdmil_lib.kernels.gated_attention import triton
+
+    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
+    return triton.forward(embeddings, *weights, dropout, key)
+
+
+@_forward.register_fake
+def _(embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, dropout, key):
+    return embeddings.new_empty(embeddings.shape[0], score_weight.shape[0])
+
+
+@torch.library.custom_op("hdmil::gated_attention_backward", mutates_args=())
+def backward(
+    grad_logits: Tensor,
+    embeddings: Tensor,
+    tanh_weight: Tensor,
+    tanh_bias: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    score_weight: Tensor,
+    dropout: float,
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the seven tensors of `gated_attention`."""
+    from hdmil_lib.kernels.gated_attention import triton
+
+    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight)
+    return triton.backward(grad_logits, embeddings, *weights, dropout, key)
+
+
+@backward.register_fake
+def _(
+    grad_logits, embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, dropout, key
+):  # fmt: skip
+    tensors = (embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    return *grads, score_weight.new_empty(score_weight.shape[0])
+
+
+def _save(ctx, inputs, output):
+    *tensors, _score_bias, ctx.dropout, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad_logits):
+    return *backward(grad_logits, *ctx.saved_tensors, ctx.dropout, ctx.key), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

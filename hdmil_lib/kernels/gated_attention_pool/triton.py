@@ -1,0 +1,94 @@
+"""Attention and pooling on a GPU in one kernel: embeddings come from memory once, and once more from a cache.
+
+A program owns a chunk of one bag. It computes the logits of the chunk as `gated_attention` does, writes them
+(they are an output), and while they are in registers pools the chunk as `segment_softmax_pool` does; the
+chunk's embeddings, 64 kB at most in 16 bits, then still lie in a cache. Combining the chunks and the backward
+pass are those of the two operators.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hdmil_lib.kernels.gated_attention import triton as attention
+from hdmil_lib.kernels.gated_attention.triton import attention_logits
+from hdmil_lib.kernels.segment_softmax_pool import triton as pooling
+from hdmil_lib.kernels.segment_softmax_pool.triton import pool_chunk
+from hdmil_lib.kernels.variants import Variant
+
+TILES, EMBED, BRANCHES, WARPS = pooling.TILES, attention.EMBED, pooling.BRANCHES, attention.WARPS
+
+
+@triton.jit
+def forward_kernel(
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias,
+    mask, table, logits, largest, total, best, best_tile, sums,
+    embed_dim, n_hidden, n_branches, key, level, scale,
+    TILES: tl.constexpr, HIDDEN: tl.constexpr, EMBED: tl.constexpr, BRANCHES: tl.constexpr,
+    DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Logits of a chunk and what it adds to its bag, for a block of branches."""
+    chunk = tl.program_id(0)
+    tile = tl.load(table + chunk * 3 + 1) + tl.arange(0, TILES)
+    inside = tile < tl.load(table + chunk * 3 + 2)
+    branch = tl.program_id(1) * BRANCHES + tl.arange(0, BRANCHES)
+    values = attention_logits(
+        embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias,
+        tile, inside, branch, embed_dim, n_hidden, n_branches, key, level, scale,
+        TILES, HIDDEN, EMBED, BRANCHES, DROPOUT,
+    )  # fmt: skip
+    there = inside[:, None] & (branch[None, :] < n_branches)
+    place = tile[:, None] * n_branches + branch[None, :]
+    tl.store(logits + place, values, there)
+    values = values.to(logits.dtype.element_ty).to(tl.float32)  # as the backward pass will read them
+    kept = there
+    if MASKED:
+        kept = tl.load(mask + place, there, 0.0) > 0.5
+    pool_chunk(
+        values, kept, embeddings, tile, inside, branch, chunk, largest, total, best, best_tile, sums,
+        0, embed_dim, embed_dim, n_branches, EMBED, MASKED,
+    )  # fmt: skip
+
+
+def forward(
+    embeddings: Tensor,
+    weights: Sequence[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    dropout: float,
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pooled (B, C, E), logits (N, C), and largest, total and fallback (B, C) for the backward pass."""
+    (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, weights[4].shape
+    embeddings, masked = embeddings.contiguous(), mask is not None
+    partials = pooling.Partials(cu_seqlens, n_tiles, n_branches, embed_dim)
+    logits = embeddings.new_empty(n_tiles, n_branches)
+    forward_kernel[(len(partials.table), triton.cdiv(n_branches, BRANCHES))](
+        embeddings, *(w.contiguous() for w in weights), mask.contiguous() if masked else logits,
+        partials.table, logits, *partials.tensors, embed_dim, n_hidden, n_branches,
+        *attention.drop_arguments(dropout, key), TILES,
+        attention.hidden_block(embeddings.dtype), EMBED, BRANCHES, dropout > 0, masked, num_warps=WARPS,
+    )  # fmt: skip
+    pooled, *statistics = partials.combine(embeddings, masked)
+    return pooled, logits, *statistics
+
+
+def variants() -> Iterator[Variant]:
+    """All that `forward` can launch, in both types of numbers."""
+    for dtype, number in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
+        types = dict.fromkeys(("embeddings", *attention.WEIGHTS, "mask", "logits"), number)
+        types |= {"table": "*i32"} | attention.NUMBERS | attention.DROP | pooling.PARTIALS
+        blocks = {
+            "TILES": TILES,
+            "HIDDEN": attention.hidden_block(dtype),
+            "EMBED": EMBED,
+            "BRANCHES": BRANCHES,
+        }
+        for dropout in (False, True):
+            for masked in (False, True):
+                options = {"DROPOUT": dropout, "MASKED": masked}
+                matrix = {"uses_tensor_cores": number == "*bf16"}
+                yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)

@@ -1,0 +1,120 @@
+"""`segment_softmax_pool`: the public operator."""
+
+import torch
+from torch import Tensor
+
+from hdmil_lib.kernels.dispatch import Backend, check, same_type, use_triton
+from hdmil_lib.kernels.segment_softmax_pool import reference
+from hdmil_lib.kernels.segments import check_segments
+
+
+def segment_softmax_pool(
+    embeddings: Tensor,
+    logits: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Bag embedding of each branch: E_c = sum_j exp(A_c^j) M_c^j F^j / sum_s exp(A_c^s) M_c^s.
+
+    A branch that keeps no tile of a bag pools its single tile of highest attention, the first of equals. A
+    bag without tiles is pooled to zeros. Gradients reach a straight-through mask as the equation says, also
+    at dropped tiles; there, a logit above the largest kept one counts as equal to it, which bounds the
+    gradient (paper: teacher and student pooling).
+
+    Args:
+        embeddings: F, (N, E).
+        logits: A, (N, C).
+        mask: M, (N, C), 1 for a kept and 0 for a dropped tile; `None` keeps all (the teacher).
+        cu_seqlens: Where each of B bags starts and the last one ends, integers (B + 1,) from 0 to N; `None`
+            for one bag.
+        backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
+            again; "auto" the kernel on a GPU.
+
+    Returns:
+        (B, C, E), or (C, E) without `cu_seqlens`.
+
+    Raises:
+        ValueError: An argument has another shape, type or device, or the backend cannot run.
+    """
+    embeddings, logits, mask = same_type(embeddings, logits, mask)
+    check(embeddings=(embeddings, "N E"), logits=(logits, "N C"), mask=(mask, "N C"))
+    check_segments(cu_seqlens, len(embeddings), embeddings.device)
+    if not use_triton(backend, embeddings):
+        return reference.segment_softmax_pool(embeddings, logits, mask, cu_seqlens)
+    pooled = _forward(embeddings, logits, mask, segments(cu_seqlens, embeddings))[0]
+    return pooled[0] if cu_seqlens is None else pooled
+
+
+def segments(cu_seqlens: Tensor | None, embeddings: Tensor) -> Tensor:
+    """`cu_seqlens`, or that of one bag."""
+    if cu_seqlens is not None:
+        return cu_seqlens
+    return torch.tensor([0, len(embeddings)], device=embeddings.device)
+
+
+@torch.library.custom_op("hdmil::segment_softmax_pool", mutates_args=())
+def _forward(
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pooled (B, C, E); largest kept logit, sum of weights, and tile pooled where none is kept: (B, C)."""
+    from hdmil_lib.kernels.segment_softmax_pool import triton
+
+    return triton.forward(embeddings, logits, mask, cu_seqlens)
+
+
+def empty_results(embeddings: Tensor, logits: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as `_forward` returns them, without values."""
+    shape = (len(cu_seqlens) - 1, logits.shape[1])
+    largest, total = (embeddings.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return (
+        embeddings.new_empty(*shape, embeddings.shape[1]),
+        largest,
+        total,
+        embeddings.new_empty(shape, dtype=torch.int32),
+    )
+
+
+@_forward.register_fake
+def _(embeddings, logits, mask, cu_seqlens):
+    return empty_results(embeddings, logits, cu_seqlens)
+
+
+@torch.library.custom_op("hdmil::segment_softmax_pool_backward", mutates_args=())
+def backward(
+    grad_pooled: Tensor,
+    pooled: Tensor,
+    embeddings: Tensor,
+    logits: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    fallback: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of embeddings, logits and mask; the last one is empty without a mask."""
+    from hdmil_lib.kernels.segment_softmax_pool import triton
+
+    saved = (embeddings, logits, mask, cu_seqlens, largest, total, fallback)
+    return triton.backward(grad_pooled, pooled, *saved)
+
+
+@backward.register_fake
+def _(grad_pooled, pooled, embeddings, logits, mask, cu_seqlens, largest, total, fallback):
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad_mask = logits.new_empty(0) if mask is None else torch.empty_like(grad_logits)
+    return torch.empty_like(embeddings, memory_format=torch.contiguous_format), grad_logits, grad_mask
+
+
+def _save(ctx, inputs, output):
+    pooled, *statistics = output
+    ctx.save_for_backward(pooled, *inputs, *statistics)
+
+
+def _differentiate(ctx, grad_pooled, *_):
+    grad_embeddings, grad_logits, grad_mask = backward(grad_pooled, *ctx.saved_tensors)
+    return grad_embeddings, grad_logits, grad_mask if grad_mask.numel() else None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
