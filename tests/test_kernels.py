@@ -7,9 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial.chebyshev import chebval
 from scipy.special import expit
+from scipy.stats import chisquare, ks_2samp, kstest
 from torch.autograd import gradcheck
 
-from hdmil_lib.kernels import chebyshev_kan, gated_attention, gumbel_mask, segment_softmax_pool
+from hdmil_lib.kernels import (
+    chebyshev_kan,
+    gated_attention,
+    gated_attention_pool,
+    gumbel_mask,
+    segment_softmax_pool,
+)
+from hdmil_lib.kernels.random import bits, draw_seed, logistic
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -88,11 +96,11 @@ def test_gated_attention_gradients():
 
 def test_gated_attention_drops_each_factor_on_its_own():
     """A hidden unit survives where both factors do: (1 - p)^2 of them, scaled by 1 / (1 - p)^2."""
-    torch.manual_seed(0)
     one = torch.ones(1)
     many = torch.ones(4000, 1)
     # Large weights: tanh and sigmoid are both 1, so that a score is 0 or the scale.
-    scores = gated_attention(many, 50 * one[None], one, 50 * one[None], one, one[None], 0 * one, dropout=0.25)
+    weights = (50 * one[None], one, 50 * one[None], one, one[None], 0 * one)
+    scores = gated_attention(many, *weights, dropout=0.25, seed=0)
     assert scores.unique().tolist() == pytest.approx([0.0, 1 / 0.75**2])
     # The standard error of the share is 0.008.
     assert (scores > 0).float().mean().item() == pytest.approx(0.75**2, abs=0.04)
@@ -205,9 +213,9 @@ def test_pooling_bounds_the_gradient_of_a_dropped_tile_above_all_kept_ones():
 def test_gumbel_mask_binarizes_and_counts_the_union_of_all_branches(
     seed, n, branches, temperature, threshold
 ):
-    logits, noise = draw(seed, (n, branches), (n, branches))
-    mask, keep_ratio = gumbel_mask(logits, noise.detach(), temperature=temperature, threshold=threshold)
-    soft = expit((logits + noise).detach().numpy() / temperature)
+    (logits,) = draw(seed, (n, branches))
+    mask, keep_ratio = gumbel_mask(logits, seed=seed, temperature=temperature, threshold=threshold)
+    soft = expit((logits + logistic(seed, logits)).detach().numpy() / temperature)
     expected = soft > threshold
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     np.testing.assert_array_equal(mask.detach(), expected)
@@ -222,10 +230,10 @@ def test_keep_ratio_counts_a_tile_that_only_the_third_branch_keeps():
 @few
 @given(seeds, st.floats(0.3, 3))
 def test_gumbel_mask_has_the_gradient_of_the_sigmoid(seed, temperature):
-    logits, noise, upstream = draw(seed, (7, 2), (7, 2), (7, 2))
-    mask, _ = gumbel_mask(logits, noise.detach(), temperature=temperature)
+    logits, upstream = draw(seed, (7, 2), (7, 2))
+    mask, _ = gumbel_mask(logits, seed=seed, temperature=temperature)
     (mask * upstream.detach()).sum().backward()
-    soft = expit((logits + noise).detach().numpy() / temperature)
+    soft = expit((logits + logistic(seed, logits)).detach().numpy() / temperature)
     expected = upstream.detach().numpy() * soft * (1 - soft) / temperature
     np.testing.assert_allclose(logits.grad, expected, rtol=1e-10, atol=1e-14)
 
@@ -251,3 +259,116 @@ def test_gumbel_mask_without_noise_thresholds_the_sigmoid_alone():
     logits = torch.tensor([[-0.1], [0.1], [1.0], [2.0]])
     assert gumbel_mask(logits)[0].flatten().tolist() == [0, 1, 1, 1]
     assert gumbel_mask(logits, threshold=float(expit(1.5)))[0].flatten().tolist() == [0, 0, 0, 1]
+
+
+# Random numbers
+
+
+def test_noise_is_the_difference_of_two_gumbel_variables():
+    noise = logistic(0, torch.empty(20_000, dtype=torch.float64)).numpy()
+    gumbel = np.random.default_rng(0).gumbel(size=(2, 20_000))
+    # p-values of a fixed draw; a wrong scale of 5 % falls below 1e-3.
+    assert kstest(noise, "logistic").pvalue > 0.01
+    assert ks_2samp(noise, gumbel[0] - gumbel[1]).pvalue > 0.01
+    assert logistic(1, torch.empty(1_000_000)).abs().max() < 17
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**62 - 1])
+def test_bits_are_uniform_and_differ_between_places_and_seeds(seed):
+    words = bits(seed, (2**16,)).numpy().view(np.uint32)
+    other = bits(seed + 1, (2**16,)).numpy().view(np.uint32)
+    for part in (words & 0xFF, words >> 24, (words ^ other) & 0xFF, (words[1:] ^ words[:-1]) >> 24):
+        assert chisquare(np.bincount(part, minlength=256)).pvalue > 1e-3
+    assert len(np.unique(words)) == 2**16  # a hash that loses nothing
+    assert abs(np.corrcoef(words[1:], words[:-1])[0, 1]) < 0.02
+
+
+def test_a_seed_is_drawn_from_the_generator():
+    first, second = (draw_seed(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first == second != draw_seed(torch.Generator().manual_seed(4))
+
+
+# Ragged bags
+
+
+@few
+@given(seeds, st.lists(st.integers(0, 6), min_size=1, max_size=5), st.booleans())
+def test_ragged_bags_are_pooled_as_if_alone(seed, lengths, masked):
+    n = sum(lengths)
+    arguments = attention_arguments(seed, n, 3, 4, 2)
+    mask = (torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)) < 0.5) if masked else None
+    edges = torch.tensor([0, *lengths]).cumsum(0)
+    pooled, logits = gated_attention_pool(*arguments, mask, edges)
+    torch.testing.assert_close(pooled, segment_softmax_pool(arguments[0], logits, mask, edges))
+    for bag, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        part = None if mask is None else mask[start:end]
+        alone, scores = gated_attention_pool(arguments[0][start:end], *arguments[1:], part)
+        torch.testing.assert_close(pooled[bag], alone)
+        torch.testing.assert_close(logits[start:end], scores)
+        assert end > start or not alone.any()
+
+
+def test_gradients_of_ragged_bags():
+    arguments = attention_arguments(7, 6, 3, 2, 2)
+    edges = torch.tensor([0, 2, 2, 6])
+    assert gradcheck(lambda *a: gated_attention_pool(*a, None, edges, dropout=0.3, seed=2), arguments)
+
+
+@pytest.mark.parametrize("edges", [[0, 3], [1, 5], [0, 4, 2, 5], [0], [[0, 5]], [0.0, 5.0]])
+def test_segments_that_do_not_cover_the_tiles_are_refused(edges):
+    embeddings, logits = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        segment_softmax_pool(embeddings, logits, None, torch.tensor(edges))
+
+
+# Bad input
+
+F, A = torch.randn(5, 3), torch.randn(5, 2)
+WEIGHTS = [torch.randn(s) for s in ((4, 3), (4,), (4, 3), (4,), (2, 4), (2,))]
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        "logits has shape": lambda: gumbel_mask(A[0]),
+        "logits is torch.int64": lambda: gumbel_mask(A.long()),
+        "at least one tile": lambda: gumbel_mask(A[:0]),
+        "temperature is 0": lambda: gumbel_mask(A, temperature=0.0),
+        "threshold is 1": lambda: gumbel_mask(A, threshold=1.0),
+        "GPU": lambda: gumbel_mask(A, backend="triton"),
+        "backend is 'cuda'": lambda: gumbel_mask(A, backend="cuda"),
+        "logits has shape .* N = 5": lambda: segment_softmax_pool(F, A[:4]),
+        "mask has shape": lambda: segment_softmax_pool(F, A, A[:, :1]),
+        "logits is torch.float64": lambda: segment_softmax_pool(F, A.double()),
+        "mask is on meta": lambda: segment_softmax_pool(F, A, A.to("meta")),
+        "gate_bias has shape": lambda: gated_attention(F, *WEIGHTS[:3], WEIGHTS[3][:2], *WEIGHTS[4:]),
+        "score_weight is a list": lambda: gated_attention(F, *WEIGHTS[:4], [1.0], WEIGHTS[5]),
+        "dropout is 1": lambda: gated_attention(F, *WEIGHTS, dropout=1.0, seed=0),
+        "seed is None": lambda: gated_attention_pool(F, *WEIGHTS, dropout=0.5),
+        "embeddings has shape": lambda: gated_attention_pool(F[0], *WEIGHTS),
+    }.items(),
+)
+def test_bad_input_is_refused_by_name(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "options"),
+    [
+        (gumbel_mask, (A,), {"seed": 3, "temperature": 0.7}),
+        (gated_attention, (F, *WEIGHTS), {"dropout": 0.25, "seed": 3}),
+        (segment_softmax_pool, (F, A, (A > 0).float()), {}),
+        (gated_attention_pool, (F, *WEIGHTS), {}),
+    ],
+)
+def test_compiled_without_a_break(operator, arguments, options):
+    compiled = torch.compile(lambda *a: operator(*a, **options), fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), operator(*arguments, **options))
+
+
+def test_operators_follow_autocast():
+    """As `linear` does: in bfloat16, whatever the types that come in."""
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, logits = gated_attention_pool(F, *[w.bfloat16() for w in WEIGHTS])
+    assert pooled.dtype == logits.dtype == torch.bfloat16

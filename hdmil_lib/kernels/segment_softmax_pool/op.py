@@ -26,7 +26,7 @@ def segment_softmax_pool(
     Args:
         embeddings: F, (N, E).
         logits: A, (N, C).
-        mask: M, (N, C), 1 for a kept and 0 for a dropped tile; `None` keeps all (the teacher).
+        mask: M, (N, C), 1 (or True) for a kept and 0 for a dropped tile; `None` keeps all (the teacher).
         cu_seqlens: Where each of B bags starts and the last one ends, integers (B + 1,) from 0 to N; `None`
             for one bag.
         backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
@@ -38,6 +38,7 @@ def segment_softmax_pool(
     Raises:
         ValueError: An argument has another shape, type or device, or the backend cannot run.
     """
+    mask = mask if mask is None else mask.to(logits.dtype)
     embeddings, logits, mask = same_type(embeddings, logits, mask)
     check(embeddings=(embeddings, "N E"), logits=(logits, "N C"), mask=(mask, "N C"))
     check_segments(cu_seqlens, len(embeddings), embeddings.device)
