@@ -25,7 +25,16 @@ from torch import Tensor
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.kernels import chebyshev_kan, cost, selective_scan, tile_preprocess, tissue_statistics
+from hdmil_lib.kernels import (
+    chebyshev_kan,
+    cost,
+    gated_attention_pool,
+    gumbel_mask,
+    segment_softmax_pool,
+    selective_scan,
+    tile_preprocess,
+    tissue_statistics,
+)
 from hdmil_lib.kernels.tile_preprocess import StainTransform
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -154,6 +163,51 @@ def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> lis
     ]
 
 
+def attention_textbook(
+    embeddings: Tensor, v: Tensor, v0: Tensor, u: Tensor, u0: Tensor, w: Tensor, w0: Tensor
+) -> Tensor:
+    hidden = torch.tanh(embeddings @ v.T + v0) * torch.sigmoid(embeddings @ u.T + u0)
+    return torch.softmax(hidden @ w.T + w0, 0).T @ embeddings
+
+
+def pool_textbook(embeddings: Tensor, logits: Tensor) -> Tensor:
+    return torch.softmax(logits, 0).T @ embeddings
+
+
+def mask_textbook(logits: Tensor) -> Tensor:
+    soft = torch.sigmoid(logits / 0.7)
+    mask = (soft > 0.5).float() - soft.detach() + soft
+    return (1 - torch.prod(1 - mask, 1)).mean()
+
+
+def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branches: int = 2) -> list[Case]:
+    """DMIN's attention on one bag: in one pass, its pooling alone, and its selection (without noise)."""
+    bag, logits = (n_tiles, embed_dim), (n_tiles, branches)
+    weights = [
+        (hidden, embed_dim),
+        (hidden,),
+        (hidden, embed_dim),
+        (hidden,),
+        (branches, hidden),
+        (branches,),
+    ]
+    return [
+        Case(
+            f"gated_attention_pool, N = {n_tiles}", normal(bag, *weights), attention_textbook,
+            lambda *tensors: gated_attention_pool(*tensors)[0],
+            cost.gated_attention_pool(n_tiles, embed_dim, hidden, branches, width=4),
+        ),
+        Case(
+            f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), pool_textbook, segment_softmax_pool,
+            cost.segment_softmax_pool(n_tiles, embed_dim, branches, width=4),
+        ),
+        Case(
+            f"gumbel_mask, N = {n_tiles}", normal(logits), mask_textbook,
+            lambda logits: gumbel_mask(logits, temperature=0.7)[1], cost.gumbel_mask(n_tiles, branches),
+        ),
+    ]  # fmt: skip
+
+
 def cases() -> list[Case]:
     """All operators at the sizes of the paper."""
     return (
@@ -167,6 +221,7 @@ def cases() -> list[Case]:
             )
             for rows in (64, 2_000)
         ]
+        + attention_cases(2_000)
         + tile_cases(64)
         + scan_cases()
     )

@@ -133,3 +133,18 @@ def tile_browser(slide: Slide, grid: TileGrid, scores: np.ndarray | None = None)
     name = "tile" if scores is None else "rank of the tile"
     slider = w.IntSlider(0, min=0, max=len(grid) - 1, description=name, layout=w.Layout(width="60%"))
     return Explorer(draw, (10, 3.4), live=False, position=slider)
+
+
+def program_grid() -> Explorer:
+    """Which program of a kernel owns which elements, and how many lanes idle behind a mask."""
+    sizes = [16, 32, 64, 128]
+    return Explorer(
+        lambda figure, rows, columns, height, width: plots.program_grid(
+            rows, columns, (height, width), figure.subplots()
+        ),
+        (6.4, 3.2),
+        rows=w.IntSlider(100, 1, 300, description="rows"),
+        columns=w.IntSlider(300, 1, 600, description="columns"),
+        height=w.Dropdown(options=sizes, value=32, description="block rows"),
+        width=w.Dropdown(options=sizes, value=64, description="block columns"),
+    )
