@@ -10,6 +10,7 @@ milliseconds, go to `benchmarks/results/kernels.json` with the device's name.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,6 +31,7 @@ from hdmil_lib.kernels import (
     cost,
     gated_attention_pool,
     gumbel_mask,
+    s4d_convolution,
     segment_softmax_pool,
     selective_scan,
     tile_preprocess,
@@ -208,6 +210,44 @@ def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branc
     ]  # fmt: skip
 
 
+def s4d_textbook(
+    inputs: Tensor, log_step: Tensor, decay_log: Tensor, frequency: Tensor, output: Tensor, skip: Tensor
+) -> Tensor:
+    length, rates = inputs.shape[1], torch.complex(-decay_log.exp(), frequency)
+    exponents = log_step.exp()[:, None] * rates
+    powers = (exponents[..., None] * torch.arange(length, device=inputs.device)).exp()
+    weights = torch.view_as_complex(output) * (exponents.exp() - 1) / rates
+    response = 2 * torch.einsum("ds,dsl->ld", weights, powers).real
+    spectrum = torch.fft.rfft(inputs, 2 * length, dim=1) * torch.fft.rfft(response, 2 * length, dim=0)
+    return torch.fft.irfft(spectrum, 2 * length, dim=1)[:, :length] + skip * inputs
+
+
+def random_s4d(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
+    """One bag, with the parameters that S4D starts from."""
+
+    def arguments(device: str) -> list[Tensor]:
+        shapes = ((1, length, channels), (channels, states, 2), (channels,))
+        inputs, output, skip = (torch.randn(s, device=device) for s in shapes)
+        log_step = math.log(1e-3) + math.log(100) * torch.rand(channels, device=device)
+        frequency = math.pi * torch.arange(states, device=device).repeat(channels, 1)
+        return [inputs, log_step, torch.full_like(frequency, math.log(0.5)), frequency, output, skip]
+
+    return arguments
+
+
+def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[Case]:
+    """A bag through S4MIL's layer."""
+    return [
+        Case(
+            f"s4d_convolution, L = {length}",
+            random_s4d(length, channels, states),
+            s4d_textbook,
+            s4d_convolution,
+            cost.s4d_convolution(1, length, channels, states),
+        )
+    ]
+
+
 def cases() -> list[Case]:
     """All operators at the sizes of the paper."""
     return (
@@ -224,6 +264,7 @@ def cases() -> list[Case]:
         + attention_cases(2_000)
         + tile_cases(64)
         + scan_cases()
+        + s4d_cases()
     )
 
 

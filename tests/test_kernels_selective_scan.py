@@ -89,6 +89,14 @@ def test_no_tiles(batch, length):
     output.sum().backward()
 
 
+def test_under_autocast_it_stays_in_float32():
+    arguments = draw(1, 40, 2, 3, dtype=torch.float32)
+    short = arguments | {"inputs": arguments["inputs"].bfloat16()}
+    with torch.autocast("cpu", torch.bfloat16):
+        output = selective_scan(**short)
+    torch.testing.assert_close(output, selective_scan(**arguments | {"inputs": short["inputs"].float()}))
+
+
 def test_the_compiled_operator_equals_the_eager_one(monkeypatch):
     monkeypatch.setattr(reference, "STEPS", 2)
     arguments = draw(1, 3, 3, 4, dtype=torch.float32)

@@ -5,6 +5,7 @@ writes and reads each intermediate tensor, one pass an operation; its formula st
 GPU most operators here are bound by those bytes, so their ratio is what fusion can win at most.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -116,3 +117,12 @@ def selective_scan(batch: int, length: int, channels: int, states: int = 16, wid
     tokens = batch * length
     ends = width * (3 * tokens * channels + 2 * tokens * states)
     return Cost(ends, ends + 4 * 6 * tokens * channels * states, 8 * tokens * channels * states)
+
+
+def s4d_convolution(batch: int, length: int, channels: int, states: int = 16, width: int = 4) -> Cost:
+    """Textbook: the complex (D, S, L) tensors l dt A, their exponential and its product with C."""
+    tokens, response = batch * length * channels, length * channels
+    transforms = 2 * response + 8 * tokens  # K written and read; spectra of twice the length, both ways
+    ends = width * (2 * tokens + transforms + channels * (4 * states + 2))
+    flops = 4 * response * states + 5 * 6 * tokens * math.log2(max(2 * length, 2))
+    return Cost(ends, ends + 8 * 6 * response * states, flops)

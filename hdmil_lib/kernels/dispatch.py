@@ -1,6 +1,8 @@
 """Which code runs an operator, and what it accepts: shared by all operators."""
 
 import importlib.util
+from collections.abc import Callable
+from functools import wraps
 from typing import Literal
 
 import torch
@@ -98,3 +100,20 @@ def same_type(*tensors: Tensor | None) -> list[Tensor | None]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Under autocast, an operator in float32, as PyTorch runs its cumulative sums: rounded decays drift."""
+
+    def widened(value: object) -> object:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    @wraps(operator)
+    def run(*values, **named) -> Tensor:
+        kinds = {v.device.type for v in (*values, *named.values()) if isinstance(v, Tensor)}
+        if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+            return operator(*values, **named)
+        with torch.autocast(kind, enabled=False):
+            return operator(*map(widened, values), **{name: widened(v) for name, v in named.items()})
+
+    return run

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, in_float32, use_triton
 from hdmil_lib.kernels.selective_scan import reference
 
 MAX_STATES = 16  # that the kernel holds in registers
 
 
+@in_float32
 def selective_scan(
     inputs: Tensor,
     steps: Tensor,
@@ -35,7 +36,8 @@ def selective_scan(
             be differentiated again; "auto" the kernel on a GPU.
 
     Returns:
-        y, (B, L, D). States are float32 in the kernel, and of the type of the inputs in the reference.
+        y, (B, L, D). States are float32 in the kernel, of the type of the inputs in the reference,
+        and everything is float32 under autocast.
 
     Raises:
         ValueError: An argument has another shape, type or device, or the backend cannot run.

@@ -1,0 +1,94 @@
+"""`s4d_convolution`: the public operator."""
+
+import torch
+from torch import Tensor
+
+from hdmil_lib.kernels.dispatch import Backend, check, in_float32, use_triton
+from hdmil_lib.kernels.s4d_convolution import reference
+
+
+@in_float32
+def s4d_convolution(
+    inputs: Tensor,
+    log_step: Tensor,
+    decay_log: Tensor,
+    frequency: Tensor,
+    output: Tensor,
+    skip: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The diagonal state space model S4D (Gu et al. 2022), along the tiles of a bag.
+
+    Each of D channels has S complex states, which stand for as many conjugate pairs: with A = -a + ib
+    and a step dt, h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t and y_t = 2 Re sum_n C_n h_t,n + D u_t.
+    Nothing depends on the tile, so that y is u convolved with
+    K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n l), plus D u.
+
+    Args:
+        inputs: u, (B, L, D).
+        log_step: log dt, (D,).
+        decay_log: log a, (D, S).
+        frequency: b, (D, S).
+        output: C, (D, S, 2): real and imaginary.
+        skip: D, (D,).
+        backend: Of K: "torch" is the reference; "triton" the kernel, whose gradients cannot be
+            differentiated again; "auto" the kernel on a GPU.
+
+    Returns:
+        y, (B, L, D). Computed in float32, or in float64 for float64; float32 under autocast.
+
+    Raises:
+        ValueError: An argument has another shape, type or device, or the backend cannot run.
+    """
+    sizes = check(
+        inputs=(inputs, "B L D"),
+        log_step=(log_step, "D"),
+        decay_log=(decay_log, "D S"),
+        frequency=(frequency, "D S"),
+        output=(output, "D S 2"),
+        skip=(skip, "D"),
+    )
+    if sizes["2"] != 2:
+        raise ValueError(
+            f"output has shape {tuple(output.shape)}, expected real and imaginary parts (D, S, 2)"
+        )
+    number = torch.promote_types(inputs.dtype, torch.float32)
+    parameters = (p.to(number) for p in (log_step, decay_log, frequency, output))
+    amplitudes, exponents = reference.coefficients(*parameters)
+    respond = _forward if use_triton(backend, inputs) else reference.impulse_response
+    response = respond(amplitudes, exponents, sizes["L"])
+    return reference.convolve(inputs.to(number), response, skip.to(number)).to(inputs.dtype)
+
+
+@torch.library.custom_op("hdmil::s4d_response", mutates_args=())
+def _forward(amplitudes: Tensor, exponents: Tensor, length: int) -> Tensor:
+    from hdmil_lib.kernels.s4d_convolution import triton
+
+    return triton.forward(amplitudes, exponents, length)
+
+
+@_forward.register_fake
+def _(amplitudes, exponents, length):
+    return amplitudes.new_empty(len(amplitudes), length, dtype=torch.float32)
+
+
+@torch.library.custom_op("hdmil::s4d_response_backward", mutates_args=())
+def _backward(grad: Tensor, amplitudes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    from hdmil_lib.kernels.s4d_convolution import triton
+
+    return triton.backward(grad, amplitudes, exponents)
+
+
+@_backward.register_fake
+def _(grad, amplitudes, exponents):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (amplitudes, exponents))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+_forward.register_autograd(
+    lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors), None), setup_context=_save
+)
