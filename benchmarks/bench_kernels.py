@@ -38,6 +38,7 @@ from hdmil_lib.kernels import (
     tissue_statistics,
 )
 from hdmil_lib.kernels.tile_preprocess import StainTransform
+from hdmil_lib.models import LIPN
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 TOLERANCE = 1e-3  # of the largest number: float32 sums of thousands of terms in another order
@@ -255,6 +256,20 @@ def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[
     ]
 
 
+def lipn_case(n_patches: int) -> Case:
+    """The frozen pre-screening network: layer by layer, and as matrix products."""
+    network = LIPN().eval().requires_grad_(False)
+    kind = torch.float16 if torch.cuda.is_available() else torch.float32
+    packed = network.packed(kind)
+    return Case(
+        f"lipn_forward, N = {n_patches}",
+        random_tiles(n_patches, 16),
+        lambda patches: network.to(patches.device)(patches),
+        lambda patches: lipn_forward(patches, [w.to(patches.device) for w in packed]),
+        cost.lipn_forward(n_patches),
+    )
+
+
 def cases() -> list[Case]:
     """All operators at the sizes of the paper."""
     return (
@@ -270,6 +285,7 @@ def cases() -> list[Case]:
             for note, textbook in (("", chebyshev_textbook), (" as published", chebyshev_published))
         ]
         + attention_cases(2_000)
+        + [lipn_case(4_096)]
         + tile_cases(64)
         + scan_cases()
         + s4d_cases()

@@ -4,6 +4,7 @@ from hdmil_lib.kernels.chebyshev_kan import chebyshev_kan
 from hdmil_lib.kernels.gated_attention import gated_attention
 from hdmil_lib.kernels.gated_attention_pool import gated_attention_pool
 from hdmil_lib.kernels.gumbel_mask import gumbel_mask
+from hdmil_lib.kernels.lipn_forward import lipn_forward
 from hdmil_lib.kernels.s4d_convolution import s4d_convolution
 from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
 from hdmil_lib.kernels.selective_scan import selective_scan
@@ -15,6 +16,7 @@ __all__ = [
     "gated_attention",
     "gated_attention_pool",
     "gumbel_mask",
+    "lipn_forward",
     "s4d_convolution",
     "segment_softmax_pool",
     "selective_scan",

@@ -102,14 +102,15 @@ def tissue_statistics(pixels: int) -> Cost:
     return Cost(3 * pixels, pixels * (3 + 12 + 25 * 8), 80 * pixels)
 
 
-LIPN_MULTIPLY_ADDS = 127_648  # a patch, with two classes
+LIPN_MULTIPLY_ADDS = 377_472  # a patch, as matrix products; its convolutions have 127,648
 LIPN_ACTIVATIONS = 2_576  # numbers that its layers write for a patch
 
 
-def lipn_forward(patches: int, branches: int = 2, width: int = 4) -> Cost:
+def lipn_forward(patches: int, branches: int = 2, width: int = 2) -> Cost:
     """Fourteen convolutions, their batch norms and activations: three passes over each map."""
-    ends = 768 * patches + width * branches * patches + width * 33_898
-    return Cost(ends, ends + width * 6 * LIPN_ACTIVATIONS * patches, 2 * LIPN_MULTIPLY_ADDS * patches)
+    ends = 768 * patches + width * branches * patches + width * 162_304
+    flops = 2 * LIPN_MULTIPLY_ADDS * patches
+    return Cost(ends, ends + width * 6 * LIPN_ACTIVATIONS * patches, flops, matrix=True)
 
 
 def selective_scan(batch: int, length: int, channels: int, states: int = 16, width: int = 2) -> Cost:

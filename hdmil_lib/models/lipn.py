@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import batch_norm, conv2d
 
 from hdmil_lib.errors import BagError
 
@@ -95,10 +95,57 @@ class LIPN(nn.Module):
         Raises:
             BagError: If the patches have another shape or type.
         """
+        self._check(patches)
+        pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
+        return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))
+
+    @staticmethod
+    def _check(patches: Tensor) -> None:
         if patches.dtype != torch.uint8 or patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3):
             raise BagError(
                 f"patches are {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 of shape "
                 f"(n_tiles, {PATCH_SIZE}, {PATCH_SIZE}, 3): RGB at 8 um/px, as TileGrid.patches has them"
             )
-        pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
-        return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))
+
+    @torch.no_grad()
+    def packed(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The frozen network as the matrices and biases that `kernels.lipn_forward` multiplies with.
+
+        Each linear layer, batch normalization included and layers without an activation between them
+        together, is applied to every unit vector; maps are laid out by row, column and channel.
+        """
+        stem, (block, last) = self.stem, self.blocks
+        first, b1 = _matrix([stem[0]], 16, 3)
+        second, b2 = _matrix([stem[1]], 8, 16)
+        point, b3 = _matrix([stem[2]], 4, 16)
+        third, b4 = _matrix([stem[3]], 4, 16)
+        rows = [
+            (first.view(16, 48, 8, 128)[1:4, :, 1], b1[:128]),  # rows 1 to 3 make row 1, and so on
+            (second.view(8, 128, 4, 64)[1:4, :, 1], b2[:64]),
+            (point[:64, :64], b3[:64]),
+            (third.view(4, 64, 192), b4),
+        ]
+        dense = [
+            _matrix([stem[4]], 2, 48),
+            _matrix([block[0], block[1]], 2, 24),
+            _matrix([block[2]], 2, 48),
+            _matrix([block[3], last[0], last[1]], 1, 48),
+            _matrix([last[2]], 1, 96),
+            _matrix([last[3], self.head], 1, 96),
+            (self.classifier.weight.T, self.classifier.bias),
+        ]
+        return [t.detach().to(dtype).contiguous() for layer in rows + dense for t in layer]
+
+
+def _matrix(layers: list[nn.Sequential], side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Convolutions with normalization, without activations: a weight (inputs, outputs) and a bias."""
+    weight = layers[0][0].weight
+    units = torch.eye(side * side * channels, device=weight.device, dtype=torch.float64)
+    maps = torch.cat((torch.zeros_like(units[:1]), units)).view(-1, side, side, channels).permute(0, 3, 1, 2)
+    for conv, norm, *_ in layers:
+        maps = conv2d(maps, conv.weight.double(), None, conv.stride, conv.padding, 1, conv.groups)
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        maps = (maps - norm.running_mean.double()[:, None, None]) * scale[:, None, None]
+        maps = maps + norm.bias.double()[:, None, None]
+    flat = maps.permute(0, 2, 3, 1).flatten(1)
+    return flat[1:] - flat[0], flat[0]

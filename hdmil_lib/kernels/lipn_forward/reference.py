@@ -1,0 +1,40 @@
+"""The frozen LIPN as a chain of eleven matrix products (paper: LIPN)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+LAYERS = {  # name -> shape of its weight; a bias of the last size follows each
+    "first": (3, 48, 128),  # three input rows of 16 RGB pixels -> one row of 8 pixels, 16 channels
+    "second": (3, 128, 64),  # three of those rows -> one row of 4 pixels, 16 channels
+    "point": (64, 64),  # the same row, pixel by pixel
+    "third": (4, 64, 192),  # all four rows -> 2 x 2 pixels, 48 channels
+    "reduce": (192, 96),  # 24 channels
+    "expand": (96, 192),  # first block: depthwise 5x5 and expansion
+    "shrink": (192, 48),  # its second depthwise convolution, to one pixel
+    "widen": (48, 96),  # its projection; second block: depthwise and expansion
+    "scale": (96, 96),  # its second depthwise convolution: of one pixel, a diagonal
+    "head": (96, 64),  # its projection, and the head
+}  # and the classifier, (64, C)
+
+
+def lipn_forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Logits (N, C), as `kernels.lipn_forward` describes them."""
+    first, b1, second, b2, point, b3, third, b4, *dense = weights
+    x = patches.to(first.dtype).div(255).sub(0.5).flatten(2)
+    x = (_rows(x).flatten(2) @ first.flatten(0, 1) + b1).relu()
+    x = (_rows(x).flatten(2) @ second.flatten(0, 1) + b2).relu()
+    x = (x @ point + b3).relu()
+    x = (x.flatten(1) @ third.flatten(0, 1) + b4).relu()
+    *hidden, classifier, bias = dense
+    for weight, shift in zip(hidden[::2], hidden[1::2], strict=True):
+        x = (x @ weight + shift).relu()
+    return linear(x, classifier.T, bias)
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """Rows (N, H, W) above, at and below every second row, zeros above the first: (N, H / 2, 3, W)."""
+    above = pad(maps, (0, 0, 1, 0))
+    return torch.stack((above[:, :-1:2], maps[:, ::2], maps[:, 1::2]), 2)
