@@ -31,6 +31,7 @@ from hdmil_lib.kernels import (
     cost,
     gated_attention_pool,
     gumbel_mask,
+    lipn_forward,
     s4d_convolution,
     segment_softmax_pool,
     selective_scan,
