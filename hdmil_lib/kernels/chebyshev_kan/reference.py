@@ -9,6 +9,8 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
 
     Phi(x)[o] = sum_k sum_q T_k(x)[q] Omega[q, o, k], with x = tanh(inputs) in (-1, 1), T_0 = 1, T_1 = x
     and T_k = 2 x T_{k-1} - T_{k-2}. Each degree is added as it comes; the basis is never stored whole.
+    With one output nothing is shared, and Clenshaw's recurrence sums from the highest degree down,
+    element by element, which a compiler makes one loop.
 
     Args:
         inputs: (B, Q), any real number.
@@ -18,6 +20,8 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
         (B, O).
     """
     x = inputs.tanh()
+    if coefficients.shape[1] == 1:
+        return _clenshaw(x, coefficients)
     constant, linear, *higher = coefficients.permute(2, 0, 1).contiguous().unbind(0)
     outputs = torch.addmm(constant.sum(0), x, linear)
     previous, current = 1.0, x
@@ -25,3 +29,12 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
         previous, current = current, 2 * x * current - previous
         outputs = torch.addmm(outputs, current, weight)
     return outputs
+
+
+def _clenshaw(x: Tensor, coefficients: Tensor) -> Tensor:
+    """B_k = Omega_k + 2 x B_{k+1} - B_{k+2}; the sum is Omega_0 + x B_1 - B_2: (B, 1)."""
+    constant, *weights = coefficients.squeeze(1).T.contiguous().unbind(0)
+    above = current = 0.0
+    for weight in reversed(weights):
+        above, current = current, 2 * x * current - above + weight
+    return (constant + x * current - above).sum(1, keepdim=True)

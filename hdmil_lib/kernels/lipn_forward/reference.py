@@ -20,8 +20,15 @@ LAYERS = {  # name -> shape of its weight; a bias of the last size follows each
 }  # and the classifier, (64, C)
 
 
+CHUNK = 256  # patches at a time: their activations stay in the cache of a CPU core
+
+
 def lipn_forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Logits (N, C), as `kernels.lipn_forward` describes them."""
+    return torch.cat([_forward(chunk, weights) for chunk in patches.split(CHUNK)])
+
+
+def _forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
     first, b1, second, b2, point, b3, third, b4, *dense = weights
     x = patches.to(first.dtype).div(255).sub(0.5).flatten(2)
     x = (_rows(x).flatten(2) @ first.flatten(0, 1) + b1).relu()
