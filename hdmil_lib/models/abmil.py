@@ -39,12 +39,11 @@ class ABMIL(MILModel):
             )
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def forward(self, features: Tensor) -> MILOutput:
-        features = self.prepare(features)
+    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
         embeddings = self.projection(features)
         if isinstance(self.attention, GatedAttention):
-            bag, attention = self.attention.pool(embeddings)
+            bag, attention = self.attention.pool(embeddings, cu_seqlens)
         else:
             attention = self.attention(embeddings)
-            bag = segment_softmax_pool(embeddings, attention)
-        return MILOutput(logits=self.classifier(bag)[0], attention=attention)
+            bag = segment_softmax_pool(embeddings, attention, None, cu_seqlens)
+        return MILOutput(logits=self.classifier(bag[:, 0]), cu_seqlens=cu_seqlens, attention=attention)

@@ -1,7 +1,7 @@
 """DMIN: attention MIL that learns which tiles it needs by distilling itself (paper: DMIN)."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from hdmil_lib.kernels.random import draw_seed
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.layers import GatedAttention, projection
+from hdmil_lib.models.ragged import bag_mean
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,18 @@ PAPER_PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DMINOutput(MILOutput):
-    """What DMIN says about one bag; `logits` are the student's, `attention` is (N, C).
+    """What DMIN says about bags; `logits` are the student's, `attention` is (N, C).
 
     Attributes:
         mask: Selection of each branch, (N, C), straight-through in training; `None` without a student.
-        keep_ratio: r~, share of the tiles that at least one branch selects, a scalar; `None` likewise.
-        teacher_logits: Class scores over all tiles, (C,).
-        bag_student: Embedding of the selected tiles of each branch, (C, E).
-        bag_teacher: Embedding of all tiles of each branch, (C, E).
+        keep_ratio: r~, share of the tiles of each bag that at least one branch selects, (B,); `None` likewise.
+        teacher_logits: Class scores over all tiles, (B, C).
+        bag_student: Embedding of the selected tiles of each branch, (B, C, E).
+        bag_teacher: Embedding of all tiles of each branch, (B, C, E).
         embeddings: F, (N, E).
     """
+
+    PER_BAG: ClassVar[tuple[str, ...]] = ("logits", "teacher_logits", "bag_student", "bag_teacher")
 
     mask: Tensor | None
     keep_ratio: Tensor | None
@@ -101,6 +104,10 @@ class DMINOutput(MILOutput):
     bag_student: Tensor
     bag_teacher: Tensor
     embeddings: Tensor
+
+    def single(self) -> "DMINOutput":
+        output = super().single()
+        return output if self.keep_ratio is None else replace(output, keep_ratio=self.keep_ratio[0])
 
 
 class DMIN(MILModel):
@@ -128,31 +135,37 @@ class DMIN(MILModel):
             return nn.Linear(s.embed_dim, out_features)
         return ChebyshevKAN(s.embed_dim, out_features, s.degree, linear_start=s.linear_start)
 
-    def forward(
-        self, features: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+    def classify(
+        self,
+        features: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> DMINOutput:
-        """Classify one bag.
+        """Classify bags.
 
         Args:
             features: I, (N, in_dim).
+            cu_seqlens: (B + 1,).
             mask: (N, C), the tiles of each branch chosen beforehand by LIPN; takes the place of DMIN's own.
             generator: Source of the seed of the Gumbel noise in training; torch's global one by default.
 
         Raises:
             BagError: If features or mask have another shape than the model or the bag.
         """
-        features = self.prepare(features)
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
-        keep_ratio = None
         if mask is not None:
-            mask, keep_ratio = self._given(mask, attention)
+            mask = self._given(mask, attention)
         elif self.settings.self_distillation:
-            mask, keep_ratio = self._select(attention, generator)
-        student, teacher = self._pool(embeddings, attention, mask)
-        logits, teacher_logits = self._classify(torch.stack((student, teacher)))
+            mask = self._select(attention, generator)
+        keep_ratio = None if mask is None else bag_mean(_union(mask), cu_seqlens)
+        student, teacher = self._pool(embeddings, attention, mask, cu_seqlens)
+        logits, teacher_logits = self._classify(torch.cat((student, teacher))).chunk(2)
         return DMINOutput(
             logits=logits,
+            cu_seqlens=cu_seqlens,
             attention=attention,
             mask=mask,
             keep_ratio=keep_ratio,
@@ -162,32 +175,41 @@ class DMIN(MILModel):
             embeddings=embeddings,
         )
 
-    def _select(self, attention: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _select(self, attention: Tensor, generator: torch.Generator | None) -> Tensor:
         threshold = self.settings.threshold
         if not self.training:
-            return gumbel_mask(attention, threshold=threshold)
+            return gumbel_mask(attention, threshold=threshold)[0]
         temperature, seed = self.settings.temperature, draw_seed(generator)
-        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)
+        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)[0]
 
     @staticmethod
-    def _pool(embeddings: Tensor, attention: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Student and teacher (C, E), each tile read once: the teacher is a second set of branches."""
+    def _pool(
+        embeddings: Tensor, attention: Tensor, mask: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Student and teacher (B, C, E), each tile read once: the teacher is a second set of branches."""
         if mask is None:
-            teacher = segment_softmax_pool(embeddings, attention)
+            teacher = segment_softmax_pool(embeddings, attention, None, cu_seqlens)
             return teacher, teacher
         masks = torch.cat((mask, torch.ones_like(mask)), 1)
-        return segment_softmax_pool(embeddings, attention.repeat(1, 2), masks).chunk(2)
+        return segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, cu_seqlens).chunk(2, dim=1)
 
     @staticmethod
-    def _given(mask: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    def _given(mask: Tensor, attention: Tensor) -> Tensor:
         if mask.shape != attention.shape:
             raise BagError(
                 f"mask has shape {tuple(mask.shape)}, expected {tuple(attention.shape)}: one row for each "
                 "tile whose features are given and one column for each class"
             )
-        kept = mask.to(attention.dtype)
-        return kept, kept.amax(1).mean()
+        return mask.to(attention.dtype)
 
     def _classify(self, bags: Tensor) -> Tensor:
         """Logits (B, C) of bag embeddings (B, C, E), branch c by head c."""
         return torch.cat([head(bags[:, c]) for c, head in enumerate(self.heads)], dim=1)
+
+
+def _union(mask: Tensor) -> Tensor:
+    """Whether any branch keeps a tile, with the gradient of a straight-through mask: (N, C) to (N,)."""
+    dropped = 1 - mask[:, 0]
+    for branch in mask[:, 1:].unbind(1):
+        dropped = dropped * (1 - branch)
+    return 1 - dropped

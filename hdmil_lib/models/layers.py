@@ -24,9 +24,9 @@ class GatedAttention(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         return gated_attention(embeddings, *self._weights, **self._drops())
 
-    def pool(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Bag embeddings (n_branches, embed_dim) and logits; see `kernels.gated_attention_pool`."""
-        return gated_attention_pool(embeddings, *self._weights, **self._drops())
+    def pool(self, embeddings: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Bag embeddings (B, n_branches, embed_dim) and logits; see `kernels.gated_attention_pool`."""
+        return gated_attention_pool(embeddings, *self._weights, None, cu_seqlens, **self._drops())
 
     @property
     def _weights(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
+from hdmil_lib.models.ragged import bag_argmax
 
 
 class MaxPooling(MILModel):
@@ -19,9 +20,8 @@ class MaxPooling(MILModel):
             projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def forward(self, features: Tensor) -> MILOutput:
-        features = self.prepare(features)
+    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
         logits = self.classifier(features)
         probabilities = logits.softmax(1)
         score = probabilities[:, 1] if self.n_classes == 2 else probabilities.amax(1)
-        return MILOutput(logits=logits[score.argmax()])
+        return MILOutput(logits=logits[bag_argmax(score, cu_seqlens)], cu_seqlens=cu_seqlens)

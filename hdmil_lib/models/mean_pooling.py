@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
+from hdmil_lib.models.ragged import bag_mean
 
 
 class MeanPooling(MILModel):
@@ -15,6 +16,6 @@ class MeanPooling(MILModel):
             projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def forward(self, features: Tensor) -> MILOutput:
-        features = self.prepare(features)
-        return MILOutput(logits=self.classifier(features).mean(0))
+    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
+        logits = bag_mean(self.classifier(features), cu_seqlens)
+        return MILOutput(logits=logits, cu_seqlens=cu_seqlens)

@@ -1,14 +1,14 @@
 """The losses of DMIN and LIPN, term by term (paper: objective of DMIN, objective of LIPN)."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, l1_loss, mse_loss, softplus
+from torch.nn.functional import cross_entropy, kl_div, l1_loss, mse_loss
 
 from hdmil_lib.kernels import gumbel_mask
 from hdmil_lib.models import DMIN, DMINOutput, MILModel, MILOutput
+from hdmil_lib.models.clustering import instance_clustering_loss
 
 Terms = dict[str, Tensor]
 
@@ -32,54 +32,10 @@ class LIPNLossWeights:
     rate: float = 2.0
 
 
-def smooth_top1_svm(logits: Tensor, labels: Tensor) -> Tensor:
-    """Smooth top-1 SVM loss of two classes, temperature 1, margin 1.
-
-    With z = other - true logit: log(1 + e^(1 + z)), and the hinge max(0, 1 + z) where |z| > ln 1000.
-
-    Args:
-        logits: (B, 2).
-        labels: (B,), 0 or 1.
-
-    Returns:
-        Mean over the batch, a scalar.
-    """
-    difference = logits[:, 1] - logits[:, 0]
-    z = torch.where(labels == 0, difference, -difference)
-    return torch.where(z.abs() > math.log(1000), (1 + z).relu(), softplus(1 + z)).mean()
-
-
-def instance_clustering_loss(
-    model: DMIN, output: DMINOutput, label: int, *, k: int = 32, subtyping: bool = False
-) -> Tensor:
-    """L_clu: the tiles of highest attention stand for the class, those of lowest do not.
-
-    On the branch of the true class the k tiles of highest attention are labelled 1 and the k lowest 0.
-    With `subtyping`, the k highest of every other branch are labelled 0 as well. k is at most half the
-    bag and at least 1; in a bag of one tile that tile is both the highest and the lowest.
-
-    Returns:
-        Mean over the branches that take part, a scalar.
-    """
-    k = max(1, min(k, len(output.embeddings) // 2))
-    losses = []
-    for branch, head in enumerate(model.instance_heads):
-        if branch != label and not subtyping:
-            continue
-        attention = output.attention[:, branch]
-        chosen = attention.topk(k).indices
-        labels = torch.full((k,), int(branch == label), device=attention.device)
-        if branch == label:
-            chosen = torch.cat((chosen, attention.topk(k, largest=False).indices))
-            labels = torch.cat((labels, torch.zeros_like(labels)))
-        losses.append(smooth_top1_svm(head(output.embeddings[chosen]), labels))
-    return torch.stack(losses).mean()
-
-
 def dmin_loss(
     model: DMIN,
     output: DMINOutput,
-    label: int,
+    labels: int | Tensor,
     weights: LossWeights = LossWeights(),
     *,
     k: int = 32,
@@ -94,8 +50,8 @@ def dmin_loss(
 
     Args:
         model: Gives the instance heads and the target keep ratio r.
-        output: What the model said about the bag.
-        label: Class of the bag.
+        output: What the model said about one bag or several.
+        labels: Class of each bag, (B,), or of the one bag.
         weights: a1 to a5.
         k: Tiles at each end of the attention in the clustering loss (the paper: 32).
         subtyping: Every class has its own tiles; see `instance_clustering_loss`.
@@ -103,21 +59,29 @@ def dmin_loss(
             code, they move the teacher too.
 
     Returns:
-        The total, and the unweighted terms without gradients.
+        The total, and the unweighted terms without gradients, each a mean over bags.
     """
-    target = torch.tensor(label, device=output.logits.device)
+    logits, teacher_logits, labels = _batch(output.logits, output.teacher_logits, labels=labels)
     terms = {
-        "teacher": cross_entropy(output.teacher_logits, target),
-        "clustering": instance_clustering_loss(model, output, label, k=k, subtyping=subtyping),
+        "teacher": cross_entropy(teacher_logits, labels),
+        "clustering": instance_clustering_loss(
+            model.instance_heads,
+            output.embeddings,
+            output.attention,
+            labels,
+            output.cu_seqlens,
+            k=k,
+            subtyping=subtyping,
+        ),
     }
     if output.mask is not None:
-        bag, logits = output.bag_teacher, output.teacher_logits
+        bag = output.bag_teacher
         if detach_teacher:
-            bag, logits = bag.detach(), logits.detach()
-        student, teacher = output.logits.log_softmax(0), logits.log_softmax(0)
+            bag, teacher_logits = bag.detach(), teacher_logits.detach()
+        student, teacher = logits.log_softmax(1), teacher_logits.log_softmax(1)
         terms["embedding"] = mse_loss(output.bag_student, bag)
-        terms["prediction"] = kl_div(student, teacher, reduction="sum", log_target=True)
-        terms["rate"] = (output.keep_ratio - model.settings.keep_ratio).square()
+        terms["prediction"] = kl_div(student, teacher, reduction="batchmean", log_target=True)
+        terms["rate"] = (output.keep_ratio - model.settings.keep_ratio).square().mean()
     return _weigh(terms, weights)
 
 
@@ -151,15 +115,33 @@ def lipn_loss(
 def bag_loss(
     model: MILModel,
     output: MILOutput,
-    label: int,
+    labels: int | Tensor,
     weights: LossWeights = LossWeights(),
     **options: bool | int,
 ) -> tuple[Tensor, Terms]:
-    """The loss of one bag: `dmin_loss` for DMIN (weights and options go to it), else cross entropy."""
+    """Mean loss of the bags: `dmin_loss` for DMIN (weights and options go to it), else the model's own.
+
+    Args:
+        model: What made the output.
+        output: Of one bag or several.
+        labels: Class of each bag, (B,), or of the one bag.
+
+    Returns:
+        The total, and its terms without gradients.
+    """
     if isinstance(output, DMINOutput):
-        return dmin_loss(model, output, label, weights, **options)
-    loss = cross_entropy(output.logits, torch.tensor(label, device=output.logits.device))
-    return loss, {"bag": loss.detach()}
+        return dmin_loss(model, output, labels, weights, **options)
+    if output.logits.ndim == 1:
+        output = replace(output, **{name: getattr(output, name)[None] for name in output.PER_BAG})
+    logits, labels = _batch(output.logits, labels=labels)
+    terms = model.losses(output, labels)
+    return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+
+
+def _batch(*logits: Tensor, labels: int | Tensor) -> tuple[Tensor, ...]:
+    """Logits as (B, C) and labels as (B,), also of one bag without a bag dimension."""
+    labels = torch.as_tensor(labels, device=logits[0].device).reshape(-1)
+    return *(each.reshape(len(labels), -1) for each in logits), labels
 
 
 def _weigh(terms: Terms, weights: LossWeights | LIPNLossWeights) -> tuple[Tensor, Terms]:
