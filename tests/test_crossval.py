@@ -23,8 +23,10 @@ RECIPE = replace(
     RECIPES["camelyon-mini"],
     training=FEW,
     lipn_training=FEW,
-    model={"embed_dim": 16},
-    dmin={"attention_dim": 8, "degree": 3, "keep_ratio": 0.5},
+    models={
+        **dict.fromkeys(("max", "mean", "abmil"), {"embed_dim": 16}),
+        "dmin": {"embed_dim": 16, "attention_dim": 8, "degree": 3, "keep_ratio": 0.5},
+    },
 )
 
 
@@ -130,14 +132,14 @@ def test_the_default_folder_is_in_the_cache_and_tells_runs_apart(data, tmp_path)
     first = run_dir(cohort, bags, 3, 0, RECIPE)
     assert first.parent == tmp_path / "cache" / "runs" and first.name.startswith(cohort.root.name)
     others = [run_dir(cohort, bags, 4, 0, RECIPE), run_dir(cohort, bags, 3, 1, RECIPE)]
-    others.append(run_dir(cohort, bags, 3, 0, replace(RECIPE, model={"embed_dim": 8})))
+    others.append(run_dir(cohort, bags, 3, 0, replace(RECIPE, models={})))
     assert len({first, *others}) == 4
     assert first == run_dir(cohort, bags, 3, 0, RECIPE)
 
 
 def test_unknown_methods_and_too_few_cases(data, tmp_path):
-    with pytest.raises(HDMILError, match="no method clam"):
-        run_crossval(*data, ["clam"], 3, 0, RECIPE, tmp_path)
+    with pytest.raises(HDMILError, match="no method nonsense"):
+        run_crossval(*data, ["nonsense"], 3, 0, RECIPE, tmp_path)
     with pytest.raises(CohortError, match="fewer than the 10 folds"):
         run_crossval(*data, ["mean"], 10, 0, RECIPE, tmp_path)
     assert not any(tmp_path.iterdir())

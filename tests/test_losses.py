@@ -13,14 +13,13 @@ from scipy.stats import entropy
 
 from hdmil_lib.kernels import gumbel_mask
 from hdmil_lib.models import DMIN, DMINSettings, MeanPooling, MILOutput
+from hdmil_lib.models.clustering import instance_clustering_loss, smooth_top1_svm
 from hdmil_lib.training.losses import (
     LIPNLossWeights,
     LossWeights,
     bag_loss,
     dmin_loss,
-    instance_clustering_loss,
     lipn_loss,
-    smooth_top1_svm,
 )
 
 SETTINGS = DMINSettings(in_dim=6, embed_dim=5, attention_dim=4, dropout=0.0, keep_ratio=0.3)
@@ -67,13 +66,18 @@ def test_svm_switches_to_the_hinge_beyond_ln_1000(sign):
     assert loss(before) - loss(after) > 1e-4
 
 
-def test_svm_is_the_mean_over_instances():
+def test_svm_is_one_loss_an_instance():
     logits = torch.tensor([[1.0, 2], [3, -1], [0, 0]], dtype=torch.float64)
-    expected = (svm(1, 2) + svm(-1, 3) + svm(0, 0)) / 3
-    assert smooth_top1_svm(logits, torch.tensor([0, 1, 0])).item() == pytest.approx(expected)
+    loss = smooth_top1_svm(logits, torch.tensor([0, 1, 0]))
+    assert loss.tolist() == pytest.approx([svm(1, 2), svm(-1, 3), svm(0, 0)])
 
 
 # Instance clustering
+
+
+def clustering(model, output, label, k=32, subtyping=False):
+    args = output.embeddings, output.attention, torch.tensor([label]), output.cu_seqlens
+    return instance_clustering_loss(model.instance_heads, *args, k=k, subtyping=subtyping)
 
 
 def clustering_by_loops(model, output, label, k, subtyping):
@@ -99,7 +103,7 @@ def test_clustering_labels_both_ends_of_the_attention(n, k, n_classes, subtyping
     """k is at most half the bag and at least 1, where the released code stops with an error."""
     model, output = forward(n, n_classes=n_classes)
     for label in range(n_classes):
-        loss = instance_clustering_loss(model, output, label, k=k, subtyping=subtyping)
+        loss = clustering(model, output, label, k, subtyping)
         expected = clustering_by_loops(model, output, label, k, subtyping)
         assert loss.item() == pytest.approx(expected, rel=1e-9)
 
@@ -107,7 +111,7 @@ def test_clustering_labels_both_ends_of_the_attention(n, k, n_classes, subtyping
 def test_clustering_trains_the_heads_that_take_part():
     for subtyping, reached in ((False, [False, True, False]), (True, [True, True, True])):
         model, output = forward(n_classes=3)
-        instance_clustering_loss(model, output, 1, subtyping=subtyping).backward()
+        clustering(model, output, 1, subtyping=subtyping).backward()
         assert [head.coefficients.grad is not None for head in model.instance_heads] == reached
 
 
@@ -278,7 +282,9 @@ def test_lipn_loss_of_a_perfect_mask_at_the_target_rate_is_zero():
 def test_bag_loss_is_cross_entropy_for_plain_models():
     logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
     model = MeanPooling(4, 3)
-    total, terms = bag_loss(model, MILOutput(logits=logits), 1, subtyping=True)
+    total, terms = bag_loss(
+        model, MILOutput(logits=logits, cu_seqlens=torch.tensor([0, 1])), 1, subtyping=True
+    )
     assert total.item() == pytest.approx(logsumexp(logits.numpy()) + 1.0)
     assert terms["bag"].item() == total.item()
 

@@ -102,14 +102,17 @@ def test_the_order_of_tiles_does_not_matter(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_learns_a_small_cohort(name):
-    """Class 1 has a few shifted tiles: after training every bag is on its side."""
+    """Class 1 has a few shifted tiles: after training every bag is on its side.
+
+    50 epochs: after 25, 2 of 8 seeds left DMIN with one bag on the wrong side, after 50 none did.
+    """
     torch.manual_seed(0)
     bags = torch.randn(12, 20, 5)
     labels = [i % 2 for i in range(12)]
     bags[1::2, :6, 0] += 6
     model = build_model(name, 5, 2, embed_dim=16)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(25):
+    for _ in range(50):
         for features, label in zip(bags, labels, strict=True):
             optimizer.zero_grad()
             bag_loss(model, model(features), label, k=4)[0].backward()
@@ -142,8 +145,8 @@ def test_build_model_passes_settings_on():
 
 
 def test_an_unknown_model_is_refused_with_the_known_names():
-    with pytest.raises(HDMILError, match="'clam'.*mean, max, abmil, dmin"):
-        build_model("clam", 5, 2)
+    with pytest.raises(HDMILError, match="'nonsense'.*mean, max, abmil, .*dmin"):
+        build_model("nonsense", 5, 2)
 
 
 @pytest.mark.parametrize("name", MODELS)

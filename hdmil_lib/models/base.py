@@ -1,5 +1,6 @@
 """What every bag classifier takes and returns."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ class MILOutput:
         return replace(self, **{name: getattr(self, name)[0] for name in self.PER_BAG})
 
 
-class MILModel(nn.Module):
+class MILModel(nn.Module, ABC):
     """Base of the bag classifiers; a subclass defines `classify`, and `losses` if it is not cross entropy.
 
     Features of some encoders differ between dimensions in offset and spread, which slows training down. A
@@ -44,9 +45,12 @@ class MILModel(nn.Module):
     weights; without that it takes features as they are, as in the paper.
 
     Attributes:
+        inputs: Fields of a bag that `forward` takes: features, then others by keyword.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
     """
+
+    inputs: ClassVar[tuple[str, ...]] = ("features",)
 
     def __init__(self, in_dim: int, n_classes: int):
         super().__init__()
@@ -83,9 +87,9 @@ class MILModel(nn.Module):
             raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
         return self.classify(features, cu_seqlens.long(), **options)
 
+    @abstractmethod
     def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
         """Output of B bags, with prepared features (N, in_dim) and int64 `cu_seqlens` (B + 1,)."""
-        raise NotImplementedError
 
     def losses(self, output: MILOutput, labels: Tensor) -> dict[str, Tensor]:
         """The terms, scalars, that add up to the loss of these bags: each a mean over bags.
@@ -95,6 +99,10 @@ class MILModel(nn.Module):
             labels: Class indices, int64 (B,).
         """
         return {"bag": cross_entropy(output.logits, labels)}
+
+    def tiers(self) -> list[list[nn.Parameter]]:
+        """Parts of the weights whose gradients are clipped each by itself."""
+        return [list(self.parameters())]
 
     def prepare(self, features: Tensor) -> Tensor:
         """Features (N, in_dim) as the first layer takes them.

@@ -1,4 +1,4 @@
-"""Instance clustering: tiles of highest attention stand for the class, those of lowest do not (CLAM, DMIN)."""
+"""Instance clustering: tiles of highest attention stand for the class, those of lowest do not."""
 
 import math
 from collections.abc import Sequence
@@ -79,5 +79,5 @@ def instance_clustering_loss(
 
 
 def _ends(scores: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
-    """Numbers, among all tiles, of each bag's k tiles of highest score: (B, k), nonsense where it has fewer."""
+    """Numbers, among all tiles, of each bag's k tiles of highest score, (B, k); shorter bags have fewer."""
     return pad(scores, cu_seqlens, -torch.inf).topk(k, dim=1).indices + cu_seqlens[:-1].unsqueeze(1)

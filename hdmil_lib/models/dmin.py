@@ -89,7 +89,7 @@ class DMINOutput(MILOutput):
 
     Attributes:
         mask: Selection of each branch, (N, C), straight-through in training; `None` without a student.
-        keep_ratio: r~, share of the tiles of each bag that at least one branch selects, (B,); `None` likewise.
+        keep_ratio: r~, share of each bag's tiles that a branch or more select, (B,); `None` likewise.
         teacher_logits: Class scores over all tiles, (B, C).
         bag_student: Embedding of the selected tiles of each branch, (B, C, E).
         bag_teacher: Embedding of all tiles of each branch, (B, C, E).
@@ -160,7 +160,7 @@ class DMIN(MILModel):
             mask = self._given(mask, attention)
         elif self.settings.self_distillation:
             mask = self._select(attention, generator)
-        keep_ratio = None if mask is None else bag_mean(_union(mask), cu_seqlens)
+        keep_ratio = None if mask is None else bag_mean(union(mask), cu_seqlens)
         student, teacher = self._pool(embeddings, attention, mask, cu_seqlens)
         logits, teacher_logits = self._classify(torch.cat((student, teacher))).chunk(2)
         return DMINOutput(
@@ -207,7 +207,7 @@ class DMIN(MILModel):
         return torch.cat([head(bags[:, c]) for c, head in enumerate(self.heads)], dim=1)
 
 
-def _union(mask: Tensor) -> Tensor:
+def union(mask: Tensor) -> Tensor:
     """Whether any branch keeps a tile, with the gradient of a straight-through mask: (N, C) to (N,)."""
     dropped = 1 - mask[:, 0]
     for branch in mask[:, 1:].unbind(1):

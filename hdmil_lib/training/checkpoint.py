@@ -99,7 +99,8 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["rng"] = torch.get_rng_state()
-    metadata = {"history": json.dumps(history)}
+    groups = optimizer.state_dict()["param_groups"]
+    metadata = {"history": json.dumps(history), "groups": json.dumps(groups)}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -113,6 +114,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             history = json.loads(file.metadata()["history"])
+            groups = json.loads(file.metadata()["groups"])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); delete it to start over") from error
     moments: dict[int, dict[str, Tensor]] = {}
@@ -121,7 +123,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             _, index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = tensor
     model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model.")})
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     torch.set_rng_state(tensors["rng"])
     return history
 

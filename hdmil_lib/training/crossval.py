@@ -21,6 +21,7 @@ from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.models import DMIN, LIPN, PAPER_PRESETS, DMINSettings, MILModel, PaperPreset, build_model
 from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table
+from hdmil_lib.training.ragged import RaggedBags
 from hdmil_lib.training.trainer import (
     MINI_LIPN_TRAINING,
     MINI_TRAINING,
@@ -28,8 +29,6 @@ from hdmil_lib.training.trainer import (
     PAPER_TRAINING,
     TrainSettings,
     bags_digest,
-    feature_tensors,
-    patch_tensors,
     train_lipn,
     train_model,
 )
@@ -80,15 +79,15 @@ class Recipe:
     Attributes:
         training: Of the bag classifiers.
         lipn_training: Of LIPN.
-        model: Options of every bag classifier.
-        dmin: Further options of DMIN.
+        models: Options of a bag classifier by its name in `MODELS`.
+        trainings: What a bag classifier's training has different from `training`, by the same name.
         loss: Options of `bag_loss`.
     """
 
     training: TrainSettings
     lipn_training: TrainSettings
-    model: Mapping[str, Any] = field(default_factory=dict)
-    dmin: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
 
     def shorter(self, epochs: int) -> "Recipe":
@@ -104,7 +103,7 @@ def _paper(preset: PaperPreset) -> Recipe:
     return Recipe(
         training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate),
         lipn_training=PAPER_LIPN_TRAINING,
-        dmin={"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio},
+        models={"dmin": {"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio}},
         loss={"subtyping": preset.subtyping},
     )
 
@@ -117,8 +116,11 @@ def _mini(paper: Recipe) -> Recipe:
     return Recipe(
         training=MINI_TRAINING,
         lipn_training=MINI_LIPN_TRAINING,
-        model={"embed_dim": 256},
-        dmin={**paper.dmin, "attention_dim": 128, "degree": 3, "linear_start": True},
+        models={
+            **dict.fromkeys(("max", "mean", "abmil"), {"embed_dim": 256}),
+            "dmin": paper.models["dmin"]
+            | {"embed_dim": 256, "attention_dim": 128, "degree": 3, "linear_start": True},
+        },
         loss={**paper.loss, "k": 8},
     )
 
@@ -311,15 +313,15 @@ def _run_in_worker(job: _Job) -> None:
 def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
     """Train what the method trains, predict the fold's test slides and write `predictions.csv`."""
     screen = METHODS[job.method].screen
-    features = feature_tensors(bags, job.split.test)
     if screen is None:
         model = _train_classifier(job, bags)
-        with torch.inference_mode():
-            outputs = {s: (model(features[s]).logits, 1.0) for s in job.split.test}
+        logits, kept = RaggedBags(bags, job.split.test, model.inputs).predict(model, job.split.test)
+        kept = torch.ones_like(kept)  # whatever it selects, it has read every tile
+        outputs = dict(zip(job.split.test, zip(logits, kept, strict=True), strict=True))
     else:
         if screen == "lipn":
             _train_lipn(job, bags)
-        outputs = _screened(job, features, patch_tensors(bags, job.split.test))
+        outputs = _screened(job, RaggedBags(bags, job.split.test, ("features", "patches")))
     rows = []
     for slide_id, (logits, kept) in outputs.items():
         row = {"method": job.method, "fold": job.fold, "slide_id": slide_id, "label": job.labels[slide_id]}
@@ -330,12 +332,14 @@ def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
 
 def _train_classifier(job: _Job, bags: Mapping[str, Bag]) -> MILModel:
     method, recipe = METHODS[job.method], job.recipe
-    options = {**recipe.model, **(recipe.dmin if method.model == "dmin" else {}), **method.options}
+    options = {**recipe.models.get(method.model, {}), **method.options}
+    training = replace(recipe.training, **recipe.trainings.get(method.model, {}))
     in_dim = bags[job.split.train[0]].features.shape[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.training.seed)
+        torch.manual_seed(training.seed)
         model = build_model(method.model, in_dim, job.n_classes, **options)
-    train_model(model, bags, job.split, job.labels, recipe.training, job.folder, loss_options=recipe.loss)
+    loss_options = recipe.loss if method.model == "dmin" else None
+    train_model(model, bags, job.split, job.labels, training, job.folder, loss_options=loss_options)
     return model
 
 
@@ -348,9 +352,7 @@ def _train_lipn(job: _Job, bags: Mapping[str, Bag]) -> None:
 
 
 @torch.inference_mode()
-def _screened(
-    job: _Job, features: Mapping[str, Tensor], patches: Mapping[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _screened(job: _Job, data: RaggedBags) -> dict[str, tuple[Tensor, Tensor]]:
     """Logits of each test slide from the tiles that the method lets DMIN read, and their share."""
     screen = METHODS[job.method].screen
     dmin, lipn, thresholds = load_fold(job.out_dir, job.fold)
@@ -359,11 +361,12 @@ def _screened(
     generator = torch.Generator().manual_seed(job.recipe.training.seed)
     outputs = {}
     for slide_id in job.split.test:
-        bag = features[slide_id], patches[slide_id]
-        output, kept = two_stage(dmin, lipn, *bag, cut, lipn_pools=published)
+        features = data.take("features", [slide_id])
+        patches = data.take("patches", [slide_id])
+        output, kept = two_stage(dmin, lipn, features, patches, cut, lipn_pools=published)
         if screen == "random":
-            n_tiles = len(features[slide_id])
-            drawn = torch.randperm(n_tiles, generator=generator)[: round(float(kept) * n_tiles)]
-            output = dmin(features[slide_id][drawn])
+            n_read = round(float(kept) * len(features))
+            drawn = torch.randperm(len(features), generator=generator)[:n_read]
+            output = dmin(features[drawn])
         outputs[slide_id] = output.logits, kept
     return outputs

@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, l1_loss, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from hdmil_lib.kernels import gumbel_mask
 from hdmil_lib.models import DMIN, DMINOutput, MILModel, MILOutput
 from hdmil_lib.models.clustering import instance_clustering_loss
+from hdmil_lib.models.dmin import union
+from hdmil_lib.models.ragged import bag_mean, cumulative
 
 Terms = dict[str, Tensor]
 
@@ -91,6 +93,7 @@ def lipn_loss(
     keep_ratio: float | None,
     weights: LIPNLossWeights = LIPNLossWeights(),
     *,
+    cu_seqlens: Tensor | None = None,
     threshold: float = 0.5,
 ) -> tuple[Tensor, Terms]:
     """L = b1 mean_c L1(M_LR,c, M_HR,c) + b2 (r~_LR - r)^2.
@@ -98,18 +101,23 @@ def lipn_loss(
     Args:
         logits: P, LIPN's output, (N, C).
         target_mask: M_HR, the selection of a frozen DMIN in evaluation mode, (N, C).
-        keep_ratio: r; `None` takes the share that DMIN keeps of this very bag.
+        keep_ratio: r; `None` takes the share that DMIN keeps of each bag.
         weights: b1 and b2.
+        cu_seqlens: Where each bag starts and the last one ends, (B + 1,); `None` for one bag.
         threshold: gamma.
 
     Returns:
-        The total, and the unweighted terms without gradients.
+        The total, and the unweighted terms without gradients, each a mean over bags.
     """
+    if cu_seqlens is None:
+        cu_seqlens = cumulative([len(logits)], logits.device)
     target_mask = target_mask.detach().to(logits.dtype)
-    if keep_ratio is None:
-        keep_ratio = target_mask.amax(1).mean()
-    mask, kept = gumbel_mask(logits, threshold=threshold)
-    return _weigh({"mask": l1_loss(mask, target_mask), "rate": (kept - keep_ratio).square()}, weights)
+    mask, _ = gumbel_mask(logits, threshold=threshold)
+    kept = bag_mean(union(mask), cu_seqlens)
+    wanted = bag_mean(union(target_mask), cu_seqlens) if keep_ratio is None else keep_ratio
+    differing = (mask - target_mask).abs().mean(1)
+    terms = {"mask": bag_mean(differing, cu_seqlens).mean(), "rate": (kept - wanted).square().mean()}
+    return _weigh(terms, weights)
 
 
 def bag_loss(

@@ -1,11 +1,11 @@
-"""Training of one model on one fold: Adam, one bag a step, early stopping, resumable to the bit."""
+"""Training of one model on one fold: bags in batches, early stopping, resumable to the bit."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hdmil_lib.data import Split
-from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.models import DMIN, LIPN, ChebyshevKAN, MILModel
 from hdmil_lib.training.checkpoint import (
@@ -30,25 +30,31 @@ from hdmil_lib.training.checkpoint import (
     write_json,
 )
 from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
+from hdmil_lib.training.ragged import RaggedBags, bag_of
 from hdmil_lib.training.scores import auc
 from hdmil_lib.training.two_stage import calibrate_thresholds, two_stage
 
-Step = Callable[[str], tuple[Tensor, Terms]]
+Step = Callable[[list[str]], tuple[Tensor, Terms]]
 Score = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a network is trained, one bag a step; the defaults are the paper's for DMIN on Camelyon16.
+    """How a network is trained; the defaults are the paper's for DMIN on Camelyon16.
 
     Attributes:
-        learning_rate: Of Adam.
-        weight_decay: Of Adam.
+        learning_rate: Of the optimizer.
+        weight_decay: Of the optimizer.
         epochs: At most; an epoch draws as many bags as the training part has.
         min_epochs: Early stopping waits for this many.
         patience: Stop after this many epochs in a row without a lower validation loss.
         seed: Of the order of bags, dropout and Gumbel noise.
         standardize: Let the bag classifier learn mean and spread of the training features beforehand.
+        batch_size: Bags a step; the loss is their mean.
+        optimizer: "adam", or "lookahead_radam" as TransMIL has it.
+        betas: Of the optimizer.
+        clip: Largest norm of the gradient of each of the model's tiers; no limit by default.
+        drop_epoch: From this epoch on a fifth of the learning rate, as DTFD-MIL has it.
         kan_rate: Learning rate of Chebyshev coefficients, as a share of `learning_rate`. Adam moves every
             weight by about its rate a step, and an output of a Chebyshev layer sums Q (K + 1) of them where
             that of a linear layer sums Q: on small cohorts such steps are too long.
@@ -61,6 +67,11 @@ class TrainSettings:
     patience: int = 20
     seed: int = 0
     standardize: bool = False
+    batch_size: int = 1
+    optimizer: Literal["adam", "lookahead_radam"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+    drop_epoch: int | None = None
     kan_rate: float = 1.0
 
 
@@ -108,19 +119,19 @@ def train_model(
         HDMILError: The loss became infinite or undefined.
     """
     options = dict(loss_options or {})
-    features = feature_tensors(bags, (*split.train, *split.val))
+    data = RaggedBags(bags, (*split.train, *split.val), model.inputs)
     config = _config(model, bags, split, labels, settings) | {
         "loss": {name: asdict(value) if name == "weights" else value for name, value in options.items()}
     }
     if settings.standardize:
-        model.standardize(features[slide_id] for slide_id in split.train)
+        model.standardize([data.take("features", split.train)])
 
-    def step(slide_id: str) -> tuple[Tensor, Terms]:
-        return bag_loss(model, model(features[slide_id]), labels[slide_id], **options)
+    def step(slide_ids: list[str]) -> tuple[Tensor, Terms]:
+        output = data.forward(model, slide_ids)
+        return bag_loss(model, output, torch.tensor([labels[s] for s in slide_ids]), **options)
 
     def score() -> tuple[Tensor, Tensor]:
-        outputs = [model(features[slide_id]) for slide_id in split.val]
-        return torch.stack([o.logits for o in outputs]), torch.stack([_kept_share(o) for o in outputs])
+        return data.predict(model, split.val)
 
     return _fit(model, step, score, split, labels, settings, Path(out_dir), config, progress)
 
@@ -151,18 +162,20 @@ def train_lipn(
         raise ValueError("a DMIN without self-distillation selects no tiles that LIPN could learn from")
     dmin.eval()
     weights = weights or LIPNLossWeights()
-    ids = (*split.train, *split.val)
-    features, patches = feature_tensors(bags, ids), patch_tensors(bags, ids)
+    data = RaggedBags(bags, (*split.train, *split.val), ("features", "patches"))
     gamma, keep_ratio = dmin.settings.threshold, dmin.settings.keep_ratio
     with torch.inference_mode():
-        targets = {slide_id: dmin(features[slide_id]).mask for slide_id in split.train}
+        targets = {s: dmin(data.take("features", [s])).mask for s in split.train}
     targets = {slide_id: mask.clone() for slide_id, mask in targets.items()}
 
-    def step(slide_id: str) -> tuple[Tensor, Terms]:
-        return lipn_loss(lipn(patches[slide_id]), targets[slide_id], keep_ratio, weights, threshold=gamma)
+    def step(slide_ids: list[str]) -> tuple[Tensor, Terms]:
+        logits, target = lipn(data.take("patches", slide_ids)), torch.cat([targets[s] for s in slide_ids])
+        cu_seqlens = data.cu_seqlens(slide_ids)
+        return lipn_loss(logits, target, keep_ratio, weights, cu_seqlens=cu_seqlens, threshold=gamma)
 
     def score() -> tuple[Tensor, Tensor]:
-        outputs = [two_stage(dmin, lipn, features[s], patches[s], gamma) for s in split.val]
+        bags_of = ((data.take("features", [s]), data.take("patches", [s])) for s in split.val)
+        outputs = [two_stage(dmin, lipn, *bag, gamma) for bag in bags_of]
         return torch.stack([o.logits for o, _ in outputs]), torch.stack([kept for _, kept in outputs])
 
     out_dir = Path(out_dir)
@@ -173,40 +186,9 @@ def train_lipn(
     history = _fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
     config = read_json(out_dir / "config.json")
     if "thresholds" not in config:
-        thresholds = calibrate_thresholds(lipn, (patches[s] for s in split.val), keep_ratio)
+        thresholds = calibrate_thresholds(lipn, (data.take("patches", [s]) for s in split.val), keep_ratio)
         write_json(out_dir / "config.json", config | {"thresholds": thresholds})
     return history
-
-
-def feature_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
-    """Features of these slides as float32 (N, D).
-
-    Raises:
-        BagError: A slide has no bag, or its features are not finite.
-    """
-    features = {}
-    for slide_id in slide_ids:
-        features[slide_id] = torch.from_numpy(np.asarray(_bag(bags, slide_id).features, dtype=np.float32))
-        if not features[slide_id].isfinite().all():
-            raise BagError(f"bag '{slide_id}': features with nan or infinite values; extract them again")
-    return features
-
-
-def patch_tensors(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> dict[str, Tensor]:
-    """Low-resolution patches of these slides as uint8 (N, 16, 16, 3)."""
-    return {slide_id: torch.from_numpy(_bag(bags, slide_id).patches) for slide_id in slide_ids}
-
-
-def _bag(bags: Mapping[str, Bag], slide_id: str) -> Bag:
-    if slide_id not in bags:
-        raise BagError(f"slide '{slide_id}' of the split has no bag; extract its features, or split again")
-    return bags[slide_id]
-
-
-def _kept_share(output: Any) -> Tensor:
-    """Share of tiles the prediction rests on: DMIN's keep ratio, 1 for models without a mask."""
-    kept = getattr(output, "keep_ratio", None)
-    return torch.ones(()) if kept is None else kept
 
 
 def _config(
@@ -233,7 +215,7 @@ def bags_digest(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> str:
     """Short hash of the features of these slides."""
     digest = hashlib.sha256()
     for slide_id in slide_ids:
-        digest.update(np.ascontiguousarray(_bag(bags, slide_id).features))
+        digest.update(np.ascontiguousarray(bag_of(bags, slide_id).features))
     return digest.hexdigest()[:16]
 
 
@@ -257,13 +239,15 @@ def _fit(
         history: list[dict] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            optimizer = _adam(model, settings)
+            optimizer = _optimizer(model, settings)
             if state_path.is_file():
                 history = load_state(state_path, model, optimizer)
             bar = tqdm(total=settings.epochs, initial=len(history), disable=not progress, desc=folder.name)
             while not _finished(history, settings):
                 row = {"epoch": len(history)}
-                row |= _train_epoch(model, optimizer, step, _balanced_draw(split.train, labels))
+                _set_rate(optimizer, settings, row["epoch"])
+                drawn = _balanced_draw(split.train, labels)
+                row |= _train_epoch(model, optimizer, step, drawn, settings)
                 row |= _validate(model, score, [labels[s] for s in split.val])
                 history.append(row)
                 if _best_epoch(history) == row["epoch"]:
@@ -297,28 +281,46 @@ def _balanced_draw(slide_ids: Sequence[str], labels: Mapping[str, int]) -> list[
     return [slide_ids[i] for i in draw.tolist()]
 
 
-def _adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Adam:
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     kan = [p for m in model.modules() if isinstance(m, ChebyshevKAN) for p in m.parameters()]
     others = [p for p in model.parameters() if all(p is not q for q in kan)]
-    groups = [{"params": others}, {"params": kan, "lr": settings.kan_rate * settings.learning_rate}]
+    groups = [{"params": others, "share": 1.0}, {"params": kan, "share": settings.kan_rate}]
     groups = [group for group in groups if group["params"]]
-    rate, decay = settings.learning_rate, settings.weight_decay
-    return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True)
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "betas": settings.betas}
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True, **options)
+    from timm.optim import Lookahead  # takes a second to import
+
+    return Lookahead(torch.optim.RAdam(groups, **options))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, epoch: int) -> None:
+    dropped = settings.drop_epoch is not None and epoch >= settings.drop_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * group["share"] * (0.2 if dropped else 1.0)
 
 
 def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, slide_ids: Sequence[str]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    slide_ids: Sequence[str],
+    settings: TrainSettings,
 ) -> dict[str, float]:
-    """One step a slide; returns the mean of the loss and of its terms."""
+    """Steps of `batch_size` slides; returns the mean over slides of the loss and of its terms."""
     model.train()
     sums: Terms = {}
-    for slide_id in slide_ids:
-        loss, terms = step(slide_id)
+    for start in range(0, len(slide_ids), settings.batch_size):
+        batch = slide_ids[start : start + settings.batch_size]
+        loss, terms = step(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if settings.clip is not None:
+            for weights in model.tiers():
+                nn.utils.clip_grad_norm_(weights, settings.clip)
         optimizer.step()
         for name, value in (terms | {"loss": loss.detach()}).items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] = sums.get(name, 0) + len(batch) * value
     return {f"train_{name}": float(value) / len(slide_ids) for name, value in sums.items()}
 
 
