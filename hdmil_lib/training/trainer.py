@@ -32,7 +32,7 @@ from hdmil_lib.training.checkpoint import (
 from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
 from hdmil_lib.training.ragged import RaggedBags, bag_of
 from hdmil_lib.training.scores import auc
-from hdmil_lib.training.two_stage import calibrate_thresholds, two_stage
+from hdmil_lib.training.two_stage import Threshold, calibrate_thresholds, two_stage
 
 Step = Callable[[list[str]], tuple[Tensor, Terms]]
 Score = Callable[[], tuple[Tensor, Tensor]]
@@ -120,7 +120,7 @@ def train_model(
     """
     options = dict(loss_options or {})
     data = RaggedBags(bags, (*split.train, *split.val), model.inputs)
-    config = _config(model, bags, split, labels, settings) | {
+    config = describe_run(model, bags, split, labels, settings) | {
         "loss": {name: asdict(value) if name == "weights" else value for name, value in options.items()}
     }
     if settings.standardize:
@@ -133,7 +133,7 @@ def train_model(
     def score() -> tuple[Tensor, Tensor]:
         return data.predict(model, split.val)
 
-    return _fit(model, step, score, split, labels, settings, Path(out_dir), config, progress)
+    return fit(model, step, score, split, labels, settings, Path(out_dir), config, progress)
 
 
 def train_lipn(
@@ -174,24 +174,38 @@ def train_lipn(
         return lipn_loss(logits, target, keep_ratio, weights, cu_seqlens=cu_seqlens, threshold=gamma)
 
     def score() -> tuple[Tensor, Tensor]:
-        bags_of = ((data.take("features", [s]), data.take("patches", [s])) for s in split.val)
-        outputs = [two_stage(dmin, lipn, *bag, gamma) for bag in bags_of]
-        return torch.stack([o.logits for o, _ in outputs]), torch.stack([kept for _, kept in outputs])
+        return predict_two_stage(dmin, lipn, data, split.val, gamma)
 
     out_dir = Path(out_dir)
-    config = _config(lipn, bags, split, labels, settings) | {
+    config = describe_run(lipn, bags, split, labels, settings) | {
         "loss": asdict(weights),
         "dmin": weights_digest(dmin),
     }
-    history = _fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
-    config = read_json(out_dir / "config.json")
-    if "thresholds" not in config:
-        thresholds = calibrate_thresholds(lipn, (data.take("patches", [s]) for s in split.val), keep_ratio)
-        write_json(out_dir / "config.json", config | {"thresholds": thresholds})
+    history = fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
+    store_thresholds(lipn, data, split.val, keep_ratio, out_dir)
     return history
 
 
-def _config(
+def predict_two_stage(
+    dmin: DMIN, lipn: LIPN, data: RaggedBags, slide_ids: Sequence[str], threshold: Threshold
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, C) of the two-stage prediction of these slides, and the share of tiles kept (S,)."""
+    bags = ((data.take("features", [s]), data.take("patches", [s])) for s in slide_ids)
+    outputs = [two_stage(dmin, lipn, *bag, threshold) for bag in bags]
+    return torch.stack([o.logits for o, _ in outputs]), torch.stack([kept for _, kept in outputs])
+
+
+def store_thresholds(
+    lipn: LIPN, data: RaggedBags, slide_ids: Sequence[str], keep_ratio: float, folder: Path
+) -> None:
+    """Calibrate a trained LIPN on these slides and add `thresholds` to the run's `config.json`, once."""
+    config = read_json(folder / "config.json")
+    if "thresholds" not in config:
+        thresholds = calibrate_thresholds(lipn, (data.take("patches", [s]) for s in slide_ids), keep_ratio)
+        write_json(folder / "config.json", config | {"thresholds": thresholds})
+
+
+def describe_run(
     model: nn.Module,
     bags: Mapping[str, Bag],
     split: Split,
@@ -219,7 +233,7 @@ def bags_digest(bags: Mapping[str, Bag], slide_ids: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fit(
+def fit(
     model: nn.Module,
     step: Step,
     score: Score,
@@ -229,12 +243,27 @@ def _fit(
     folder: Path,
     config: dict[str, Any],
     progress: bool,
+    *,
+    parts: Mapping[str, nn.Module] | None = None,
 ) -> pd.DataFrame:
-    """The loop of `train_model` and `train_lipn`; `step` gives a bag's loss, `score` validation logits."""
+    """The loop of all trainings, resumable; leaves the model with the weights of its best epoch.
+
+    Args:
+        model: What learns.
+        step: The loss of a batch of slides, with its terms; the model is in training mode.
+        score: Logits of the validation slides and the share of tiles read; the model is in evaluation mode.
+        split: Slides to draw from and to validate on.
+        labels: Class index by slide_id.
+        settings: Optimizer, length and seed.
+        folder: Of this run alone.
+        config: What the result depends on.
+        progress: Show a bar over epochs.
+        parts: Files of the best weights and whose they are; all of the model in `model.safetensors` by
+            default.
+    """
     claim_folder(folder, config)
-    weights_path, state_path, history_path = (
-        folder / name for name in ("model.safetensors", "state.safetensors", "history.csv")
-    )
+    parts = parts or {"model.safetensors": model}
+    state_path, history_path = folder / "state.safetensors", folder / "history.csv"
     if not history_path.is_file():
         history: list[dict] = []
         with torch.random.fork_rng(devices=[]):
@@ -251,13 +280,15 @@ def _fit(
                 row |= _validate(model, score, [labels[s] for s in split.val])
                 history.append(row)
                 if _best_epoch(history) == row["epoch"]:
-                    save_weights(model, weights_path)
+                    for name, part in parts.items():
+                        save_weights(part, folder / name)
                 save_state(state_path, model, optimizer, history)
                 bar.update()
             bar.close()
         save_table(history_path, pd.DataFrame(history))
     state_path.unlink(missing_ok=True)
-    load_weights(model, weights_path)
+    for name, part in parts.items():
+        load_weights(part, folder / name)
     model.eval()
     return pd.read_csv(history_path, float_precision="round_trip")
 
