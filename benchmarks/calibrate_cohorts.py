@@ -32,7 +32,8 @@ from hdmil_lib.data import Cohort, load_bags, prepare_cohort
 from hdmil_lib.features.bagstore import Bag, read_tile_labels
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.synthesis import PRESETS
-from hdmil_lib.training.crossval import RECIPES, run_crossval
+from hdmil_lib.training.crossval import run_crossval
+from hdmil_lib.training.recipes import RECIPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TUMOR_SHARE = 0.25

@@ -11,7 +11,7 @@ from hdmil_lib.errors import CohortError, HDMILError, SlideError
 
 if TYPE_CHECKING:
     from hdmil_lib.inference import Prediction
-    from hdmil_lib.training.crossval import Recipe
+    from hdmil_lib.training.recipes import Recipe
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
 """Files in a folder that are taken for slides."""
@@ -196,7 +196,7 @@ def _paths_of_csv(source: Path) -> list[Path]:
 
 
 def _recipe(preset: str, epochs: int | None) -> "Recipe":
-    from hdmil_lib.training.crossval import RECIPES
+    from hdmil_lib.training.recipes import RECIPES
 
     if preset not in RECIPES:
         raise HDMILError(f"there is no preset {preset!r}; choose from {', '.join(RECIPES)}")

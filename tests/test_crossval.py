@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hdmil_lib.data import read_splits
 from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
 from hdmil_lib.training import crossval
-from hdmil_lib.training.crossval import METHODS, RECIPES, load_dmin, load_fold, run_crossval, run_dir
+from hdmil_lib.training.crossval import load_dmin, load_fold, run_crossval, run_dir
+from hdmil_lib.training.methods import METHODS
+from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.training.trainer import TrainSettings
 from hdmil_lib.training.two_stage import two_stage
 
@@ -23,6 +25,7 @@ RECIPE = replace(
     RECIPES["camelyon-mini"],
     training=FEW,
     lipn_training=FEW,
+    joint_training=FEW,
     models={
         **dict.fromkeys(("max", "mean", "abmil"), {"embed_dim": 16}),
         "dmin": {"embed_dim": 16, "attention_dim": 8, "degree": 3, "keep_ratio": 0.5},

@@ -10,7 +10,8 @@ from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
 from hdmil_lib.features.bagstore import write_bag
 from hdmil_lib.inference import Predictor
-from hdmil_lib.training.crossval import Recipe, run_crossval
+from hdmil_lib.training.crossval import run_crossval
+from hdmil_lib.training.recipes import Recipe
 from hdmil_lib.training.trainer import TrainSettings
 
 
@@ -131,7 +132,8 @@ def crossval(tmp_path_factory):
         truth = np.where(np.arange(len(bag)) < len(bag) // 3, labels[slide_id], 0.0)
         write_bag(cohort.bag_path(slide_id), bag, truth)
     short = TrainSettings(epochs=2, min_epochs=0)
-    recipe = Recipe(short, short, {"embed_dim": 8}, {"attention_dim": 4, "degree": 3})
+    models = {"dmin": {"embed_dim": 8, "attention_dim": 4, "degree": 3}}
+    recipe = Recipe(short, short, short, models)
     methods = ["max", "hdmil_dagger", "hdmil", "random"]
     run = (cohort, bags, methods, 3, 0, recipe, folder / "runs")
     return run_crossval(*run, workers=1, progress=False), folder / "runs", cohort, bags

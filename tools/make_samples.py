@@ -15,7 +15,8 @@ import pandas as pd
 from hdmil_lib.data import DEFAULT_ENCODER, SAMPLES, Cohort, load_bags, prepare_cohort
 from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels, write_bag
 from hdmil_lib.inference import Predictor, best_fold
-from hdmil_lib.training.crossval import RECIPES, run_crossval, run_dir
+from hdmil_lib.training.crossval import run_crossval, run_dir
+from hdmil_lib.training.recipes import RECIPES
 
 NAME = "camelyon-mini"
 N_SLIDES = 100

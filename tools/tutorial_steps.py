@@ -22,7 +22,9 @@ from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, tab
 from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
 from hdmil_lib.inference import Predictor, best_fold
 from hdmil_lib.slides.synthesis import truth_path, tumor_share
-from hdmil_lib.training.crossval import METHODS, RECIPES, run_crossval, run_dir
+from hdmil_lib.training.crossval import run_crossval, run_dir
+from hdmil_lib.training.methods import METHODS
+from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.viz import plots
 
 COHORT = "camelyon-mini"

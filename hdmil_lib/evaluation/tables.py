@@ -12,7 +12,7 @@ from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.evaluation.timing import stage_medians
 from hdmil_lib.features.bagstore import Bag, read_tile_labels
 from hdmil_lib.inference import Predictor
-from hdmil_lib.training.crossval import METHODS
+from hdmil_lib.training.methods import METHODS
 
 TIMED = {None: "HDMIL†", "lipn": "HDMIL", "random": "HDMIL"}
 """Tiles that a method reads -> the timed method that reads as many."""

@@ -46,11 +46,13 @@ class MILModel(nn.Module, ABC):
 
     Attributes:
         inputs: Fields of a bag that `forward` takes: features, then others by keyword.
+        reads_all: Needs the features of every tile. Otherwise its output says, as `keep_ratio`, of how many.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("features",)
+    reads_all: ClassVar[bool] = True
 
     def __init__(self, in_dim: int, n_classes: int):
         super().__init__()

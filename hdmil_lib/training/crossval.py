@@ -3,12 +3,14 @@
 import hashlib
 import json
 import multiprocessing
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,119 +21,13 @@ from hdmil_lib.config import cache_dir
 from hdmil_lib.data import Cohort, Split, make_splits, write_splits
 from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.models import DMIN, LIPN, PAPER_PRESETS, DMINSettings, MILModel, PaperPreset, build_model
-from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table
+from hdmil_lib.models import DMIN, LIPN, DMINSettings, MILModel, build_model
+from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table, write_json
+from hdmil_lib.training.methods import METHODS
 from hdmil_lib.training.ragged import RaggedBags
-from hdmil_lib.training.trainer import (
-    MINI_LIPN_TRAINING,
-    MINI_TRAINING,
-    PAPER_LIPN_TRAINING,
-    PAPER_TRAINING,
-    TrainSettings,
-    bags_digest,
-    train_lipn,
-    train_model,
-)
+from hdmil_lib.training.recipes import Recipe
+from hdmil_lib.training.trainer import bags_digest, train_lipn, train_model
 from hdmil_lib.training.two_stage import two_stage
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of a results table.
-
-    Attributes:
-        title: As the tables print it.
-        model: Name in `MODELS` of the network that it trains.
-        options: Of `build_model`, beyond the recipe's.
-        screen: Tiles that a trained DMIN gets to read: all (None); those that LIPN keeps at the calibrated
-            thresholds ("lipn"); as many as these, drawn at random ("random"); or those that LIPN keeps at
-            gamma, each pooled by the branches that it was kept for, as in the paper ("published").
-    """
-
-    title: str
-    model: Literal["mean", "max", "abmil", "dmin"] = "dmin"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    screen: Literal["lipn", "random", "published"] | None = None
-
-
-METHODS: dict[str, Method] = {
-    "max": Method("Max-Pooling", "max"),
-    "mean": Method("Mean-Pooling", "mean"),
-    "abmil": Method("ABMIL", "abmil"),
-    "hdmil_dagger": Method("HDMIL†"),
-    "hdmil_dagger_published": Method(
-        "HDMIL†, head as published", options={"degree": 12, "linear_start": False}
-    ),
-    "hdmil": Method("HDMIL", screen="lipn"),
-    "hdmil_published": Method("HDMIL, inference as published", screen="published"),
-    "random": Method("Random tiles, as many as HDMIL", screen="random"),
-    "dmin_linear": Method(
-        "DMIN, linear heads, no self-distillation", options={"head": "linear", "self_distillation": False}
-    ),
-    "dmin_no_distillation": Method("DMIN, no self-distillation", options={"self_distillation": False}),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of all networks on one cohort.
-
-    Attributes:
-        training: Of the bag classifiers.
-        lipn_training: Of LIPN.
-        models: Options of a bag classifier by its name in `MODELS`.
-        trainings: What a bag classifier's training has different from `training`, by the same name.
-        loss: Options of `bag_loss`.
-    """
-
-    training: TrainSettings
-    lipn_training: TrainSettings
-    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    loss: Mapping[str, Any] = field(default_factory=dict)
-
-    def shorter(self, epochs: int) -> "Recipe":
-        """The same with at most so many epochs of every network."""
-
-        def cut(settings: TrainSettings) -> TrainSettings:
-            return replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
-
-        return replace(self, training=cut(self.training), lipn_training=cut(self.lipn_training))
-
-
-def _paper(preset: PaperPreset) -> Recipe:
-    return Recipe(
-        training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate),
-        lipn_training=PAPER_LIPN_TRAINING,
-        models={"dmin": {"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio}},
-        loss={"subtyping": preset.subtyping},
-    )
-
-
-def _mini(paper: Recipe) -> Recipe:
-    """The paper's recipe cut down to a synthetic cohort of some 200 bags of some 120 tiles.
-
-    Smaller layers, and heads of degree 3 that start linear; "hdmil_dagger_published" has the paper's head.
-    """
-    return Recipe(
-        training=MINI_TRAINING,
-        lipn_training=MINI_LIPN_TRAINING,
-        models={
-            **dict.fromkeys(("max", "mean", "abmil"), {"embed_dim": 256}),
-            "dmin": paper.models["dmin"]
-            | {"embed_dim": 256, "attention_dim": 128, "degree": 3, "linear_start": True},
-        },
-        loss={**paper.loss, "k": 8},
-    )
-
-
-RECIPES: dict[str, Recipe] = {name: _paper(preset) for name, preset in PAPER_PRESETS.items()}
-RECIPES |= {
-    "camelyon-mini": _mini(RECIPES["camelyon16"]),
-    "nsclc-mini": _mini(RECIPES["nsclc"]),
-    "brca-mini": _mini(RECIPES["brca"]),
-}
-"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones after them."""
 
 
 @dataclass(frozen=True)
@@ -201,14 +97,9 @@ def run_crossval(
     claim_folder(out_dir, _identity(*run))
     write_splits(splits, out_dir / "splits")
     labels = dict(zip(cohort.slide_ids, cohort.labels.tolist(), strict=True))
-    recipe = replace(
-        recipe,
-        training=replace(recipe.training, seed=seed),
-        lipn_training=replace(recipe.lipn_training, seed=seed),
-    )
     waves = [
         [
-            _Job(method, fold, split, labels, len(cohort.classes), recipe, out_dir)
+            _Job(method, fold, split, labels, len(cohort.classes), recipe.seeded(seed), out_dir)
             for method in wave
             for fold, split in enumerate(splits)
         ]
@@ -227,19 +118,21 @@ def run_dir(cohort: Cohort, bags: Mapping[str, Bag], n_folds: int, seed: int, re
     return cache_dir() / "runs" / f"{cohort.root.resolve().name}-{digest}"
 
 
-def load_fold(out_dir: str | Path, fold: int) -> tuple[DMIN, LIPN, tuple[float, ...]]:
-    """The networks that "hdmil" trained on a fold, in evaluation mode, and LIPN's calibrated thresholds.
+def load_fold(out_dir: str | Path, fold: int, method: str = "hdmil") -> tuple[DMIN, LIPN, tuple[float, ...]]:
+    """The two networks that a method uses on a fold, in evaluation mode, and LIPN's calibrated thresholds.
 
     Raises:
-        CheckpointError: That fold of "hdmil" was not run in this folder, or its files are damaged.
+        CheckpointError: That fold was not run in this folder, or its files are damaged.
     """
-    folder = Path(out_dir) / "hdmil" / f"fold{fold}"
+    entry = METHODS[method]
+    joint = entry.screen == "joint"
+    folder = Path(out_dir) / (method if entry.screen in ("lipn", "joint") else entry.base) / f"fold{fold}"
     thresholds = read_json(folder / "config.json").get("thresholds")
     if thresholds is None:
         raise CheckpointError(f"{folder}: LIPN is not trained to its end; run the cross-validation again")
-    dmin = load_dmin(out_dir, fold)
+    dmin = load_dmin(out_dir, fold, method if joint else entry.dmin)
     lipn = LIPN(dmin.n_classes)
-    load_weights(lipn, folder / "model.safetensors")
+    load_weights(lipn, folder / ("lipn.safetensors" if joint else "model.safetensors"))
     return dmin, lipn.eval(), tuple(thresholds)
 
 
@@ -270,14 +163,16 @@ def _identity(
 
 
 def _waves(methods: Sequence[str]) -> list[list[str]]:
-    """Methods and those they build on, in three groups: each needs only the groups before it."""
+    """Methods and those they build on, in groups: each needs only the groups before it."""
     wanted = set(methods)
-    if any(METHODS[name].screen for name in wanted):
-        wanted |= {"hdmil_dagger"}
-    if any(METHODS[name].screen not in (None, "lipn") for name in wanted):
-        wanted |= {"hdmil"}
-    group = {None: 0, "lipn": 1}
-    return [[n for n in METHODS if n in wanted and group.get(METHODS[n].screen, 2) == i] for i in range(3)]
+    for name in reversed(METHODS):
+        if name in wanted:
+            wanted |= set(METHODS[name].needs)
+    depth: dict[str, int] = {}
+    for name in METHODS:  # what a method needs stands before it
+        depth[name] = 1 + max((depth[other] for other in METHODS[name].needs), default=-1)
+    names = [name for name in METHODS if name in wanted]
+    return [[name for name in names if depth[name] == d] for d in range(3)]
 
 
 def _run(waves: list[list[_Job]], bags: Mapping[str, Bag], workers: int, progress: bool) -> None:
@@ -312,11 +207,12 @@ def _run_in_worker(job: _Job) -> None:
 
 def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
     """Train what the method trains, predict the fold's test slides and write `predictions.csv`."""
+    started = time.time()
     screen = METHODS[job.method].screen
     if screen is None:
         model = _train_classifier(job, bags)
         logits, kept = RaggedBags(bags, job.split.test, model.inputs).predict(model, job.split.test)
-        kept = torch.ones_like(kept)  # whatever it selects, it has read every tile
+        kept = torch.ones_like(kept) if model.reads_all else kept  # DMIN selects, but among all
         outputs = dict(zip(job.split.test, zip(logits, kept, strict=True), strict=True))
     else:
         if screen == "lipn":
@@ -327,13 +223,25 @@ def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
         row = {"method": job.method, "fold": job.fold, "slide_id": slide_id, "label": job.labels[slide_id]}
         row |= {f"p_{c}": float(p) for c, p in enumerate(logits.double().softmax(0))}
         rows.append(row | {"keep_ratio": float(kept)})
+    write_json(job.folder / "provenance.json", _commit() | {"seconds": round(time.time() - started, 1)})
     save_table(job.predictions, pd.DataFrame(rows))
+
+
+def _commit() -> dict[str, str | bool | None]:
+    """Commit of the code that runs, if it runs from a checkout, and whether files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
 
 
 def _train_classifier(job: _Job, bags: Mapping[str, Bag]) -> MILModel:
     method, recipe = METHODS[job.method], job.recipe
     options = {**recipe.models.get(method.model, {}), **method.options}
-    training = replace(recipe.training, **recipe.trainings.get(method.model, {}))
+    training = recipe.training_of(method.model)
     in_dim = bags[job.split.train[0]].features.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
@@ -344,18 +252,19 @@ def _train_classifier(job: _Job, bags: Mapping[str, Bag]) -> MILModel:
 
 
 def _train_lipn(job: _Job, bags: Mapping[str, Bag]) -> None:
-    dmin = load_dmin(job.out_dir, job.fold)
+    method = METHODS[job.method]
+    dmin = load_dmin(job.out_dir, job.fold, method.dmin)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.recipe.lipn_training.seed)
         lipn = LIPN(job.n_classes)
-    train_lipn(lipn, dmin, bags, job.split, job.labels, job.recipe.lipn_training, job.folder)
+    train_lipn(lipn, dmin, bags, job.split, job.labels, job.recipe.lipn_training, job.folder, **method.lipn)
 
 
 @torch.inference_mode()
 def _screened(job: _Job, data: RaggedBags) -> dict[str, tuple[Tensor, Tensor]]:
     """Logits of each test slide from the tiles that the method lets DMIN read, and their share."""
     screen = METHODS[job.method].screen
-    dmin, lipn, thresholds = load_fold(job.out_dir, job.fold)
+    dmin, lipn, thresholds = load_fold(job.out_dir, job.fold, job.method)
     published = screen == "published"
     cut = dmin.settings.threshold if published else thresholds
     generator = torch.Generator().manual_seed(job.recipe.training.seed)
