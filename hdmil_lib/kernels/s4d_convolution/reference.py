@@ -55,6 +55,8 @@ def convolve(inputs: Tensor, response: Tensor, skip: Tensor) -> Tensor:
     Returns:
         y, (B, L, D).
     """
-    length, size = inputs.shape[1], max(2 * inputs.shape[1], 1)
+    if not inputs.numel():  # which has no transform
+        return inputs * (response.sum(1) + skip)
+    length, size = inputs.shape[1], 2 * inputs.shape[1]
     spectrum = torch.fft.rfft(inputs.mT, size) * torch.fft.rfft(response, size)
     return torch.fft.irfft(spectrum, size)[..., :length].mT + skip * inputs
