@@ -13,7 +13,8 @@ def lipn_forward(patches: Tensor, weights: Sequence[Tensor], *, backend: Backend
     """Logits of the frozen pre-screening network, all layers at once (paper: LIPN). No gradients.
 
     A convolution of a map as small as LIPN's is a matrix product. The matrices have three times the
-    multiply-adds of the convolutions, 377,000 a patch, but those are what processors do best.
+    multiply-adds of the convolutions, 377,000 a patch, but those are what a GPU does best; on a CPU the two
+    largest layers stay convolutions.
 
     Args:
         patches: RGB, uint8 (N, 16, 16, 3).
