@@ -18,12 +18,15 @@ def segment_softmax_pool(
 
 def pool(embeddings: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     """One bag: (C, E). The largest kept logit is subtracted first, so that no logit overflows."""
-    if mask is None or len(logits) == 0:
-        return logits.softmax(0).T @ embeddings
-    best = torch.zeros_like(mask).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
-    mask = mask + best * ~(mask > 0.5).any(0)
-    largest = logits.detach().masked_fill(mask <= 0.5, -torch.inf).amax(0)
-    shifted = logits - largest
+    logits = logits.T
+    if mask is None or logits.numel() == 0:
+        return logits.softmax(1) @ embeddings
+    mask, fixed = mask.T, logits.detach()
+    largest = fixed.masked_fill(mask <= 0.5, -torch.inf).amax(1, keepdim=True)
+    top, best = fixed.max(1, keepdim=True)
+    empty = largest == -torch.inf
+    mask = mask.scatter_add(1, best, empty.to(mask.dtype))
+    shifted = logits - torch.where(empty, top, largest)
     shifted = shifted.masked_fill(shifted > 0, 0)  # not clamp, which has no gradient at 0, the largest itself
     weights = shifted.exp() * mask
-    return (weights / weights.sum(0)).T @ embeddings
+    return (weights / weights.sum(1, keepdim=True)) @ embeddings
