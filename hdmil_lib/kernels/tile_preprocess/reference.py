@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LARGEST_LOG = 10.0  # e^10: far beyond white, and still finite in every product
 
@@ -32,26 +31,26 @@ def tile_preprocess(
     """
     number = torch.promote_types(dtype, torch.float32)
     scale, shift = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
-    pixels = tiles
-    if stain:
-        pixels = normalize_stain(tiles.to(number), stain)
     batch, height, width, _ = tiles.shape
-    if channels_last:  # as rows of W x 3 values: long lines are fast
-        values = pixels.reshape(batch, height, width * 3).to(number)
+    if channels_last and not stain:  # as rows of W x 3 values: long lines are fast
+        values = tiles.reshape(batch, height, width * 3).to(number)
         values = values * scale.repeat(width) + shift.repeat(width)
         return values.to(dtype).view(batch, height, width, 3).permute(0, 3, 1, 2)
-    planes = pixels.permute(0, 3, 1, 2).contiguous().to(number)
-    return (planes * scale[:, None, None] + shift[:, None, None]).to(dtype)
+    planes = tiles.permute(0, 3, 1, 2).contiguous().to(number)
+    if stain:
+        planes = normalize_stain(planes.flatten(2), stain).view_as(planes)
+    planes = (planes * scale[:, None, None] + shift[:, None, None]).to(dtype)
+    return planes.contiguous(memory_format=torch.channels_last) if channels_last else planes
 
 
 def normalize_stain(pixels: Tensor, stain: Sequence[float]) -> Tensor:
-    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of floating pixels (..., 3)."""
+    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of floating pixels (B, 3, P)."""
     space, matrix, offset, back = pixels.new_tensor(stain).split((9, 9, 3, 9))
     mixes = list(stain[:9]) != [1, 0, 0, 0, 1, 0, 0, 0, 1]
     light = (pixels + 1) / 256
     if mixes:
-        light = light @ space.view(3, 3).T
-    light = F.linear(light.log(), matrix.view(3, 3), offset).clamp(max=LARGEST_LOG).exp()
+        light = space.view(3, 3) @ light
+    light = (matrix.view(3, 3) @ light.log() + offset[:, None]).clamp(max=LARGEST_LOG).exp()
     if mixes:
-        light = light @ back.view(3, 3).T
+        light = back.view(3, 3) @ light
     return (256 * light - 1).clamp(0, 255)
