@@ -15,14 +15,14 @@ WORD = 0xFFFFFFFF
 
 def shift(words: Tensor, by: int) -> Tensor:
     """Shift right, with zeros coming in."""
-    return (words >> by) & (WORD >> by)
+    return (words >> by).bitwise_and_(WORD >> by)
 
 
 def mix(words: Tensor) -> Tensor:
-    """Hash of 32-bit words, int32."""
-    words = (words ^ shift(words, 16)) * FIRST
-    words = (words ^ shift(words, 15)) * SECOND
-    return words ^ shift(words, 15)
+    """Hash of 32-bit words, int32; each step works in the tensor that the shift has made."""
+    words = shift(words, 16).bitwise_xor_(words).mul_(FIRST)
+    words = shift(words, 15).bitwise_xor_(words).mul_(SECOND)
+    return shift(words, 15).bitwise_xor_(words)
 
 
 def key(seed: int) -> int:
@@ -51,8 +51,8 @@ def logistic(seed: int, like: Tensor) -> Tensor:
         In the shape and on the device of `like`, in its type but at least float32.
     """
     wide = torch.promote_types(like.dtype, torch.float32)
-    middle = shift(bits(seed, like.shape, like.device), 9).to(wide) + 0.5
-    return (middle * 2**-23).logit()
+    middle = shift(bits(seed, like.shape, like.device), 9).to(wide).add_(0.5)
+    return middle.mul_(2**-23).logit_()
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

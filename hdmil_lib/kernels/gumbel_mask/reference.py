@@ -1,5 +1,7 @@
 """Straight-through binary selection of tiles and the share it keeps (paper: student branch, rate loss)."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,5 @@ def gumbel_mask(
     noisy = logits if seed is None else logits + logistic(seed, logits)
     soft = (noisy / temperature).sigmoid().to(logits.dtype)
     mask = (soft > threshold).to(soft.dtype) + (soft - soft.detach())
-    dropped = torch.ones_like(mask[:, 0])
-    for branch in mask.unbind(1):
-        dropped = dropped * (1 - branch)
+    dropped = reduce(torch.mul, (1 - mask).unbind(1))
     return mask, 1 - dropped.mean()
