@@ -110,6 +110,16 @@ class Cohort:
         table = self.table.set_index("slide_id", drop=False).loc[list(slide_ids)].reset_index(drop=True)
         return Cohort(table, self.classes, self.root, self.bag_dir)
 
+    def permuted(self, seed: int) -> "Cohort":
+        """The cohort with its labels dealt anew among the cases: a control, on which nothing can be learned.
+
+        A case counts for the highest class among its slides, which all get its new label.
+        """
+        cases = pd.Series(self.labels, index=self.table["case_id"]).groupby(level=0).max()
+        dealt = pd.Series(np.random.default_rng(seed).permutation(cases.to_numpy()), index=cases.index)
+        labels = self.table["case_id"].map(dealt).map(dict(enumerate(self.classes)))
+        return Cohort(self.table.assign(label=labels), self.classes, self.root, self.bag_dir)
+
     def to_csv(self, path: str | Path) -> None:
         """Write the label file that `from_csv` reads."""
         self.table.to_csv(path, index=False)

@@ -142,6 +142,18 @@ def test_splits_keep_cases_together_and_classes_balanced(slides_per_case, n_fold
     assert splits == make_splits(cohort, n_folds, seed)
 
 
+def test_permuted_labels_stay_with_their_cases_and_keep_their_number(tmp_path):
+    rows = [(f"s{i}", f"c{i // 2}", "tumor" if i < 8 else "normal", f"s{i}.tif") for i in range(24)]
+    table = pd.DataFrame(rows, columns=["slide_id", "case_id", "label", "path"])
+    cohort = Cohort(table, ("normal", "tumor"), tmp_path)
+    permuted = cohort.permuted(3)
+    assert permuted.labels.sum() == 8 and not np.array_equal(permuted.labels, cohort.labels)
+    assert permuted.table.groupby("case_id")["label"].nunique().eq(1).all()
+    assert permuted.slide_ids == cohort.slide_ids
+    pd.testing.assert_frame_equal(permuted.table, cohort.permuted(3).table)
+    assert cohort.table["label"].tolist() == table["label"].tolist()
+
+
 def test_another_seed_is_another_split():
     cohort = cohort_of([1] * 40)
     assert make_splits(cohort, 5, 0) != make_splits(cohort, 5, 1)
