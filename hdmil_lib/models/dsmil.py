@@ -1,0 +1,71 @@
+"""DSMIL: the tile of highest class score asks all others how much they resemble it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hdmil_lib.kernels import segment_softmax_pool
+from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.ragged import bag_argmax, pad, unpad
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSMILOutput(MILOutput):
+    """What DSMIL says about bags; `attention` is (N, C), to the critical tile of each class.
+
+    Attributes:
+        critical_logits: Score of each class at its critical tile, (B, C).
+    """
+
+    PER_BAG: ClassVar[tuple[str, ...]] = ("logits", "critical_logits")
+
+    critical_logits: Tensor
+
+
+class DSMIL(MILModel):
+    """Dual-stream MIL: max pooling finds critical tiles, attention to them pools the bag (Li et al. 2021).
+
+    The critical tile of a class is that of highest score by the instance classifier. Each class pools the
+    features as they are, weighed by softmax(q q_critical / sqrt(attention_dim)) over the bag's tiles, and
+    a convolution as long as the features, a linear map of all C embeddings, makes the scores of the bag.
+
+    Args:
+        in_dim: Width of the features.
+        n_classes: Number of classes.
+        attention_dim: Width of the queries and of their hidden layer.
+    """
+
+    def __init__(self, in_dim: int, n_classes: int, *, attention_dim: int = 128):
+        super().__init__(in_dim, n_classes)
+        self.instance_classifier = nn.Linear(in_dim, n_classes)
+        self.query = nn.Sequential(
+            nn.Linear(in_dim, attention_dim), nn.ReLU(), nn.Linear(attention_dim, attention_dim), nn.Tanh()
+        )
+        self.classifier = nn.Linear(n_classes * in_dim, n_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def classify(self, features: Tensor, cu_seqlens: Tensor) -> DSMILOutput:
+        scores = self.instance_classifier(features)
+        critical = bag_argmax(scores, cu_seqlens)
+        query = self.query(features)
+        similarity = pad(query, cu_seqlens) @ query[critical].mT
+        attention = unpad(similarity, cu_seqlens) / query.shape[1] ** 0.5
+        bag = segment_softmax_pool(features, attention, None, cu_seqlens)
+        return DSMILOutput(
+            logits=self.classifier(bag.flatten(1)),
+            cu_seqlens=cu_seqlens,
+            attention=attention,
+            critical_logits=scores.gather(0, critical),
+        )
+
+    def losses(self, output: DSMILOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Cross entropy of the bags' scores and of their critical tiles', half each."""
+        return {
+            "bag": 0.5 * cross_entropy(output.logits, labels),
+            "critical": 0.5 * cross_entropy(output.critical_logits, labels),
+        }
