@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hdmil_lib.data import read_splits
 from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
+from hdmil_lib.models import MODELS
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import load_dmin, load_fold, run_crossval, run_dir
 from hdmil_lib.training.methods import METHODS
@@ -27,7 +28,7 @@ RECIPE = replace(
     lipn_training=FEW,
     joint_training=FEW,
     models={
-        **dict.fromkeys(("max", "mean", "abmil"), {"embed_dim": 16}),
+        **{name: {"embed_dim": 16} for name in MODELS if name not in ("dsmil", "dmin")},
         "dmin": {"embed_dim": 16, "attention_dim": 8, "degree": 3, "keep_ratio": 0.5},
     },
 )

@@ -1,15 +1,51 @@
 """The baselines and what all models share: one interface, one-tile bags, clear refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from bag_factory import make_bag
 from scipy.special import expit, softmax
 
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.models import ABMIL, DMIN, MODELS, MaxPooling, MeanPooling, build_model
 from hdmil_lib.training.losses import bag_loss
+from hdmil_lib.training.ragged import RaggedBags
 
 SMALL = {"embed_dim": 8}
+OPTIONS = dict.fromkeys(MODELS, SMALL) | {"dsmil": {}}
+IN_ORDER = {"transmil", "s4mil", "mambamil"}
+"""Models that read a bag as a sequence."""
+
+
+def small(name, in_dim=5, n_classes=2, **options):
+    return build_model(name, in_dim, n_classes, **OPTIONS[name] | options)
+
+
+K = {"dmin": {"k": 4}}
+"""Options of `bag_loss`."""
+
+
+def three_bags():
+    """Bags of 1, 7 and 24 tiles, and their names."""
+    rng = np.random.default_rng(0)
+    bags = {}
+    for slide_id, n in (("a", 7), ("b", 1), ("c", 24)):
+        bags[slide_id] = replace(make_bag(slide_id, 0, n), features=rng.normal(size=(n, 5)))
+    return bags, list(bags)
+
+
+def ask(model, features, order=None):
+    """What a model says of one bag, with whatever else of a bag it takes; tiles in another order if given."""
+    n = len(features)
+    generator = torch.Generator().manual_seed(1)
+    fields = {
+        "patches": torch.randint(256, (n, 16, 16, 3), dtype=torch.uint8, generator=generator),
+        "coords": 256 * torch.stack((torch.arange(n) % 6, torch.arange(n) // 6), 1),
+    }
+    order = torch.arange(n) if order is None else order
+    return model(features[order], **{name: fields[name][order] for name in model.inputs[1:]})
 
 
 def numpy_state(model):
@@ -76,28 +112,55 @@ def test_abmil_weighs_tiles_by_the_softmax_of_attention(gated):
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_every_model_trains_and_predicts_on_a_bag_of_one_tile(name, n_classes):
     torch.manual_seed(0)
-    model = build_model(name, 5, n_classes, **SMALL)
+    model = small(name, n_classes=n_classes)
     features = torch.randn(1, 5)
-    total, _ = bag_loss(model.train(), model(features), n_classes - 1)
+    total, _ = bag_loss(model.train(), ask(model, features), n_classes - 1)
     total.backward()
     assert total.isfinite()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in gradients)
     assert any((g != 0).any() for g in gradients)
-    logits = model.eval()(features).logits
+    logits = ask(model.eval(), features).logits
     assert logits.shape == (n_classes,)
     assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_order_of_tiles_does_not_matter(name):
+def test_the_order_of_tiles_matters_to_sequence_models_alone(name):
     torch.manual_seed(0)
-    model, features = build_model(name, 5, 2, **SMALL).double().eval(), bag(30)
+    model, features = small(name).double().eval(), bag(30)
     order = torch.randperm(30)
-    straight, shuffled = model(features), model(features[order])
+    straight, shuffled = ask(model, features), ask(model, features, order)
+    if name in IN_ORDER:
+        assert not torch.allclose(shuffled.logits, straight.logits)
+        return
     torch.testing.assert_close(shuffled.logits, straight.logits)
     if straight.attention is not None:
-        torch.testing.assert_close(shuffled.attention, straight.attention[order])
+        torch.testing.assert_close(shuffled.attention, straight.attention[order], equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bags_together_are_bags_one_by_one(name):
+    """Logits, and the gradient of the mean loss, of three bags with dropout and noise off."""
+    torch.manual_seed(0)
+    model, bags = small(name).double().eval(), RaggedBags(*three_bags(), ("features", "patches", "coords"))
+    slides, labels = ["a", "b", "c"], torch.tensor([0, 1, 1])
+
+    def gradients(batches):
+        model.zero_grad()
+        for batch in batches:
+            take = [slides.index(s) for s in batch]
+            fields = {name: bags.take(name, batch) for name in model.inputs[1:]}
+            features = bags.take("features", batch).double()
+            output = model(features, bags.cu_seqlens(batch), **fields)
+            (bag_loss(model, output, labels[take], **K.get(name, {}))[0] * len(batch) / 3).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    together, apart = gradients([slides]), gradients([[s] for s in slides])
+    norm = torch.cat([g.flatten() for g in apart]).norm()
+    assert norm > 0 and len(together) == len(apart)
+    for one, other in zip(together, apart, strict=True):
+        assert (one - other).norm() <= 1e-5 * norm
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,20 +173,20 @@ def test_every_model_learns_a_small_cohort(name):
     bags = torch.randn(12, 20, 5)
     labels = [i % 2 for i in range(12)]
     bags[1::2, :6, 0] += 6
-    model = build_model(name, 5, 2, embed_dim=16)
+    model = small(name, **({} if name == "dsmil" else {"embed_dim": 16}))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(50):
         for features, label in zip(bags, labels, strict=True):
             optimizer.zero_grad()
-            bag_loss(model, model(features), label, k=4)[0].backward()
+            bag_loss(model, ask(model, features), label, **K.get(name, {}))[0].backward()
             optimizer.step()
     model.eval()
-    assert [model(features).logits.argmax().item() for features in bags] == labels
+    assert [ask(model, features).logits.argmax().item() for features in bags] == labels
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_of_another_encoder_are_refused_with_both_widths(name):
-    model = build_model(name, 5, 2, **SMALL)
+    model = small(name)
     with pytest.raises(BagError, match=r"shape \(4, 7\), expected \(n_tiles, 5\)"):
         model(torch.randn(4, 7))
     with pytest.raises(BagError, match=r"shape \(5,\), expected \(n_tiles, 5\)"):
@@ -133,7 +196,7 @@ def test_features_of_another_encoder_are_refused_with_both_widths(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_empty_bag_is_refused(name):
     with pytest.raises(BagError, match="no tiles"):
-        build_model(name, 5, 2, **SMALL)(torch.zeros(0, 5))
+        small(name)(torch.zeros(0, 5))
 
 
 def test_build_model_passes_settings_on():
@@ -152,15 +215,14 @@ def test_an_unknown_model_is_refused_with_the_known_names():
 @pytest.mark.parametrize("name", MODELS)
 def test_standardizing_is_the_z_score_of_the_training_tiles_and_travels_with_the_weights(name):
     bags = [100 + 50 * bag(n, seed=n) for n in (3, 8, 20)]
-    model = build_model(name, 5, 2, **SMALL).double().eval()
-    scaled = build_model(name, 5, 2, **SMALL).double().eval()
+    model, scaled = small(name).double().eval(), small(name).double().eval()
     scaled.load_state_dict(model.state_dict())
     model.standardize(bags)
     tiles = torch.cat(bags).numpy()
     z = (bags[0].numpy() - tiles.mean(0)) / tiles.std(0)
-    torch.testing.assert_close(model(bags[0]).logits, scaled(torch.from_numpy(z)).logits)
+    torch.testing.assert_close(ask(model, bags[0]).logits, ask(scaled, torch.from_numpy(z)).logits)
     scaled.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(bags[1]).logits, scaled(bags[1]).logits)
+    torch.testing.assert_close(ask(model, bags[1]).logits, ask(scaled, bags[1]).logits)
 
 
 def test_a_constant_feature_does_not_divide_by_zero():

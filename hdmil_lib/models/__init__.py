@@ -1,12 +1,16 @@
 """Bag classifiers and the pre-screening network; one short file a model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.models.abmil import ABMIL
 from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.clam import CLAM
 from hdmil_lib.models.dmin import DMIN, PAPER_PRESETS, DMINOutput, DMINSettings, PaperPreset
+from hdmil_lib.models.dsmil import DSMIL
+from hdmil_lib.models.dtfd import DTFD
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.max_pooling import MaxPooling
@@ -14,7 +18,10 @@ from hdmil_lib.models.mean_pooling import MeanPooling
 
 __all__ = [
     "ABMIL",
+    "CLAM",
     "DMIN",
+    "DSMIL",
+    "DTFD",
     "LIPN",
     "MODELS",
     "PAPER_PRESETS",
@@ -38,6 +45,12 @@ MODELS: dict[str, Callable[..., MILModel]] = {
     "mean": MeanPooling,
     "max": MaxPooling,
     "abmil": ABMIL,
+    "clam_sb": CLAM,
+    "clam_mb": partial(CLAM, multi_branch=True),
+    "dsmil": DSMIL,
+    "dtfd_afs": partial(DTFD, distill="afs"),
+    "dtfd_maxs": partial(DTFD, distill="maxs"),
+    "dtfd_maxmins": partial(DTFD, distill="maxmins"),
     "dmin": _dmin,
 }
 
@@ -46,7 +59,7 @@ def build_model(name: str, in_dim: int, n_classes: int, **settings: Any) -> MILM
     """Make a bag classifier by its name in `MODELS`.
 
     Args:
-        name: "mean", "max", "abmil" or "dmin".
+        name: A key of `MODELS`.
         in_dim: Width of the features.
         n_classes: Number of classes.
         **settings: Keyword arguments of the model, or fields of `DMINSettings`.

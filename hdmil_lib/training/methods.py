@@ -45,6 +45,12 @@ METHODS: dict[str, Method] = {
     "mean": Method("Mean-Pooling", "mean"),
     "abmil": Method("ABMIL", "abmil", {"gated": False}),
     "abmil_gated": Method("ABMIL, gated", "abmil"),
+    "clam_sb": Method("CLAM-SB", "clam_sb"),
+    "clam_mb": Method("CLAM-MB", "clam_mb"),
+    "dsmil": Method("DSMIL", "dsmil"),
+    "dtfd_afs": Method("DTFD (AFS)", "dtfd_afs"),
+    "dtfd_maxs": Method("DTFD (MAS)", "dtfd_maxs"),
+    "dtfd_maxmins": Method("DTFD (MaxMinS)", "dtfd_maxmins"),
     "hdmil_dagger": Method("HDMIL†"),
     "hdmil_dagger_published": Method(
         "HDMIL†, head as published", options={"degree": 12, "linear_start": False}
