@@ -29,6 +29,7 @@ from hdmil_lib.training.checkpoint import (
     weights_digest,
     write_json,
 )
+from hdmil_lib.training.lipn_targets import LIPNTarget, evidence_loss, lipn_targets, turn_patches
 from hdmil_lib.training.losses import LIPNLossWeights, Terms, bag_loss, lipn_loss
 from hdmil_lib.training.ragged import RaggedBags, bag_of
 from hdmil_lib.training.scores import auc
@@ -145,40 +146,57 @@ def train_lipn(
     settings: TrainSettings,
     out_dir: str | Path,
     *,
+    target: LIPNTarget = "mask",
     weights: LIPNLossWeights | None = None,
+    augment: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN selects (paper: LIPN).
+    """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN needs.
 
-    DMIN is frozen and in evaluation mode: its masks are computed once a bag. The validation loss is that of
-    the two-stage prediction at DMIN's threshold gamma. Afterwards `config.json` also says, as `thresholds`,
-    where LIPN's scores must be cut to keep DMIN's target ratio on the validation slides: see
-    `calibrate_thresholds`. Everything else is as in `train_model`.
+    DMIN is frozen and in evaluation mode: the targets are computed once a bag. The validation loss is that of
+    the two-stage prediction, with "mask" at DMIN's threshold gamma, with "evidence" at thresholds that keep
+    DMIN's target ratio. Afterwards `config.json` also says, as `thresholds`, where LIPN's scores must be cut
+    for that on the validation slides: see `calibrate_thresholds`. Everything else is as in `train_model`.
+
+    Args:
+        lipn: The network, with its initial weights.
+        dmin: Trained classifier.
+        bags: As those that follow, of `train_model`.
+        target: "mask" is what DMIN selects (paper: LIPN); "evidence" what it concludes from each tile alone,
+            see `evidence_targets`.
+        weights: Of the loss with "mask".
+        augment: Show each patch in one of its eight positions, drawn anew whenever it comes up.
+        progress: Show a bar over epochs.
 
     Returns:
-        As `train_model`; the terms are `mask` and `rate`.
+        As `train_model`; the terms are `mask` and `rate`, or `evidence`.
+
+    Raises:
+        ValueError: The target is unknown, or a DMIN without self-distillation has no masks.
     """
-    if not dmin.settings.self_distillation:
-        raise ValueError("a DMIN without self-distillation selects no tiles that LIPN could learn from")
     dmin.eval()
     weights = weights or LIPNLossWeights()
     data = RaggedBags(bags, (*split.train, *split.val), ("features", "patches"))
     gamma, keep_ratio = dmin.settings.threshold, dmin.settings.keep_ratio
-    with torch.inference_mode():
-        targets = {s: dmin(data.take("features", [s])).mask for s in split.train}
-    targets = {slide_id: mask.clone() for slide_id, mask in targets.items()}
+    targets = lipn_targets(target, dmin, data, split.train, labels)
 
     def step(slide_ids: list[str]) -> tuple[Tensor, Terms]:
-        logits, target = lipn(data.take("patches", slide_ids)), torch.cat([targets[s] for s in slide_ids])
-        cu_seqlens = data.cu_seqlens(slide_ids)
-        return lipn_loss(logits, target, keep_ratio, weights, cu_seqlens=cu_seqlens, threshold=gamma)
+        patches, cu_seqlens = data.take("patches", slide_ids), data.cu_seqlens(slide_ids)
+        logits = lipn(turn_patches(patches) if augment else patches)
+        wanted = torch.cat([targets[s] for s in slide_ids])
+        if target == "evidence":
+            return evidence_loss(logits, wanted, cu_seqlens)
+        return lipn_loss(logits, wanted, keep_ratio, weights, cu_seqlens=cu_seqlens, threshold=gamma)
 
     def score() -> tuple[Tensor, Tensor]:
-        return predict_two_stage(dmin, lipn, data, split.val, gamma)
+        cut: Threshold = gamma
+        if target == "evidence":
+            cut = calibrate_thresholds(lipn, (data.take("patches", [s]) for s in split.val), keep_ratio)
+        return predict_two_stage(dmin, lipn, data, split.val, cut)
 
     out_dir = Path(out_dir)
     config = describe_run(lipn, bags, split, labels, settings) | {
-        "loss": asdict(weights),
+        "loss": {"target": target, "augment": augment} | (asdict(weights) if target == "mask" else {}),
         "dmin": weights_digest(dmin),
     }
     history = fit(lipn, step, score, split, labels, settings, out_dir, config, progress)
@@ -245,6 +263,7 @@ def fit(
     progress: bool,
     *,
     parts: Mapping[str, nn.Module] | None = None,
+    keep_start: bool = False,
 ) -> pd.DataFrame:
     """The loop of all trainings, resumable; leaves the model with the weights of its best epoch.
 
@@ -260,6 +279,7 @@ def fit(
         progress: Show a bar over epochs.
         parts: Files of the best weights and whose they are; all of the model in `model.safetensors` by
             default.
+        keep_start: The weights given are those of epoch 0, which then only validates: for fine-tuning.
     """
     claim_folder(folder, config)
     parts = parts or {"model.safetensors": model}
@@ -275,8 +295,9 @@ def fit(
             while not _finished(history, settings):
                 row = {"epoch": len(history)}
                 _set_rate(optimizer, settings, row["epoch"])
-                drawn = _balanced_draw(split.train, labels)
-                row |= _train_epoch(model, optimizer, step, drawn, settings)
+                if row["epoch"] > 0 or not keep_start:
+                    drawn = _balanced_draw(split.train, labels)
+                    row |= _train_epoch(model, optimizer, step, drawn, settings)
                 row |= _validate(model, score, [labels[s] for s in split.val])
                 history.append(row)
                 if _best_epoch(history) == row["epoch"]:
