@@ -64,7 +64,7 @@ WEIGHTS, PATCHES = network().packed(), torch.zeros(2, 16, 16, 3, dtype=torch.uin
         "patches is torch.uint8 of shape": lambda: lipn_forward(PATCHES[:, :8], WEIGHTS),
         "weights has 3 tensors": lambda: lipn_forward(PATCHES, WEIGHTS[:3]),
         r"weights\[2\] has shape": lambda: lipn_forward(PATCHES, [*WEIGHTS[:2], WEIGHTS[4], *WEIGHTS[3:]]),
-        "weights_5 is torch.float64": lambda: lipn_forward(
+        r"weights\[5\] is torch.float64": lambda: lipn_forward(
             PATCHES, [w.double() if i == 5 else w for i, w in enumerate(WEIGHTS)]
         ),
         "GPU": lambda: lipn_forward(PATCHES, WEIGHTS, backend="triton"),

@@ -14,14 +14,15 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 def use_triton(backend: Backend, inputs: Tensor) -> bool:
-    """Whether the Triton kernel runs: with "auto" where `inputs` is on a GPU, else as asked.
+    """Whether the Triton kernel runs: with "auto" on a GPU, except for float64, else as asked.
 
     Raises:
         ValueError: There is no such backend, or Triton cannot run here.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
-    if backend == "torch" or (backend == "auto" and not inputs.is_cuda):
+    double = inputs.dtype == torch.float64
+    if backend == "torch" or (backend == "auto" and (double or not inputs.is_cuda)):
         return False
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
@@ -33,6 +34,8 @@ def use_triton(backend: Backend, inputs: Tensor) -> bool:
             f"backend='triton' needs tensors on a GPU, these are on {inputs.device}: move them there, use "
             "backend='auto', or start Python with TRITON_INTERPRET=1 to run the kernel, slowly, on the CPU"
         )
+    if double:
+        raise ValueError("backend='triton' computes in float32, these are torch.float64: use backend='auto'")
     return True
 
 
@@ -56,10 +59,7 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
     for name, (tensor, axes) in arguments.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} is a {type(tensor).__name__}, expected a tensor ({', '.join(axes.split())})"
-            )
+        check_tensor(name, tensor, axes)
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected a floating type")
         if tensor.dtype != model.dtype:
@@ -81,6 +81,12 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
     return sizes
 
 
+def check_tensor(name: str, value: object, axes: str) -> None:
+    """Raise ValueError where a value is no tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor ({', '.join(axes.split())})")
+
+
 def check_tiles(tiles: Tensor) -> None:
     """Hold `tiles` to RGB bytes.
 
@@ -95,11 +101,11 @@ def check_tiles(tiles: Tensor) -> None:
 
 def same_type(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under autocast, all floating tensors in its type, as `linear` takes them; otherwise as they are."""
-    kind = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(kind):
+    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
+    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
 
 
 def in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hdmil_lib.kernels.dispatch import check_tensor
+
 
 def check_segments(cu_seqlens: Tensor | None, n_tiles: int, device: torch.device) -> None:
     """Hold `cu_seqlens` (B + 1,) to 0 = first <= ... <= last = n_tiles; reading it makes a GPU wait.
@@ -12,6 +14,7 @@ def check_segments(cu_seqlens: Tensor | None, n_tiles: int, device: torch.device
     """
     if cu_seqlens is None:
         return
+    check_tensor("cu_seqlens", cu_seqlens, "B+1")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected integers (B + 1,)"

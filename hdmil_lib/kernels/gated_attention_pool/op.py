@@ -45,7 +45,7 @@ def gated_attention_pool(
         ValueError: An argument has another shape, type, device or range, or the backend cannot run.
     """
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    mask = mask if mask is None else mask.to(embeddings.dtype)
+    mask = pooling.as_numbers(mask, embeddings)
     embeddings, mask, *weights = same_type(embeddings, mask, *weights)
     attention.check_arguments(embeddings, weights, dropout, seed)
     check(embeddings=(embeddings, "N E"), score_bias=(score_bias, "C"), mask=(mask, "N C"))

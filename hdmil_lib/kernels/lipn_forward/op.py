@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, use_triton
 from hdmil_lib.kernels.lipn_forward import reference
 
 
@@ -29,6 +29,7 @@ def lipn_forward(patches: Tensor, weights: Sequence[Tensor], *, backend: Backend
     Raises:
         ValueError: An argument has another shape, type or device, or the backend cannot run.
     """
+    check_tensor("patches", patches, "N 16 16 3")
     if patches.dtype != torch.uint8 or patches.shape[1:] != (16, 16, 3):
         raise ValueError(
             f"patches is {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 (N, 16, 16, 3)"
@@ -48,13 +49,15 @@ def _check_weights(weights: Sequence[Tensor], device: torch.device) -> None:
         raise ValueError(
             f"weights has {len(weights)} tensors, expected {len(shapes) + 2}, as LIPN.packed has"
         )
+    for place, weight in enumerate(weights):
+        check_tensor(f"weights[{place}]", weight, "...")
     classes = weights[-1].shape[-1]
     for place, (weight, shape) in enumerate(zip(weights, [*shapes, (64, classes), (classes,)], strict=True)):
         if weight.shape != shape:
             raise ValueError(f"weights[{place}] has shape {tuple(weight.shape)}, expected {shape}")
         if weight.device != device:
             raise ValueError(f"weights[{place}] is on {weight.device}, but patches is on {device}")
-    check(**{f"weights_{i}": (w.flatten(), f"n{i}") for i, w in enumerate(weights)})
+    check(**{f"weights[{i}]": (w.flatten(), f"n{i}") for i, w in enumerate(weights)})
 
 
 @torch.library.custom_op("hdmil::lipn_forward", mutates_args=())

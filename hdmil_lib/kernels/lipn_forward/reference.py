@@ -47,4 +47,4 @@ def _forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 def _filters(rows: Tensor, channels: int) -> Tensor:
     """The 3x3 filters (16, channels, 3, 3) in a matrix of rows: what makes pixel 1 of pixels 1 to 3."""
-    return rows.view(3, -1, channels, rows.shape[2] // 16, 16)[:, 1:4, :, 1].permute(3, 2, 0, 1)
+    return rows.reshape(3, -1, channels, rows.shape[2] // 16, 16)[:, 1:4, :, 1].permute(3, 2, 0, 1)

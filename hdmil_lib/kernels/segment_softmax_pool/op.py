@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, same_type, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, same_type, use_triton
 from hdmil_lib.kernels.segment_softmax_pool import reference
 from hdmil_lib.kernels.segments import check_segments
 
@@ -38,7 +38,7 @@ def segment_softmax_pool(
     Raises:
         ValueError: An argument has another shape, type or device, or the backend cannot run.
     """
-    mask = mask if mask is None else mask.to(logits.dtype)
+    mask = as_numbers(mask, embeddings)
     embeddings, logits, mask = same_type(embeddings, logits, mask)
     check(embeddings=(embeddings, "N E"), logits=(logits, "N C"), mask=(mask, "N C"))
     check_segments(cu_seqlens, len(embeddings), embeddings.device)
@@ -46,6 +46,15 @@ def segment_softmax_pool(
         return reference.segment_softmax_pool(embeddings, logits, mask, cu_seqlens)
     pooled = _forward(embeddings, logits, mask, segments(cu_seqlens, embeddings))[0]
     return pooled[0] if cu_seqlens is None else pooled
+
+
+def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
+    """A mask of booleans or other numbers in the type of the embeddings."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask, "N C")
+    check_tensor("embeddings", embeddings, "N E")
+    return mask.to(embeddings.dtype)
 
 
 def segments(cu_seqlens: Tensor | None, embeddings: Tensor) -> Tensor:
