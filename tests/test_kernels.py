@@ -356,6 +356,8 @@ def test_bad_input_is_refused_by_name(message, call):
 @pytest.mark.parametrize(
     ("operator", "arguments", "options"),
     [
+        (chebyshev_kan, (F, torch.randn(3, 1, 13)), {}),
+        (chebyshev_kan, (F, torch.randn(3, 2, 13)), {}),
         (gumbel_mask, (A,), {"seed": 3, "temperature": 0.7}),
         (gated_attention, (F, *WEIGHTS), {"dropout": 0.25, "seed": 3}),
         (segment_softmax_pool, (F, A, (A > 0).float()), {}),
@@ -363,8 +365,17 @@ def test_bad_input_is_refused_by_name(message, call):
     ],
 )
 def test_compiled_without_a_break(operator, arguments, options):
-    compiled = torch.compile(lambda *a: operator(*a, **options), fullgraph=True)
-    torch.testing.assert_close(compiled(*arguments), operator(*arguments, **options))
+    """Forward and backward."""
+    leaves = [a.clone().requires_grad_() for a in arguments]
+    compiled = torch.compile(lambda *a: operator(*a, **options), fullgraph=True)(*leaves)
+    eager = operator(*leaves, **options)
+    torch.testing.assert_close(compiled, eager)
+    ours, wanted = (x[0] if isinstance(x, tuple) else x for x in (compiled, eager))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x.square().sum(), leaves, materialize_grads=True) for x in (ours, wanted)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_operators_follow_autocast():

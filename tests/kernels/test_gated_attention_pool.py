@@ -26,6 +26,15 @@ def test_masked_ragged_bags_with_dropout(device, n_branches):
     assert_kernel_equals_reference(gated_attention_pool, (*tensors, mask), **options)
 
 
+def test_arguments_that_are_not_contiguous(device):
+    tensors = draw(device, TILES + 1)
+    spread = [t.repeat_interleave(2, -1)[..., ::2] for t in tensors]
+    for ours, wanted in zip(
+        *(gated_attention_pool(*t, backend="triton") for t in (spread, tensors)), strict=True
+    ):
+        assert torch.equal(ours, wanted)
+
+
 def test_no_tiles(device):
     pooled, logits = gated_attention_pool(*draw(device, 0), backend="triton")
     assert pooled.shape == (2, 24)

@@ -22,7 +22,7 @@ def draw(device, length, channels, states, batch=1, dtype=torch.float32):
     return tuple(argument.to(dtype) for argument in arguments)
 
 
-@pytest.mark.parametrize("length", [1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 6])
+@pytest.mark.parametrize("length", [1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 6, 300])
 def test_lengths_around_a_chunk(device, length):
     assert_kernel_equals_reference(selective_scan, draw(device, length, 3, 4))
 

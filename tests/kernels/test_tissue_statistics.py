@@ -25,7 +25,8 @@ def assert_equal(tiles, **options):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (2, 1, PIXELS - 1), (1, 32, 64), (2, 3, 683), (3, 10, 30), (1, 100, 101)]
+    "shape",
+    [(1, 1, 1), (2, 1, PIXELS - 1), (1, 32, 32), (1, 25, 41), (2, 3, 683), (3, 10, 30), (1, 100, 101)],
 )
 def test_tiles_around_a_block_of_pixels(device, shape):
     assert_equal(draw(device, *shape))
