@@ -91,7 +91,10 @@ def train(
     bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the model, its test scores and all runs.")],
     folds: Annotated[int, typer.Option(help="Cross-validation folds, three or more.")] = 5,
-    compare: Annotated[list[str], typer.Option(help="A further method: max, mean, abmil, random.")] = [],  # noqa: B006
+    compare: Annotated[
+        list[str],
+        typer.Option(help="A further method, such as max, mean, abmil, clam_mb, dtfd_maxs, smt, random."),
+    ] = [],  # noqa: B006
     preset: Annotated[
         str, typer.Option(help="Settings: camelyon16, nsclc, brca, or camelyon-mini and so on.")
     ] = "camelyon-mini",

@@ -15,6 +15,7 @@ from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.max_pooling import MaxPooling
 from hdmil_lib.models.mean_pooling import MeanPooling
+from hdmil_lib.models.smt import SMT
 
 __all__ = [
     "ABMIL",
@@ -25,6 +26,7 @@ __all__ = [
     "LIPN",
     "MODELS",
     "PAPER_PRESETS",
+    "SMT",
     "ChebyshevKAN",
     "DMINOutput",
     "DMINSettings",
@@ -51,6 +53,7 @@ MODELS: dict[str, Callable[..., MILModel]] = {
     "dtfd_afs": partial(DTFD, distill="afs"),
     "dtfd_maxs": partial(DTFD, distill="maxs"),
     "dtfd_maxmins": partial(DTFD, distill="maxmins"),
+    "smt": SMT,
     "dmin": _dmin,
 }
 

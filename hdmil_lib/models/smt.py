@@ -66,6 +66,7 @@ class SMT(MILModel):
     """
 
     inputs = ("features", "patches", "coords")
+    reads_all = False
 
     def __init__(
         self,

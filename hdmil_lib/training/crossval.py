@@ -23,6 +23,7 @@ from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.models import DMIN, LIPN, DMINSettings, MILModel, build_model
 from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table, write_json
+from hdmil_lib.training.joint import fine_tune
 from hdmil_lib.training.methods import METHODS
 from hdmil_lib.training.ragged import RaggedBags
 from hdmil_lib.training.recipes import Recipe
@@ -217,6 +218,8 @@ def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
     else:
         if screen == "lipn":
             _train_lipn(job, bags)
+        elif screen == "joint":
+            _fine_tune(job, bags)
         outputs = _screened(job, RaggedBags(bags, job.split.test, ("features", "patches")))
     rows = []
     for slide_id, (logits, kept) in outputs.items():
@@ -258,6 +261,13 @@ def _train_lipn(job: _Job, bags: Mapping[str, Bag]) -> None:
         torch.manual_seed(job.recipe.lipn_training.seed)
         lipn = LIPN(job.n_classes)
     train_lipn(lipn, dmin, bags, job.split, job.labels, job.recipe.lipn_training, job.folder, **method.lipn)
+
+
+def _fine_tune(job: _Job, bags: Mapping[str, Bag]) -> None:
+    method, recipe = METHODS[job.method], job.recipe
+    networks = load_fold(job.out_dir, job.fold, method.base)
+    data = bags, job.split, job.labels
+    fine_tune(*networks, *data, recipe.joint_training, job.folder, loss_options=recipe.loss)
 
 
 @torch.inference_mode()

@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "dtfd_afs": Method("DTFD (AFS)", "dtfd_afs"),
     "dtfd_maxs": Method("DTFD (MAS)", "dtfd_maxs"),
     "dtfd_maxmins": Method("DTFD (MaxMinS)", "dtfd_maxmins"),
+    "smt": Method("SMT", "smt"),
     "hdmil_dagger": Method("HDMIL†"),
     "hdmil_dagger_published": Method(
         "HDMIL†, head as published", options={"degree": 12, "linear_start": False}
@@ -58,6 +59,7 @@ METHODS: dict[str, Method] = {
     "hdmil": Method("HDMIL", screen="lipn"),
     "hdmil_published": Method("HDMIL, inference as published", screen="published"),
     "random": Method("Random tiles, as many as HDMIL", screen="random"),
+    "ahdmil": Method("AHDMIL", screen="joint"),
     "dmin_linear": Method(
         "DMIN, linear heads, no self-distillation", options={"head": "linear", "self_distillation": False}
     ),

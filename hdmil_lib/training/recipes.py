@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hdmil_lib.models import PAPER_PRESETS, PaperPreset
+from hdmil_lib.training.joint import FINE_TUNING
 from hdmil_lib.training.trainer import (
     MINI_LIPN_TRAINING,
     MINI_TRAINING,
@@ -61,7 +62,7 @@ def _paper(preset: PaperPreset) -> Recipe:
     return Recipe(
         training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate),
         lipn_training=PAPER_LIPN_TRAINING,
-        joint_training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate / 10),
+        joint_training=FINE_TUNING,
         models={
             "dmin": {"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio},
             **dict.fromkeys(CLAM, {"subtyping": preset.subtyping}),
@@ -69,10 +70,7 @@ def _paper(preset: PaperPreset) -> Recipe:
         trainings={
             **dict.fromkeys(CLAM, common),
             "dsmil": common | {"betas": (0.5, 0.9), "weight_decay": 1e-3},
-            "transmil": {"learning_rate": 2e-4, "optimizer": "lookahead_radam"},
             **dict.fromkeys(DTFD, common | {"weight_decay": 1e-4, "clip": 5.0, "drop_epoch": 100}),
-            "s4mil": common,
-            "mambamil": {"learning_rate": 2e-4},
         },
         loss={"subtyping": preset.subtyping},
     )
@@ -88,16 +86,14 @@ def _mini(paper: Recipe) -> Recipe:
     return Recipe(
         training=MINI_TRAINING,
         lipn_training=MINI_LIPN_TRAINING,
-        joint_training=replace(MINI_TRAINING, learning_rate=MINI_TRAINING.learning_rate / 5, epochs=15),
+        joint_training=replace(FINE_TUNING, batch_size=MINI_TRAINING.batch_size),
         models={
-            **dict.fromkeys(("max", "mean", "abmil", *DTFD), small),
+            **dict.fromkeys(("max", "mean", "abmil", "smt", *DTFD), small),
             **dict.fromkeys(CLAM, {**small, "attention_dim": 128, **paper.models["clam_sb"]}),
-            **dict.fromkeys(("transmil", "s4mil", "mambamil"), {"embed_dim": 128}),
             "dmin": paper.models["dmin"] | {**small, "attention_dim": 128, "degree": 3, "linear_start": True},
         },
         trainings={
             "dsmil": {"betas": (0.5, 0.9), "weight_decay": 1e-3},
-            "transmil": {"optimizer": "lookahead_radam"},
             **dict.fromkeys(DTFD, {"weight_decay": 1e-4, "clip": 5.0}),
         },
         loss={**paper.loss, "k": 8},
