@@ -63,8 +63,8 @@ def instance_loss(model, embeddings, attention, label, k, subtyping):
 def test_bag_path_of_one_branch_agrees_with_torchmil():
     """torchmil scores one class: each of ours in turn.
 
-    Its instance loss is no oracle: it hands the SVM a column of floats where class indices belong, takes k
-    tiles at each end of a bag of fewer than 2 k, and sums the two branches.
+    Its instance loss is no oracle: its SVM takes labels as a column alone, and then gives another value than
+    its definition; tiles of a bag of fewer than 2 k are at both ends; and the two branches are summed.
     """
     model, features = make(n_classes=3), tiles(9)
     oracle = CLAM_SB((5,), att_dim=4, gated=True).double()
