@@ -93,7 +93,7 @@ def train(
     folds: Annotated[int, typer.Option(help="Cross-validation folds, three or more.")] = 5,
     compare: Annotated[
         list[str],
-        typer.Option(help="A further method, such as max, mean, abmil, clam_mb, dtfd_maxs, smt, random."),
+        typer.Option(help="A further method, such as abmil, clam_mb, random."),
     ] = [],  # noqa: B006
     preset: Annotated[
         str, typer.Option(help="Settings: camelyon16, nsclc, brca, or camelyon-mini and so on.")

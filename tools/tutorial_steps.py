@@ -23,22 +23,11 @@ from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
 from hdmil_lib.inference import Predictor, best_fold
 from hdmil_lib.slides.synthesis import truth_path, tumor_share
 from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.training.methods import METHODS
+from hdmil_lib.training.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
 from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.viz import plots
 
 COHORT = "camelyon-mini"
-TABLE1_METHODS = (
-    "max",
-    "mean",
-    "abmil",
-    "hdmil_dagger_published",
-    "hdmil_dagger",
-    "hdmil",
-    "hdmil_published",
-    "random",
-)
-TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
 
 
 @dataclass(frozen=True)
