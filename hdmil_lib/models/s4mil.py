@@ -1,0 +1,78 @@
+"""S4MIL: a diagonal state space model reads the tiles in order; its maximum is classified."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from hdmil_lib.kernels import s4d_convolution
+from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.layers import projection
+from hdmil_lib.models.ragged import pad, unpad
+
+
+class S4MIL(MILModel):
+    """Projection, layer norm, one S4D layer, maximum over tiles, linear classifier (Fillioux et al. 2023).
+
+    Args:
+        in_dim: Width of the features.
+        n_classes: Number of classes.
+        embed_dim: Width of the projected features.
+        n_states: Real states of a channel: half as many conjugate pairs.
+        dropout: After the projection, and within the S4D layer.
+
+    Raises:
+        ValueError: `n_states` is odd.
+    """
+
+    def __init__(
+        self, in_dim: int, n_classes: int, *, embed_dim: int = 512, n_states: int = 32, dropout: float = 0.0
+    ):
+        super().__init__(in_dim, n_classes)
+        self.projection = projection(in_dim, embed_dim, dropout)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.sequence = S4DLayer(embed_dim, n_states, dropout)
+        self.classifier = nn.Linear(embed_dim, n_classes)
+
+    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
+        tiles = self.sequence(self.norm(self.projection(features)), cu_seqlens)
+        bag = pad(tiles, cu_seqlens, -torch.inf).amax(1)
+        return MILOutput(logits=self.classifier(bag), cu_seqlens=cu_seqlens)
+
+
+class S4DLayer(nn.Module):
+    """S4D along the tiles of each bag, GELU, dropout and a gated linear unit (Gu et al. 2022).
+
+    It starts as S4D-Lin: A_n = -1/2 + i pi n, with steps dt log-uniform in 0.001 to 0.1.
+
+    Args:
+        dim: Width, D.
+        n_states: Real states of a channel, even: S = n_states / 2 conjugate pairs.
+        dropout: After the GELU.
+
+    Raises:
+        ValueError: `n_states` is odd.
+    """
+
+    SHORTEST, LONGEST = 0.001, 0.1
+
+    def __init__(self, dim: int, n_states: int = 32, dropout: float = 0.0):
+        super().__init__()
+        if n_states % 2:
+            raise ValueError(f"n_states is {n_states}, expected an even number: states come in pairs")
+        pairs = n_states // 2
+        low, high = math.log(self.SHORTEST), math.log(self.LONGEST)
+        self.log_step = nn.Parameter(low + (high - low) * torch.rand(dim))
+        self.decay_log = nn.Parameter(torch.full((dim, pairs), math.log(0.5)))
+        self.frequency = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(dim, 1))
+        self.readout = nn.Parameter(torch.randn(dim, pairs, 2) * math.sqrt(0.5))
+        self.skip = nn.Parameter(torch.randn(dim))
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GLU())
+
+    def forward(self, tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(N, D) to (N, D): zeros behind a shorter bag reach none of its tiles, since S4D looks back only."""
+        parameters = (self.log_step, self.decay_log, self.frequency, self.readout, self.skip)
+        read = unpad(s4d_convolution(pad(tiles, cu_seqlens), *parameters), cu_seqlens)
+        return self.output(self.dropout(gelu(read)))
