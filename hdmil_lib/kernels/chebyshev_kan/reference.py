@@ -24,9 +24,9 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
         return _clenshaw(x, coefficients)
     constant, linear, *higher = coefficients.permute(2, 0, 1).contiguous().unbind(0)
     outputs = torch.addmm(constant.sum(0), x, linear)
-    previous, current = 1.0, x
+    twice, previous, current = 2 * x, 1.0, x
     for weight in higher:
-        previous, current = current, 2 * x * current - previous
+        previous, current = current, twice * current - previous
         outputs = torch.addmm(outputs, current, weight)
     return outputs
 
@@ -34,7 +34,7 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor) -> Tensor:
 def _clenshaw(x: Tensor, coefficients: Tensor) -> Tensor:
     """B_k = Omega_k + 2 x B_{k+1} - B_{k+2}; the sum is Omega_0 + x B_1 - B_2: (B, 1)."""
     constant, *weights = coefficients.squeeze(1).T.contiguous().unbind(0)
-    above = current = 0.0
+    twice, above, current = 2 * x, 0.0, weights.pop()
     for weight in reversed(weights):
-        above, current = current, 2 * x * current - above + weight
-    return (constant + x * current - above).sum(1, keepdim=True)
+        above, current = current, torch.addcmul(weight - above, twice, current)
+    return torch.addcmul(constant - above, x, current).sum(1, keepdim=True)
