@@ -6,6 +6,9 @@ Each operator is timed against its textbook form, both also through `torch.compi
 that results and gradients agree. On a GPU the operator is the Triton kernel, and the floor is the time of
 its bytes and arithmetic at the rates that this device reaches on a copy and a matrix product. Medians, in
 milliseconds, go to `benchmarks/results/kernels.json` with the device's name.
+
+The ratio comes with a 95 % interval of the median over turns. Where it holds 1, the two are equal as far as
+this run can tell: a CPU runs the same matrix products either way. `slower` is what no operator should be.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import textbook.kernels as textbook
 import torch
 from torch import Tensor
 
@@ -29,6 +33,7 @@ from hdmil_lib.evaluation.tables import to_markdown
 from hdmil_lib.kernels import (
     chebyshev_kan,
     cost,
+    gated_attention,
     gated_attention_pool,
     gumbel_mask,
     lipn_forward,
@@ -55,6 +60,7 @@ class Case:
         textbook: The formula as one would write it.
         operator: Ours.
         cost: Of the forward pass.
+        checked: Both forms without their random numbers, to be compared in the place of what is timed.
     """
 
     name: str
@@ -62,20 +68,7 @@ class Case:
     textbook: Callable[..., Tensor]
     operator: Callable[..., Tensor]
     cost: cost.Cost
-
-
-def chebyshev_textbook(inputs: Tensor, coefficients: Tensor) -> Tensor:
-    # 1 - 1e-6: the derivative of arccos is infinite at 1, where float32 rounds tanh of large inputs to.
-    angle = inputs.tanh().clamp(-1 + 1e-6, 1 - 1e-6).arccos()
-    degrees = torch.arange(coefficients.shape[2], device=inputs.device)
-    return torch.einsum("bqk,qok->bo", (angle[..., None] * degrees).cos(), coefficients)
-
-
-def chebyshev_published(inputs: Tensor, coefficients: Tensor) -> Tensor:
-    """As the first Chebyshev-KAN layers have it: the arccosine of every input once for each degree."""
-    degrees = torch.arange(coefficients.shape[2], device=inputs.device)
-    x = inputs.tanh().clamp(-1 + 1e-6, 1 - 1e-6)[..., None].expand(-1, -1, len(degrees))
-    return torch.einsum("bqk,qok->bo", (x.arccos() * degrees).cos(), coefficients)
+    checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
 
 def normal(*shapes: Sequence[int]) -> Callable[[str], list[Tensor]]:
@@ -88,64 +81,29 @@ def random_tiles(n: int, side: int = 256) -> Callable[[str], list[Tensor]]:
     return lambda device: [torch.randint(256, (n, side, side, 3), dtype=torch.uint8, device=device)]
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
-MIX = ((0.9, 0.2, -0.1), (0.05, 1.1, 0.02), (-0.2, 0.1, 0.8))
-STAIN = StainTransform(IDENTITY, MIX, (0.0, 0.0, 0.0), IDENTITY)  # a Macenko transform
-
-
-def normalize_textbook(tiles: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=tiles.device) for v in (MEAN, STD))
-    return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def macenko_textbook(tiles: Tensor) -> Tensor:
-    densities = -torch.log((tiles.float() + 1) / 256) @ torch.tensor(MIX, device=tiles.device).T
-    return normalize_textbook((256 * torch.exp(-densities) - 1).clip(0, 255))
-
-
-def histogram_textbook(tiles: Tensor, bins: int = 16) -> Tensor:
-    """In the fixed point of OpenCV: in floats, ties would fall into other bins."""
-    red, green, blue = tiles.flatten(1, 2).int().unbind(2)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    saturation = (chroma * (255 * 4096 / value.clamp(min=1)).round().int() + 2048) >> 12
-    turn = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    turn = torch.where(value == red, green - blue, turn)
-    hue = ((turn * (30 * 4096 / chroma.clamp(min=1)).round().int() + 2048) >> 12) % 180
-    planes = torch.stack([hue * bins // 180, saturation * bins // 256, value * bins // 256], 1)
-    first = torch.arange(0, 3 * len(tiles) * bins, bins, device=tiles.device).view(-1, 3, 1)
-    places = planes + first
-    return torch.bincount(places.flatten(), minlength=3 * len(tiles) * bins).view(-1, 3, bins)
+STAIN = StainTransform(textbook.IDENTITY, textbook.MIX, (0.0, 0.0, 0.0), textbook.IDENTITY)  # Macenko's
 
 
 def tile_cases(n: int) -> list[Case]:
     """Tiles as an encoder reads them, plain and with their stain normalized, and their colors counted."""
     plain, stained = (cost.tile_preprocess(n, width=4, stain=stain) for stain in (False, True))
-    operator = partial(tile_preprocess, mean=MEAN, std=STD)
+    operator = partial(tile_preprocess, mean=textbook.MEAN, std=textbook.STD)
     return [
-        Case(f"tile_preprocess, B = {n}", random_tiles(n), normalize_textbook, operator, plain),
+        Case(f"tile_preprocess, B = {n}", random_tiles(n), textbook.normalize, operator, plain),
         Case(
-            f"tile_preprocess, Macenko, B = {n}", random_tiles(n), macenko_textbook,
+            f"tile_preprocess, channels last, B = {n}", random_tiles(n),
+            lambda tiles: textbook.normalize(tiles).contiguous(memory_format=torch.channels_last),
+            partial(operator, channels_last=True), plain,
+        ),
+        Case(
+            f"tile_preprocess, Macenko, B = {n}", random_tiles(n), textbook.macenko,
             partial(operator, stain=STAIN), stained,
         ),
         Case(
-            f"tissue_statistics, N = {n}", random_tiles(n), histogram_textbook,
+            f"tissue_statistics, N = {n}", random_tiles(n), textbook.histogram,
             lambda tiles: tissue_statistics(tiles).histogram, cost.tissue_statistics(n * 256 * 256),
         ),
     ]  # fmt: skip
-
-
-def scan_textbook(
-    inputs: Tensor, steps: Tensor, decay: Tensor, input_matrix: Tensor, output_matrix: Tensor, skip: Tensor
-) -> Tensor:
-    kept = (steps[..., None] * decay).exp()
-    added = (steps * inputs)[..., None] * input_matrix[:, :, None]
-    state, states = torch.zeros_like(kept[:, 0]), []
-    for factor, term in zip(kept.unbind(1), added.unbind(1), strict=True):
-        state = factor * state + term
-        states.append(state)
-    return torch.einsum("blds,bls->bld", torch.stack(states, 1), output_matrix) + skip * inputs
 
 
 def random_scan(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
@@ -167,33 +125,28 @@ def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> lis
         Case(
             f"selective_scan, L = {length}",
             random_scan(length, channels, states),
-            torch.compiler.disable(scan_textbook),
+            torch.compiler.disable(textbook.scan),
             torch.compiler.disable(selective_scan),
             cost.selective_scan(1, length, channels, states, width=4),
         )
     ]
 
 
-def attention_textbook(
-    embeddings: Tensor, v: Tensor, v0: Tensor, u: Tensor, u0: Tensor, w: Tensor, w0: Tensor
-) -> Tensor:
-    hidden = torch.tanh(embeddings @ v.T + v0) * torch.sigmoid(embeddings @ u.T + u0)
-    return torch.softmax(hidden @ w.T + w0, 0).T @ embeddings
+def random_bags(bag: Sequence[int], logits: Sequence[int], n_bags: int) -> Callable[[str], list[Tensor]]:
+    """Embeddings and logits, a mask that keeps half of the tiles, and bags of one length."""
 
+    def arguments(device: str) -> list[Tensor]:
+        kept = torch.rand(*logits, device=device) < 0.5
+        edges = torch.arange(0, bag[0] + 1, bag[0] // n_bags, device=device)
+        return [*normal(bag, logits)(device), kept, edges]
 
-def pool_textbook(embeddings: Tensor, logits: Tensor) -> Tensor:
-    return torch.softmax(logits, 0).T @ embeddings
-
-
-def mask_textbook(logits: Tensor) -> Tensor:
-    soft = torch.sigmoid(logits / 0.7)
-    mask = (soft > 0.5).float() - soft.detach() + soft
-    return (1 - torch.prod(1 - mask, 1)).mean()
+    return arguments
 
 
 def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branches: int = 2) -> list[Case]:
-    """DMIN's attention on one bag: in one pass, its pooling alone, and its selection (without noise)."""
+    """DMIN's attention: in one pass, in training with dropout; its pooling; its selection."""
     bag, logits = (n_tiles, embed_dim), (n_tiles, branches)
+    pool_cost = cost.segment_softmax_pool(n_tiles, embed_dim, branches, width=4)
     weights = [
         (hidden, embed_dim),
         (hidden,),
@@ -204,31 +157,35 @@ def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branc
     ]
     return [
         Case(
-            f"gated_attention_pool, N = {n_tiles}", normal(bag, *weights), attention_textbook,
+            f"gated_attention_pool, N = {n_tiles}", normal(bag, *weights), textbook.attention_pool,
             lambda *tensors: gated_attention_pool(*tensors)[0],
             cost.gated_attention_pool(n_tiles, embed_dim, hidden, branches, width=4),
         ),
         Case(
-            f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), pool_textbook, segment_softmax_pool,
-            cost.segment_softmax_pool(n_tiles, embed_dim, branches, width=4),
+            f"gated_attention, dropout, N = {n_tiles}", normal(bag, *weights),
+            partial(textbook.attention, p=0.25), partial(gated_attention, dropout=0.25, seed=0),
+            cost.gated_attention(n_tiles, embed_dim, hidden, branches, width=4),
+            checked=(textbook.attention, gated_attention),
         ),
         Case(
-            f"gumbel_mask, N = {n_tiles}", normal(logits), mask_textbook,
+            f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), textbook.pool, segment_softmax_pool,
+            pool_cost,
+        ),
+        Case(
+            f"segment_softmax_pool, 4 masked bags, N = {n_tiles}", random_bags(bag, logits, 4),
+            textbook.pool_bags, segment_softmax_pool, pool_cost,
+        ),
+        Case(
+            f"gumbel_mask, N = {n_tiles}", normal(logits), textbook.mask,
             lambda logits: gumbel_mask(logits, temperature=0.7)[1], cost.gumbel_mask(n_tiles, branches),
         ),
+        Case(
+            f"gumbel_mask, noise, N = {n_tiles}", normal(logits), textbook.mask_with_noise,
+            lambda logits: gumbel_mask(logits, seed=0, temperature=0.7)[1],
+            cost.gumbel_mask(n_tiles, branches),
+            checked=(textbook.mask, lambda logits: gumbel_mask(logits, temperature=0.7)[1]),
+        ),
     ]  # fmt: skip
-
-
-def s4d_textbook(
-    inputs: Tensor, log_step: Tensor, decay_log: Tensor, frequency: Tensor, output: Tensor, skip: Tensor
-) -> Tensor:
-    length, rates = inputs.shape[1], torch.complex(-decay_log.exp(), frequency)
-    exponents = log_step.exp()[:, None] * rates
-    powers = (exponents[..., None] * torch.arange(length, device=inputs.device)).exp()
-    weights = torch.view_as_complex(output) * (exponents.exp() - 1) / rates
-    response = 2 * torch.einsum("ds,dsl->ld", weights, powers).real
-    spectrum = torch.fft.rfft(inputs, 2 * length, dim=1) * torch.fft.rfft(response, 2 * length, dim=0)
-    return torch.fft.irfft(spectrum, 2 * length, dim=1)[:, :length] + skip * inputs
 
 
 def random_s4d(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
@@ -250,7 +207,7 @@ def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[
         Case(
             f"s4d_convolution, L = {length}",
             random_s4d(length, channels, states),
-            s4d_textbook,
+            textbook.s4d,
             s4d_convolution,
             cost.s4d_convolution(1, length, channels, states),
         )
@@ -278,12 +235,15 @@ def cases() -> list[Case]:
             Case(
                 f"chebyshev_kan{note}, B = {rows}",
                 normal((rows, 512), (512, 1, 13)),
-                textbook,
+                formula,
                 chebyshev_kan,
                 cost.chebyshev_kan(rows, 512, 1, 12, width=4),
             )
             for rows in (64, 2_000)
-            for note, textbook in (("", chebyshev_textbook), (" as published", chebyshev_published))
+            for note, formula in (
+                ("", textbook.chebyshev),
+                (" as published", textbook.chebyshev_as_published),
+            )
         ]
         + attention_cases(2_000)
         + [lipn_case(4_096)]
@@ -304,14 +264,17 @@ def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Te
 
 def check_agreement(case: Case, arguments: Sequence[Tensor]) -> None:
     """Raise where the two forms differ: a fast wrong answer is not timed."""
-    for ours, wanted in zip(run(case.operator, arguments), run(case.textbook, arguments), strict=True):
+    formula, operator = case.checked or (case.textbook, case.operator)
+    for ours, wanted in zip(run(operator, arguments), run(formula, arguments), strict=True):
         difference = (ours.float() - wanted.float()).abs().max()
         if difference > TOLERANCE * wanted.float().abs().max().clamp(min=1):
             raise SystemExit(f"{case.name}: operator and textbook form differ by {difference:.1e}")
 
 
-def median_ms(contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int) -> dict[str, float]:
-    """Median time of each contender, in turns."""
+def times_ms(
+    contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int
+) -> dict[str, list[float]]:
+    """Times of each contender, in turns."""
     synchronize = torch.cuda.synchronize if arguments[0].is_cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 2):
@@ -322,7 +285,20 @@ def median_ms(contenders: dict[str, Callable], arguments: Sequence[Tensor], repe
             synchronize()
             if repeat >= 2:  # the first two warm up and compile
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def judge(textbook: list[float], library: list[float]) -> dict[str, float | str]:
+    """Median ratio of a turn, the interval of that median, and what follows from it."""
+    ratios = sorted(a / b for a, b in zip(textbook, library, strict=True))
+    outside = max(0, int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5))  # of 95 %, on each side
+    low, high = ratios[outside], ratios[-1 - outside]
+    return {
+        "ratio": statistics.median(ratios),
+        "at least": low,
+        "at most": high,
+        "verdict": "faster" if low > 1 else "slower" if high < 1 else "equal within noise",
+    }
 
 
 def this_device() -> cost.Device:
@@ -339,8 +315,8 @@ def this_device() -> cost.Device:
         "vector": (lambda: wide @ wide, 2 * 8192**3),
     }
     for name, (function, amount) in work.items():
-        ms = median_ms({name: lambda _, f=function: f()}, [torch.empty(0, device="cuda")], 20)[name]
-        rates[name] = amount / ms * 1000
+        ms = times_ms({name: lambda _, f=function: f()}, [torch.empty(0, device="cuda")], 20)[name]
+        rates[name] = amount / statistics.median(ms) * 1000
     return cost.Device(torch.cuda.get_device_name(), rates["copy"], rates["matrix"], rates["vector"])
 
 
@@ -362,12 +338,13 @@ def main() -> None:
             "library, compiled": torch.compile(case.operator),
         }
         torch.compiler.reset()
-        row = median_ms(contenders, arguments, repeats)
-        row["ratio"] = row["textbook"] / row["library"]
+        times = times_ms(contenders, arguments, repeats)
+        row = {name: statistics.median(values) for name, values in times.items()}
+        row |= judge(times["textbook"], times["library"])
         row["ratio, compiled"] = row["textbook"] / row["library, compiled"]
         if gpu:
             row["floor, forward"] = 1000 * case.cost.seconds(gpu)
-        rows[case.name] = {key: round(value, 4) for key, value in row.items()}
+        rows[case.name] = {k: v if isinstance(v, str) else round(v, 4) for k, v in row.items()}
         print(case.name, rows[case.name], flush=True)
     result = {
         "device": gpu.name if gpu else f"{platform.machine()} CPU, 1 thread",
@@ -380,6 +357,9 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(to_markdown(pd.DataFrame(rows).T))
+    for verdict in ("faster", "equal within noise", "slower"):
+        found = [name for name, row in rows.items() if row["verdict"] == verdict]
+        print(f"{verdict}: {'; '.join(found) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def chebyshev_kan(rows: int, inputs: int, outputs: int, degree: int, width: int 
     return Cost(width * ends, width * (ends + x + between), x * terms * (2 * outputs + 3))
 
 
+def gated_attention(tiles: int, embed_dim: int, hidden: int, branches: int, width: int = 2) -> Cost:
+    """[tanh(F V) * sigmoid(F U)] W."""
+    f, h, a = tiles * embed_dim, tiles * hidden, tiles * branches
+    ends = f + 2 * hidden * embed_dim + branches * hidden + a
+    between = f + 2 * h + 2 * h + 2 * h + 3 * h + h  # F again, tanh, sigmoid, product, scores
+    return Cost(width * ends, width * (ends + between), 4 * f * hidden + 2 * h * branches, matrix=True)
+
+
 def gated_attention_pool(tiles: int, embed_dim: int, hidden: int, branches: int, width: int = 2) -> Cost:
     """softmax([tanh(F V) * sigmoid(F U)] W, over tiles)^T F."""
     f, h, a = tiles * embed_dim, tiles * hidden, tiles * branches
