@@ -186,7 +186,7 @@ def slides_needed(epsilon: float, delta: float, errors: int = 0) -> int:
     if errors < 0:
         raise ValueError(f"errors is {errors}, expected 0 or more")
     enough = ceil(2 * (errors - log(delta)) / epsilon)  # by Chernoff's bound on the lower tail
-    return bisect_left(range(enough), True, lo=errors, key=lambda n: binom.cdf(errors, n, epsilon) <= delta)
+    return bisect_left(range(enough), True, key=lambda n: binom.cdf(errors, n, epsilon) <= delta)
 
 
 def _fixed_sequence(p_values: np.ndarray, delta: float) -> np.ndarray:
