@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.hdmil-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test lab bench samples clean
+.PHONY: help tutorial tables test lab bench samples clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ $(INSTALLED): pyproject.toml
 
 tutorial: $(INSTALLED) ## cohort, training, tables, figures and executed notebooks in build/ (FAST=1: small)
 	@HDMIL_FAST=$(FAST) $(BIN)/python tools/tutorial.py
+
+tables: $(INSTALLED) ## all systems on all synthetic cohorts, with statistics and controls, into docs/results (hours)
+	@$(BIN)/python tools/compare.py
 
 test: $(INSTALLED) ## the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

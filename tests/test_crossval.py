@@ -96,12 +96,13 @@ def test_a_second_call_trains_nothing_and_a_lost_job_is_made_again(data, run, mo
 
 
 def test_worker_processes_give_the_same_predictions(data, run, tmp_path):
+    """Up to rounding: matrix products round by where their operands lie in memory, and training adds that up."""
     predictions, _ = run
     methods = ["mean", "hdmil_dagger"]
     parallel = run_crossval(*data, methods, 3, 0, RECIPE, tmp_path, workers=2, progress=False)
     expected = predictions[predictions["method"].isin(methods)]
     expected = pd.concat([expected[expected["method"] == m] for m in methods], ignore_index=True)
-    pd.testing.assert_frame_equal(parallel, expected, check_exact=True)
+    pd.testing.assert_frame_equal(parallel, expected, rtol=1e-4)
 
 
 def test_what_a_method_builds_on_is_trained_first_but_not_returned(data, tmp_path):

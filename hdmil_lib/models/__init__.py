@@ -13,9 +13,12 @@ from hdmil_lib.models.dsmil import DSMIL
 from hdmil_lib.models.dtfd import DTFD
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
+from hdmil_lib.models.mambamil import MambaMIL
 from hdmil_lib.models.max_pooling import MaxPooling
 from hdmil_lib.models.mean_pooling import MeanPooling
+from hdmil_lib.models.s4mil import S4MIL
 from hdmil_lib.models.smt import SMT
+from hdmil_lib.models.transmil import TransMIL
 
 __all__ = [
     "ABMIL",
@@ -26,15 +29,18 @@ __all__ = [
     "LIPN",
     "MODELS",
     "PAPER_PRESETS",
+    "S4MIL",
     "SMT",
     "ChebyshevKAN",
     "DMINOutput",
     "DMINSettings",
     "MILModel",
     "MILOutput",
+    "MambaMIL",
     "MaxPooling",
     "MeanPooling",
     "PaperPreset",
+    "TransMIL",
     "build_model",
 ]
 
@@ -53,6 +59,9 @@ MODELS: dict[str, Callable[..., MILModel]] = {
     "dtfd_afs": partial(DTFD, distill="afs"),
     "dtfd_maxs": partial(DTFD, distill="maxs"),
     "dtfd_maxmins": partial(DTFD, distill="maxmins"),
+    "transmil": TransMIL,
+    "s4mil": S4MIL,
+    "mambamil": MambaMIL,
     "smt": SMT,
     "dmin": _dmin,
 }

@@ -48,15 +48,21 @@ METHODS: dict[str, Method] = {
     "clam_sb": Method("CLAM-SB", "clam_sb"),
     "clam_mb": Method("CLAM-MB", "clam_mb"),
     "dsmil": Method("DSMIL", "dsmil"),
+    "transmil": Method("TransMIL", "transmil"),
     "dtfd_afs": Method("DTFD (AFS)", "dtfd_afs"),
     "dtfd_maxs": Method("DTFD (MAS)", "dtfd_maxs"),
     "dtfd_maxmins": Method("DTFD (MaxMinS)", "dtfd_maxmins"),
+    "s4mil": Method("S4MIL", "s4mil"),
+    "mambamil": Method("MambaMIL", "mambamil"),
     "smt": Method("SMT", "smt"),
     "hdmil_dagger": Method("HDMIL†"),
     "hdmil_dagger_published": Method(
         "HDMIL†, head as published", options={"degree": 12, "linear_start": False}
     ),
     "hdmil": Method("HDMIL", screen="lipn"),
+    "hdmil_evidence": Method(
+        "HDMIL, LIPN taught evidence", screen="lipn", lipn={"target": "evidence", "augment": True}
+    ),
     "hdmil_published": Method("HDMIL, inference as published", screen="published"),
     "random": Method("Random tiles, as many as HDMIL", screen="random"),
     "ahdmil": Method("AHDMIL", screen="joint"),

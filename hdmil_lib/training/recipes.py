@@ -69,6 +69,9 @@ def _paper(preset: PaperPreset) -> Recipe:
         },
         trainings={
             **dict.fromkeys(CLAM, common),
+            "transmil": {"learning_rate": 2e-4, "optimizer": "lookahead_radam"},
+            "s4mil": common,
+            "mambamil": {"learning_rate": 2e-4},
             "dsmil": common | {"betas": (0.5, 0.9), "weight_decay": 1e-3},
             **dict.fromkeys(DTFD, common | {"weight_decay": 1e-4, "clip": 5.0, "drop_epoch": 100}),
         },
@@ -90,9 +93,11 @@ def _mini(paper: Recipe) -> Recipe:
         models={
             **dict.fromkeys(("max", "mean", "abmil", "smt", *DTFD), small),
             **dict.fromkeys(CLAM, {**small, "attention_dim": 128, **paper.models["clam_sb"]}),
+            **dict.fromkeys(("transmil", "s4mil", "mambamil"), {"embed_dim": 128}),
             "dmin": paper.models["dmin"] | {**small, "attention_dim": 128, "degree": 3, "linear_start": True},
         },
         trainings={
+            "transmil": {"optimizer": "lookahead_radam"},
             "dsmil": {"betas": (0.5, 0.9), "weight_decay": 1e-3},
             **dict.fromkeys(DTFD, {"weight_decay": 1e-4, "clip": 5.0}),
         },

@@ -1,0 +1,139 @@
+"""All systems on all synthetic cohorts: Tables 1 and 3, statistics, controls, claims and figures.
+
+    python tools/compare.py [--cohorts NAME ...] [--methods NAME ...] [--folds 5] [--seed 0] [--no-controls]
+
+Writes `docs/results/<cohort>/*.csv` (and `.md` beside them), and `build/runs/<cohort>.parquet`, one row a run
+and epoch. What is trained is kept in the cache: an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from hdmil_lib.config import setup
+from hdmil_lib.data import Cohort, load_bags, prepare_cohort
+from hdmil_lib.evaluation.claims import judge_claims
+from hdmil_lib.evaluation.keep_ratio import score_by_keep_ratio
+from hdmil_lib.evaluation.statistics import format_scores, score_table
+from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table3
+from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.training.checkpoint import write_json
+from hdmil_lib.training.crossval import run_crossval, run_dir
+from hdmil_lib.training.methods import TABLE1_METHODS, TABLE3_METHODS
+from hdmil_lib.training.recipes import RECIPES
+from hdmil_lib.training.runs import save_runs
+from hdmil_lib.viz.statistics import auc_intervals, score_against_keep_ratio
+from hdmil_lib.viz.style import use_style
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+PAPER = {"camelyon-mini": "Camelyon16", "nsclc-mini": "NSCLC", "brca-mini": "BRCA"}
+CONTROLS = {
+    "color statistics, mean": ("color", "mean"),
+    "color statistics, attention": ("color", "abmil_gated"),
+    "random encoder, attention": ("efficientnet_lite0_random", "abmil_gated"),
+    "permuted labels, attention": (None, "abmil_gated"),
+}
+"""Name -> (encoder, or None for the default one with permuted labels; method)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cohort's runs: which, and how many folds."""
+
+    name: str
+    methods: tuple[str, ...]
+    n_folds: int
+    seed: int
+
+    def train(self, cohort: Cohort, bags: Mapping[str, Bag], methods: tuple[str, ...]) -> pd.DataFrame:
+        """Test predictions of these methods."""
+        return run_crossval(cohort, bags, methods, self.n_folds, self.seed, RECIPES[self.name])
+
+    def folder(self, cohort: Cohort, bags: Mapping[str, Bag]) -> Path:
+        return run_dir(cohort, bags, self.n_folds, self.seed, RECIPES[self.name])
+
+    def controls(self, cohort: Cohort) -> pd.DataFrame:
+        """Test predictions of the controls, under their own names."""
+        parts = []
+        for control, (encoder, method) in CONTROLS.items():
+            changed = cohort.permuted(self.seed)
+            if encoder is not None:
+                changed = prepare_cohort(self.name, encoder=encoder)
+            parts.append(self.train(changed, load_bags(changed), (method,)).assign(method=control))
+        return pd.concat(parts, ignore_index=True)
+
+
+def compare(comparison: Comparison, build: Path, controls: bool) -> None:
+    """Train, judge and write one cohort."""
+    started = time.monotonic()
+    name, out = comparison.name, RESULTS / comparison.name
+    cohort = prepare_cohort(name)
+    bags = load_bags(cohort)
+    cases = dict(zip(cohort.slide_ids, cohort.table["case_id"], strict=True))
+    predictions = comparison.train(cohort, bags, comparison.methods)
+    seconds = time.monotonic() - started
+    folder = comparison.folder(cohort, bags)
+    (build / "runs").mkdir(parents=True, exist_ok=True)
+    save_runs(folder).replace(build / "runs" / f"{name}.parquet")
+    masked = add_mask_scores(predictions, folder, cohort, bags)
+    in_table1 = masked["method"].isin(TABLE1_METHODS)
+    save_table(table1(masked[in_table1], cohort=PAPER[name]).drop(columns="s/slide"), out / "table1")
+    save_table(table3(masked[masked["method"].isin(TABLE3_METHODS)], cohort=PAPER[name]), out / "table3")
+    save_table(judge_claims(masked, cases=cases), out / "claims")
+    curve = score_by_keep_ratio(cohort, bags, folder)
+    save_table(curve.groupby(["source", "keep_ratio"])[["auc", "tumor_recall"]].mean(), out / "keep_ratio")
+    judged = predictions[predictions["method"].isin(TABLE1_METHODS)]
+    scores = score_table(judged, cases=cases)
+    if controls:
+        hdmil = predictions[predictions["method"] == "hdmil"]
+        control = score_table(pd.concat([hdmil, comparison.controls(cohort)]), cases=cases)
+        save_table(format_scores(control.drop(index="hdmil")), out / "controls")
+    save_table(format_scores(scores), out / "statistics")
+    write_json(
+        out / "command.json",
+        {
+            "command": f"python tools/compare.py --cohorts {name} --folds {comparison.n_folds}",
+            "data": f"{len(cohort)} synthetic slides",
+            "seed": comparison.seed,
+            "seconds of training": round(seconds),
+        },
+    )
+    draw(out, scores, curve)
+
+
+def draw(out: Path, scores: pd.DataFrame, curve: pd.DataFrame) -> None:
+    """The figures of a cohort."""
+    use_style()
+    auc_intervals(scores)
+    _save(out / "auc.png")
+    score_against_keep_ratio(curve)
+    _save(out / "keep_ratio.png")
+
+
+def _save(path: Path) -> None:
+    plt.savefig(path, dpi=110)
+    plt.close("all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cohorts", nargs="+", choices=PAPER, default=list(PAPER))
+    parser.add_argument("--methods", nargs="+", default=list(dict.fromkeys(TABLE1_METHODS + TABLE3_METHODS)))
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-controls", action="store_true")
+    arguments = parser.parse_args()
+    cfg = setup(arguments.seed)
+    for name in arguments.cohorts:
+        comparison = Comparison(name, tuple(arguments.methods), arguments.folds, arguments.seed)
+        compare(comparison, cfg.build, not arguments.no_controls)
+        print(f"{name}: {RESULTS / name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
