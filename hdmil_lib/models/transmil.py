@@ -75,7 +75,7 @@ class TransMIL(MILModel):
         )
 
     def encode(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Class tokens (B, E) of squares of tiles (B, side^2, E), and their attention to these (B, side^2)."""
+        """Class token (B, E) of squares of tiles (B, side^2, E), and their attention to them (B, side^2)."""
         tokens = torch.cat([self.class_token.expand(len(tiles), 1, -1), tiles], 1)
         tokens = tokens + self.attentions[0](self.norms[0](tokens))
         tokens = torch.cat([tokens[:, :1], self.positions(tokens[:, 1:])], 1)
