@@ -117,8 +117,8 @@ def backward(grad_outputs: Tensor, inputs: Tensor, coefficients: Tensor) -> tupl
 
 
 def variants() -> Iterator[Variant]:
-    """All that `forward` and `backward` can launch, in both types of numbers."""
-    for number in ("*fp32", "*bf16"):
+    """All that `forward` and `backward` can launch, in three types of numbers."""
+    for number in ("*fp32", "*fp16", "*bf16"):
         sizes = {"n_rows": "i32", "n_inputs": "i32:16", "n_outputs": "i32", "degree": "i32"}
         types = {"inputs": number, "coefficients": number, "partials": "*fp32"} | sizes
         blocks = {"ROWS": ROWS, "INPUTS": INPUTS}

@@ -189,19 +189,20 @@ def backward(
 
 
 WEIGHTS = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
-NUMBERS = {"embed_dim": "i32:16", "n_hidden": "i32:16", "n_branches": "i32"}
+NUMBER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+SIZES = {"embed_dim": "i32:16", "n_hidden": "i32:16", "n_branches": "i32"}
 DROP = {"key": "i32", "level": "i32", "scale": "fp32"}
 
 
 def variants() -> Iterator[Variant]:
-    """All that `forward` and `backward` can launch, in both types of numbers."""
-    for dtype, number in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
+    """All that `forward` and `backward` can launch, in three types of numbers."""
+    for dtype, number in NUMBER.items():
         for dropout in (False, True):
             types = dict.fromkeys(("embeddings", *WEIGHTS, "logits"), number)
-            types |= {"n_tiles": "i32"} | NUMBERS | DROP
+            types |= {"n_tiles": "i32"} | SIZES | DROP
             blocks = {"TILES": TILES, "HIDDEN": HIDDEN, "DROPOUT": dropout}
             wide = blocks | {"HIDDEN": hidden_block(dtype), "EMBED": EMBED, "BRANCHES": BRANCHES}
-            yield Variant(forward_kernel, types, wide, WARPS, uses_tensor_cores=number == "*bf16")
+            yield Variant(forward_kernel, types, wide, WARPS, uses_tensor_cores=number != "*fp32")
             types = dict.fromkeys(("grad_logits", "hidden_sums", "gate_sums", "score_weight"), number)
-            types |= {"partials": "*fp32", "n_tiles": "i32"} | NUMBERS | DROP
+            types |= {"partials": "*fp32", "n_tiles": "i32"} | SIZES | DROP
             yield Variant(backward_kernel, types, blocks | {"TILES": BACKWARD_TILES})

@@ -8,7 +8,6 @@ pass are those of the two operators.
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,10 +76,10 @@ def forward(
 
 
 def variants() -> Iterator[Variant]:
-    """All that `forward` can launch, in both types of numbers."""
-    for dtype, number in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
+    """All that `forward` can launch, in three types of numbers."""
+    for dtype, number in attention.NUMBER.items():
         types = dict.fromkeys(("embeddings", *attention.WEIGHTS, "mask", "logits"), number)
-        types |= {"table": "*i32"} | attention.NUMBERS | attention.DROP | pooling.PARTIALS
+        types |= {"table": "*i32"} | attention.SIZES | attention.DROP | pooling.PARTIALS
         blocks = {
             "TILES": TILES,
             "HIDDEN": attention.hidden_block(dtype),
@@ -90,5 +89,5 @@ def variants() -> Iterator[Variant]:
         for dropout in (False, True):
             for masked in (False, True):
                 options = {"DROPOUT": dropout, "MASKED": masked}
-                matrix = {"uses_tensor_cores": number == "*bf16"}
+                matrix = {"uses_tensor_cores": number != "*fp32"}
                 yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)

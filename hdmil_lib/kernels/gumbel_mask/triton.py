@@ -100,8 +100,8 @@ def backward(
 
 
 def variants() -> Iterator[Variant]:
-    """All that `forward` and `backward` can launch, in both types of numbers."""
-    for number in ("*fp32", "*bf16"):
+    """All that `forward` and `backward` can launch, in three types of numbers."""
+    for number in ("*fp32", "*fp16", "*bf16"):
         sizes = {"n_tiles": "i32", "n_branches": "i32", "key": "i32"}
         types = {"logits": number} | sizes | {"inverse_temperature": "fp32", "threshold": "fp32"}
         for noisy in (False, True):

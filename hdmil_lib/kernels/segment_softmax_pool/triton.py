@@ -263,20 +263,21 @@ def backward(
     return grad_embeddings, grad_logits, grad_mask
 
 
-NUMBERS = {"embed_dim": "i32:16", "n_branches": "i32"}
+NUMBER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+SIZES = {"embed_dim": "i32:16", "n_branches": "i32"}
 PARTIALS = dict.fromkeys(("largest", "total", "best", "sums"), "*fp32") | {"best_tile": "*i32"}
 
 
 def variants() -> Iterator[Variant]:
-    """All that `forward` and `backward` can launch, in both types of numbers."""
+    """All that `forward` and `backward` can launch, in three types of numbers."""
     blocks = {"TILES": TILES, "EMBED": EMBED, "BRANCHES": BRANCHES}
-    for number, warps in (("*fp32", n_warps(torch.float32)), ("*bf16", n_warps(torch.bfloat16))):
-        matrix = {"uses_tensor_cores": number == "*bf16"}
+    for dtype, number in NUMBER.items():
+        matrix, warps = {"uses_tensor_cores": number != "*fp32"}, n_warps(dtype)
         for masked in (False, True):
-            tiles = dict.fromkeys(("embeddings", "logits", "mask"), number) | {"table": "*i32"} | NUMBERS
+            tiles = dict.fromkeys(("embeddings", "logits", "mask"), number) | {"table": "*i32"} | SIZES
             yield Variant(chunk_kernel, tiles | PARTIALS, blocks | {"MASKED": masked}, **matrix)
             bag = {"first_chunk": "*i32", "pooled": number, "bag_largest": "*fp32", "bag_total": "*fp32"}
-            bag |= {"embeddings": number, "fallback": "*i32"} | PARTIALS | NUMBERS
+            bag |= {"embeddings": number, "fallback": "*i32"} | PARTIALS | SIZES
             yield Variant(combine_kernel, bag, {"EMBED": EMBED, "MASKED": masked})
             grads = ("grad_pooled", "grad_embeddings", "grad_logits", "grad_mask")
             bag = {"inner": "*fp32", "largest": "*fp32", "total": "*fp32", "fallback": "*i32"}
