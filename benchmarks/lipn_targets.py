@@ -8,7 +8,7 @@ slides, and DMIN sees the best of them: AUC and tumor recall by keep ratio, mean
 seeds and folds, and the difference to random tiles with the same DMIN. Epochs are chosen on the same
 validation slides, as in all trainings here, so levels are a little high for all variants alike.
 
-It takes a quarter of an hour on one core. Results go to `benchmarks/results/lipn_targets.json`.
+It takes half an hour of one core. Results go to `benchmarks/results/lipn_targets.json`.
 """
 
 import argparse
