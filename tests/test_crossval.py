@@ -96,7 +96,7 @@ def test_a_second_call_trains_nothing_and_a_lost_job_is_made_again(data, run, mo
 
 
 def test_worker_processes_give_the_same_predictions(data, run, tmp_path):
-    """Up to rounding: matrix products round by where their operands lie in memory, and training adds that up."""
+    """Up to rounding: products round by where their operands lie in memory, and training adds that up."""
     predictions, _ = run
     methods = ["mean", "hdmil_dagger"]
     parallel = run_crossval(*data, methods, 3, 0, RECIPE, tmp_path, workers=2, progress=False)
