@@ -79,7 +79,7 @@ class TrainSettings:
 PAPER_TRAINING = TrainSettings()
 PAPER_LIPN_TRAINING = TrainSettings(learning_rate=1e-4, min_epochs=0, patience=5)
 MINI_TRAINING = TrainSettings(1e-3, epochs=40, min_epochs=15, patience=10, standardize=True, batch_size=4)
-MINI_LIPN_TRAINING = TrainSettings(learning_rate=1e-3, epochs=15, min_epochs=0, patience=5)
+MINI_LIPN_TRAINING = TrainSettings(learning_rate=1e-3, epochs=12, min_epochs=12)
 
 
 def train_model(
