@@ -274,11 +274,12 @@ def check_agreement(case: Case, arguments: Sequence[Tensor]) -> None:
 def times_ms(
     contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int
 ) -> dict[str, list[float]]:
-    """Times of each contender, in turns."""
+    """Times of each contender, in turns, each after a call untimed: none pays for caches another emptied."""
     synchronize = torch.cuda.synchronize if arguments[0].is_cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 2):
         for name, function in contenders.items():
+            run(function, arguments)
             synchronize()
             start = time.perf_counter()
             run(function, arguments)

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from hdmil_lib import config
 from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features import encoders, engines, networks
@@ -268,6 +269,6 @@ def test_threads_are_taken_and_given_back(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with engines._all_cores():
+    with config.torch_threads(config.n_threads()):
         assert asked == [3]
     assert asked == [3, 1]

@@ -3,15 +3,13 @@
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from hdmil_lib.config import n_threads
+from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.networks import TileNetwork
 
@@ -32,7 +30,7 @@ class TorchEngine:
         with (
             torch.inference_mode(),
             torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"),
-            _all_cores(),
+            torch_threads(n_threads()),
         ):
             return self._network(torch.from_numpy(tiles).to(self._device)).float().cpu().numpy()
 
@@ -111,14 +109,3 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
     ov.save_model(model, partial, compress_to_fp16=False)
     for suffix in (".bin", ".xml"):  # the .xml last: it is what the reader looks for
         partial.with_suffix(suffix).replace(path.with_suffix(suffix))
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Give PyTorch every core of the process, or as many as OMP_NUM_THREADS allows, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

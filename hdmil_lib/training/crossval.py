@@ -5,8 +5,10 @@ import json
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hdmil_lib.config import cache_dir
+from hdmil_lib.config import cache_dir, torch_threads
 from hdmil_lib.data import Cohort, Split, make_splits, write_splits
 from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.features.bagstore import Bag
@@ -77,7 +79,8 @@ def run_crossval(
         seed: Of splits, initial weights, training and random tiles.
         recipe: Settings of the networks, such as `RECIPES["camelyon-mini"]`; its seeds give way to `seed`.
         out_dir: Gets the splits and a folder `<method>/fold<k>` each; default: `run_dir` of the others.
-        workers: Processes, each with one torch thread; 1 trains in this process.
+        workers: Processes, this one among them, each with one torch thread; 1 trains here alone, with the
+            threads that torch has.
         progress: Show a bar over jobs.
 
     Returns:
@@ -177,21 +180,60 @@ def _waves(methods: Sequence[str]) -> list[list[str]]:
 
 
 def _run(waves: list[list[_Job]], bags: Mapping[str, Bag], workers: int, progress: bool) -> None:
-    """Run the jobs that have no predictions yet, one wave after the other."""
+    """Run the jobs that have no predictions yet, one wave after the other.
+
+    This process is one of the workers: it trains while the others still import.
+    """
     todo = [[job for job in wave if not job.predictions.is_file()] for wave in waves]
     n_jobs, n_todo = sum(map(len, waves)), sum(map(len, todo))
-    workers = min(workers, n_todo)
+    helpers = min(workers, n_todo) - 1
     with tqdm(total=n_jobs, initial=n_jobs - n_todo, disable=not progress, desc="cross-validation") as bar:
-        if workers <= 1:
+        if helpers < 1:
             for job in chain(*todo):
                 _run_job(job, bags)
                 bar.update()
             return
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, _start_worker, (dict(bags),)) as pool:
+        with (
+            torch_threads(1),
+            ProcessPoolExecutor(helpers, spawn, _start_worker, (dict(bags),)) as processes,
+            ThreadPoolExecutor(helpers) as threads,
+        ):
             for wave in todo:
-                for _ in pool.map(_run_in_worker, wave):
-                    bar.update()
+                _share(deque(wave), bags, processes, threads, helpers, bar)
+
+
+def _share(
+    jobs: deque[_Job],
+    bags: Mapping[str, Bag],
+    processes: Executor,
+    threads: Executor,
+    helpers: int,
+    bar: tqdm,
+) -> None:
+    """Run jobs here and in `helpers` processes, each taking the next one when it is free."""
+
+    def next_job() -> _Job | None:
+        with suppress(IndexError):  # another thread took the last one
+            return jobs.popleft()
+        return None
+
+    def work(run: Callable[[_Job], object]) -> None:
+        try:
+            while job := next_job():
+                run(job)
+                bar.update()
+        except BaseException:
+            jobs.clear()
+            raise
+
+    waiting = [
+        threads.submit(work, lambda job: processes.submit(_run_in_worker, job).result())
+        for _ in range(helpers)
+    ]
+    work(lambda job: _run_job(job, bags))
+    for thread in waiting:
+        thread.result()
 
 
 _worker_bags: dict[str, Bag] = {}
