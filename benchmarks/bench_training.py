@@ -5,8 +5,8 @@
 The plain loop takes one bag a step, in float32, from a list of tensors, fold after fold, in one process.
 The engine is `run_crossval`: bags from memory in half precision, several a step through the segment
 operators, folds side by side in two processes. Both train the same networks on the same folds of
-`camelyon-mini` (synthetic) for the same number of epochs; the engine's seconds include starting its
-processes. The GEMM floor is the time that the matrix products of all steps alone take at the rate of a large
+`camelyon-mini` (synthetic) for the same number of epochs, by default the longest that the recipe allows; the
+engine's seconds include starting its processes. The GEMM floor is the time that the matrix products of all steps alone take at the rate of a large
 float32 product on as many cores. Results go to `benchmarks/results/training.json`.
 """
 
@@ -114,7 +114,7 @@ def flops(name: str, recipe: Recipe, bags: RaggedBags, slide_ids: list[str]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=RECIPES[COHORT].training.epochs)
     parser.add_argument("--models", nargs="+", choices=METHOD, default=list(METHOD))
     arguments = parser.parse_args()
     setup()

@@ -14,7 +14,7 @@ from torch import nn
 from hdmil_lib import config
 from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import HDMILError
-from hdmil_lib.features import encoders, engines, networks
+from hdmil_lib.features import encoders, networks
 from hdmil_lib.features.encoders import ENCODERS, EncoderSpec, load_encoder
 from hdmil_lib.features.engines import has_openvino
 from hdmil_lib.features.networks import TileNetwork, build_network, fuse_batch_norms, weights_hash
