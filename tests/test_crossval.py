@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.data import read_splits
-from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
+from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
 from hdmil_lib.models import MODELS
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import load_dmin, load_fold, run_crossval, run_dir
@@ -103,6 +103,23 @@ def test_worker_processes_give_the_same_predictions(data, run, tmp_path):
     expected = predictions[predictions["method"].isin(methods)]
     expected = pd.concat([expected[expected["method"] == m] for m in methods], ignore_index=True)
     pd.testing.assert_frame_equal(parallel, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_fails_ends_the_run_with_its_error(data, tmp_path, workers):
+    cohort, bags = data
+    bad = cohort.slide_ids[0]
+    features = bags[bad].features.copy()
+    features[1, 2] = np.nan
+    bags = bags | {bad: replace(bags[bad], features=features)}
+    with pytest.raises(BagError, match=f"bag '{bad}': features with nan"):
+        run_crossval(cohort, bags, ["mean"], 3, 0, RECIPE, tmp_path, workers=workers, progress=False)
+
+
+def test_torch_gets_its_threads_back(data, tmp_path):
+    before = torch.get_num_threads()
+    run_crossval(*data, ["mean"], 3, 0, RECIPE, tmp_path, workers=2, progress=False)
+    assert torch.get_num_threads() == before
 
 
 def test_what_a_method_builds_on_is_trained_first_but_not_returned(data, tmp_path):

@@ -77,6 +77,27 @@ def test_tumor_covers_the_share_of_tissue_that_was_asked(share, seed):
     assert covered == pytest.approx(share, rel=0.2, abs=0.002)
 
 
+def tissue_of(other_share, seed=0):
+    recipe = Recipe("lung", 0.5, "solid", "glands", other_share)
+    points = np.arange(0, 1800, 8, dtype=np.float32)
+    return Anatomy(recipe, (1800.0, 1800.0), seed).at(*np.meshgrid(points, points))["tissue"]
+
+
+def test_a_mixed_tumor_is_of_both_arrangements():
+    shares = []
+    for seed in range(4):
+        own, mixed, other = (tissue_of(share, seed) for share in (0.0, 0.4, 1.0))
+        differ = own != other
+        assert ((mixed == own) | (mixed == other)).all()
+        shares.append((mixed == other)[differ].mean())
+    # A smooth field with two or three patches across a slide: its share spreads around what was asked.
+    assert np.mean(shares) == pytest.approx(0.4, abs=0.15)
+    recipe = Recipe("lung", 0.5, "solid", "glands", 0.0)
+    plain = Anatomy(replace(recipe, other=None), (1800.0, 1800.0), 0)
+    points = np.meshgrid(*[np.arange(0, 1800, 8, dtype=np.float32)] * 2)
+    assert (plain.at(*points)["tissue"] == tissue_of(0.0)).all()
+
+
 def test_truth_marks_what_the_tumor_changes():
     """The same slide painted with and without its tumor differs inside the mask, and only there."""
     recipe = Recipe(tumor_share=0.15, grade=0.9)

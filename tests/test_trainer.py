@@ -206,6 +206,15 @@ def test_divergence_is_an_error_not_a_result(data, tmp_path):
         train_model(small_model("mean"), bags, split, labels, replace(SHORT, learning_rate=1e30), tmp_path)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_of_one_class_trains_and_says_that_it_has_no_auc(data, tmp_path, part):
+    bags, split, labels = data
+    split = replace(split, **{part: [s for s in getattr(split, part) if labels[s] == 0]})
+    history = train_model(small_model(), bags, split, labels, SHORT, tmp_path)
+    assert np.isfinite(history["val_loss"]).all()
+    assert history["val_auc"].isna().all() == (part == "val")
+
+
 @pytest.mark.parametrize("name", ["mean", "max", "abmil", "dmin"])
 def test_bags_of_one_tile_train_and_predict(name, tmp_path):
     bags, labels = make_bags(12, n_tiles=1)

@@ -12,6 +12,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from scipy.spatial import cKDTree
+from scipy.stats import norm
 
 
 class Tissue(IntEnum):
@@ -38,6 +39,8 @@ class Recipe:
         organ: "node", "lung" or "breast".
         tumor_share: Share of the tissue that lies in tumor foci, 0 to 1.
         architecture: How tumor cells are arranged: "nests", "glands", "solid" or "files".
+        other: Arrangement of the rest of the tumor, if it is mixed.
+        other_share: Share of the tumor that is arranged so.
         grade: Mean atypia of the tumor, 0 benign to 1 anaplastic.
         grade_spread: Half the range of the atypia between foci, benign and malignant.
         patchiness: How much of a large focus looks benign: 0 none, 1 most of its rim, more also of its core.
@@ -50,6 +53,8 @@ class Recipe:
     organ: str = "node"
     tumor_share: float = 0.0
     architecture: str = "nests"
+    other: str | None = None
+    other_share: float = 0.0
     grade: float = 0.6
     grade_spread: float = 0.15
     patchiness: float = 0.0
@@ -253,6 +258,10 @@ class Anatomy:
             density = np.where(inside, density * (1 + self.recipe.density_contrast), density)
             level = np.where(inside, 50.0, level)
             tissue, level = self._arrange(self.recipe.architecture, inside, tissue, level, x, y, u, v)
+            if self.recipe.other:
+                mixed = inside & (self.noise(x, y, 350, 31) < norm.ppf(self.recipe.other_share))
+                level = np.where(mixed, 50.0, level)
+                tissue, level = self._arrange(self.recipe.other, mixed, tissue, level, x, y, u, v)
 
         blood = self._layer(self.vessels, wx, wy)
         tissue = np.where(blood > -6, np.where(blood > 0, Tissue.BLOOD, Tissue.STROMA), tissue)

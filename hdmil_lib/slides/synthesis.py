@@ -8,7 +8,7 @@ serves teaching and evaluation; training never reads it.
 
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,6 +28,21 @@ TUMOR = 255  # value of tumor in a truth mask
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A tumor that is arranged in its own way and, in part, in another: as real ones are.
+
+    Attributes:
+        own: Arrangement of most of it.
+        other: Of the rest.
+        most: Largest share of the rest; drawn uniformly for each slide.
+    """
+
+    own: str
+    other: str | None = None
+    most: float = 0.0
+
+
+@dataclass(frozen=True)
 class CohortPreset:
     """A synthetic cohort: what its slides hold and how hard they are.
 
@@ -39,7 +54,7 @@ class CohortPreset:
         organ: "node", "lung" or "breast".
         classes: Names of the classes, in the order of their indices.
         proportions: Share of each class among the cases.
-        architectures: Arrangement of the tumor cells in each class; see `Recipe`.
+        architectures: Arrangement of the tumor cells in each class, or a `Mixture`; see `Recipe`.
         tumor_share: For each class, (lowest, highest) share of the tissue; drawn uniformly.
         grade: Mean atypia of the tumor in each class, 0 benign to 1 anaplastic.
         grade_sd: Standard deviation of the mean atypia between slides.
@@ -59,7 +74,7 @@ class CohortPreset:
     organ: str
     classes: tuple[str, ...]
     proportions: tuple[float, ...]
-    architectures: tuple[str, ...]
+    architectures: tuple[str | Mixture, ...]
     tumor_share: tuple[tuple[float, float], ...]
     grade: tuple[float, ...]
     grade_sd: float = 0.06
@@ -78,10 +93,13 @@ class CohortPreset:
         """What one slide of a class holds."""
         index = self.classes.index(label)
         low, high = self.tumor_share[index]
-        return Recipe(
+        kind = self.architectures[index]
+        mixture = Mixture(kind) if isinstance(kind, str) else kind
+        recipe = Recipe(
             organ=self.organ,
             tumor_share=float(rng.uniform(low, high)),
-            architecture=self.architectures[index],
+            architecture=mixture.own,
+            other=mixture.other,
             grade=float(np.clip(rng.normal(self.grade[index], self.grade_sd), 0, 1)),
             grade_spread=self.grade_spread,
             patchiness=self.patchiness,
@@ -90,6 +108,7 @@ class CohortPreset:
             density_contrast=self.density_contrast,
             tissue_share=tissue_share,
         )
+        return replace(recipe, other_share=float(rng.uniform(0, mixture.most))) if mixture.other else recipe
 
 
 PRESETS: dict[str, CohortPreset] = {
@@ -115,7 +134,7 @@ PRESETS: dict[str, CohortPreset] = {
             organ="lung",
             classes=("LUAD", "LUSC"),
             proportions=(0.5, 0.5),
-            architectures=("glands", "solid"),
+            architectures=(Mixture("glands", "solid", 0.55), Mixture("solid", "glands", 0.55)),
             tumor_share=((0.2, 0.7), (0.2, 0.7)),
             grade=(0.55, 0.6),
         ),
@@ -124,9 +143,9 @@ PRESETS: dict[str, CohortPreset] = {
             organ="breast",
             classes=("IDC", "ILC"),
             proportions=(0.8, 0.2),
-            architectures=("nests", "files"),
+            architectures=(Mixture("nests", "files", 0.55), Mixture("files", "nests", 0.55)),
             tumor_share=((0.1, 0.6), (0.1, 0.6)),
-            grade=(0.55, 0.35),
+            grade=(0.5, 0.42),
         ),
     )
 }
