@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import openslide
@@ -11,6 +12,9 @@ from PIL import Image
 from scipy import sparse
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.stored_tiles import StoredTiles
+
+Reader = Literal["auto", "openslide", "stored"]
 
 LEVEL_TOLERANCE = 1.02
 """A level may be this much coarser than the mpp asked for: 0.505 um/px serves 0.5."""
@@ -43,6 +47,9 @@ class Level:
 class Slide:
     """A whole-slide image opened with OpenSlide; usable as a context manager and from several threads.
 
+    Where the file is a TIFF with JPEG tiles, pixels come from `StoredTiles`, which decodes each of them once;
+    everything else is OpenSlide's.
+
     Attributes:
         path: The file.
         name: File name without its suffix: the slide's id.
@@ -53,15 +60,24 @@ class Slide:
         levels: The pyramid, finest first.
     """
 
-    def __init__(self, path: str | Path, mpp: float | tuple[float, float] | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        mpp: float | tuple[float, float] | None = None,
+        *,
+        reader: Reader = "auto",
+    ):
         """Open a slide.
 
         Args:
             path: A file that OpenSlide reads.
             mpp: Micrometres per level-0 pixel, one number or (x, y); overrides what the file says.
+            reader: What decodes: "stored" are the file's own tiles, "openslide" reads every format, and
+                "auto" takes the first where the file allows it.
 
         Raises:
-            SlideError: The file is missing, is no slide, is damaged, or has no scale and `mpp` is None.
+            SlideError: The file is missing, is no slide, is damaged, has no scale and `mpp` is None, or has
+                no tiles for "stored".
         """
         self.path = Path(path)
         self.name = self.path.stem
@@ -75,6 +91,12 @@ class Slide:
             Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
             for w, h in self._slide.level_dimensions
         ]
+        self._stored = (
+            None if reader == "openslide" else StoredTiles.open(self.path, self._slide.level_dimensions)
+        )
+        if reader == "stored" and self._stored is None:
+            self.close()
+            raise SlideError(f"{self.path}: stores no JPEG tiles that could be read; use reader='auto'")
         try:
             self.mpp = _given_mpp(mpp) if mpp is not None else _stored_mpp(properties)
         except ValueError as error:
@@ -93,6 +115,8 @@ class Slide:
     def close(self) -> None:
         """Release the file."""
         self._slide.close()
+        if self._stored:
+            self._stored.close()
 
     def read_field(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
         """Read a rectangle at any scale, from the coarsest level that is fine enough.
@@ -189,13 +213,18 @@ class Slide:
     def _read_level(self, index: int, left: float, top: float, right: float, bottom: float):
         """Read at least the given rectangle of a level, in pixels of that level.
 
-        OpenSlide takes whole level-0 pixels and divides them by its own downsample, which on levels
-        of odd size is not the true one, and it misplaces fractions of a pixel left of 0. So it is
-        asked from 0 on, and the position it really reads at is returned.
+        Stored tiles are read from the whole pixel before. OpenSlide takes whole level-0 pixels and divides
+        them by its own downsample, which on levels of odd size is not the true one, and it misplaces
+        fractions of a pixel left of 0. So it is asked from 0 on, and the position it really reads at is
+        returned.
 
         Returns:
             The region as an RGB image, white outside of the slide, and the (x, y) of its corner.
         """
+        if self._stored:
+            u, v = math.floor(left), math.floor(top)
+            size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
+            return Image.fromarray(self._stored.read(index, u, v, *size)), (u, v)
         downsample = self._downsamples[index]
         pad = [max(0, -math.floor(edge)) for edge in (left, top)]
         start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]

@@ -1,0 +1,113 @@
+"""What does it cost to read a tile? Stored tiles against OpenSlide, and against the bare decoder.
+
+    python benchmarks/bench_reading.py [--slide FILE ...] [--repeats N]
+
+CPU time of one thread, in milliseconds a tile of 256 x 256 pixels, of three ways that take turns on the same
+tiles of a slide: `read_region` of OpenSlide, `Slide.read_field` from stored tiles with nothing decoded before,
+and the JPEG decoder alone on the stored tiles under these fields, each once: the limit of any reader. Fields
+lie on the slide's own scale: once on the grid of stored tiles, once off it. Pixels of both readers are held
+equal first. By default a synthetic slide is read; results go to `benchmarks/results/reading.json`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from hdmil_lib.config import setup
+from hdmil_lib.data import large_slides
+from hdmil_lib.slides import Slide
+from hdmil_lib.slides.stored_tiles import StoredTiles
+
+RESULTS = Path(__file__).resolve().parent / "results" / "reading.json"
+TILE, MOST = 256, 1_000
+
+
+def cpu_ms(read: Callable[[], Iterable], n_tiles: int) -> float:
+    start = time.process_time()
+    for _ in read():
+        pass
+    return 1e3 * (time.process_time() - start) / n_tiles
+
+
+def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
+    """Medians for fields that start `offset` pixels off the grid of stored tiles."""
+    with Slide(path, reader="stored") as slide:
+        width, height = slide.dimensions
+        mpp = slide.mpp[0]
+        page = slide._stored._levels[0].page
+        side = page.tilewidth
+    xs, ys = range(offset, width - TILE, TILE), range(offset, height - TILE, TILE)
+    n_rows = min(len(ys), max(1, MOST // len(xs)))
+    corners = [(x, y) for y in ys[:n_rows] for x in xs]
+
+    def by_openslide():
+        with openslide.OpenSlide(path) as reference:
+            for corner in corners:
+                yield np.asarray(reference.read_region(corner, 0, (TILE, TILE)).convert("RGB"))
+
+    def by_stored():
+        with Slide(path, (mpp, mpp), reader="stored") as slide:
+            for x, y in corners:
+                yield slide.read_field(x, y, (TILE, TILE), mpp)
+
+    def by_decoder():
+        tiles = StoredTiles.open(path, [(width, height)])
+        under = {
+            row * tiles._levels[0].columns + column
+            for x, y in corners
+            for row in range(y // side, -(-(y + TILE) // side))
+            for column in range(x // side, -(-(x + TILE) // side))
+        }
+        for index in sorted(under):
+            yield tiles._decode(0, index)
+        tiles.close()
+
+    for mine, reference in zip(by_stored(), by_openslide(), strict=True):
+        if not (mine == reference).all():
+            raise SystemExit(f"{path}: the readers differ")
+    ways = {"openslide": by_openslide, "stored": by_stored, "decoder": by_decoder}
+    times = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            times[name].append(cpu_ms(way, len(corners)))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "tiles": len(corners),
+        **{f"{name}, ms": round(value, 3) for name, value in medians.items()},
+        "openslide / stored": round(medians["openslide"] / medians["stored"], 2),
+        "stored / decoder": round(medians["stored"] / medians["decoder"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slide", type=Path, nargs="+", default=[], help="slides beside the synthetic one")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    setup()
+    slides = {"synthetic, JPEG tiles of 256": large_slides("camelyon-mini", 1, 8_192)[0]}
+    slides |= {path.name: path for path in args.slide}
+    rows = {}
+    for name, path in slides.items():
+        for kind, offset in (("on the grid", 0), ("off the grid", 100)):
+            rows[f"{name}, {kind}"] = measure(path, offset, args.repeats)
+            print(name, kind, rows[f"{name}, {kind}"], flush=True)
+    result = {
+        "device": f"{platform.machine()} CPU, one thread",
+        "load_average": round(os.getloadavg()[0], 1),
+        "repeats": args.repeats,
+        "slides": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The stored tiles of a TIFF slide, each decoded once: the fast way to read fields.
+
+A field of a tile grid hardly ever lies on the grid in which the file stores its pixels. OpenSlide decodes all
+stored tiles under a field for every call; here a decoded tile stays in memory until its neighbors have been
+read, so that the fields of a slide, row by row, decode each stored tile once and skip those that none needs.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import tifffile
+
+from hdmil_lib.errors import SlideError
+
+COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
+CACHE_BYTES = 128 * 2**20
+"""Decoded tiles held: two rows of a slide 80,000 pixels wide, for 256 x 256 pixels a tile."""
+
+
+@dataclass(frozen=True)
+class _StoredLevel:
+    """One level: where its tiles lie in the file, and how they are decoded."""
+
+    page: tifffile.TiffPage
+    offsets: np.ndarray
+    sizes: np.ndarray
+    decode: Callable[..., tuple]
+
+    @property
+    def columns(self) -> int:
+        return -(-self.page.imagewidth // self.page.tilewidth)
+
+
+class StoredTiles:
+    """Levels of a slide whose TIFF stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB form.
+
+    Usable from several threads. Pixels are those of OpenSlide: both decode with libjpeg-turbo or OpenJPEG.
+    """
+
+    def __init__(self, path: Path, levels: Sequence[_StoredLevel]):
+        self.path, self._levels = path, levels
+        self._file = os.open(path, os.O_RDONLY)
+        self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._held, self._lock = 0, Lock()
+
+    @classmethod
+    def open(cls, path: Path, sizes: Sequence[tuple[int, int]]) -> "StoredTiles | None":
+        """Open a slide with levels of these (width, height); None where the file stores them otherwise."""
+        try:
+            with tifffile.TiffFile(path) as file:
+                pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if _is_readable(p)}
+                if not all(size in pages for size in sizes):
+                    return None
+                return cls(path, [_level(pages[size]) for size in sizes])
+        except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError):
+            return None
+
+    def close(self) -> None:
+        """Release the file and the decoded tiles."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+        self._decoded.clear()
+
+    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """A rectangle of a level, in pixels of that level; it may reach beyond.
+
+        Returns:
+            RGB pixels, uint8 (height, width, 3); white where the slide has none.
+
+        Raises:
+            SlideError: A tile is damaged; its place is named. Other tiles can still be read.
+        """
+        stored = self._levels[level]
+        tile_w, tile_h = stored.page.tilewidth, stored.page.tilelength
+        right = min(left + width, stored.page.imagewidth)
+        bottom = min(top + height, stored.page.imagelength)
+        region = np.full((height, width, 3), 255, np.uint8)
+        for row in range(max(top, 0) // tile_h, -(-bottom // tile_h)):
+            for column in range(max(left, 0) // tile_w, -(-right // tile_w)):
+                tile = self._tile(level, row * stored.columns + column)
+                if tile is None:
+                    continue
+                x, y = column * tile_w, row * tile_h
+                x0, x1 = max(left, x), min(right, x + tile_w)
+                y0, y1 = max(top, y), min(bottom, y + tile_h)
+                region[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+        return region
+
+    def _tile(self, level: int, index: int) -> np.ndarray | None:
+        """One stored tile, uint8 (h, w, 3), from memory or decoded; None where the file has none."""
+        with self._lock:
+            if (level, index) in self._decoded:
+                self._decoded.move_to_end((level, index))
+                return self._decoded[level, index]
+        tile = self._decode(level, index)
+        if tile is None:
+            return None
+        with self._lock:
+            if (level, index) not in self._decoded:
+                self._decoded[level, index] = tile
+                self._held += tile.nbytes
+            while self._held > CACHE_BYTES and len(self._decoded) > 1:
+                self._held -= self._decoded.popitem(last=False)[1].nbytes
+        return tile
+
+    def _decode(self, level: int, index: int) -> np.ndarray | None:
+        stored = self._levels[level]
+        size = int(stored.sizes[index])
+        if size == 0:
+            return None
+        data = os.pread(self._file, size, int(stored.offsets[index]))
+        try:
+            tile = stored.decode(data, index)[0]
+        except Exception as error:  # each codec has errors of its own
+            raise self._damaged(level, index, str(error)) from error
+        if len(data) < size or tile is None or tile.shape[-1] != 3:
+            raise self._damaged(level, index, "the file ends before it")
+        return tile[0]
+
+    def _damaged(self, level: int, index: int, why: str) -> SlideError:
+        stored = self._levels[level]
+        row, column = divmod(index, stored.columns)
+        where = f"({column * stored.page.tilewidth}, {row * stored.page.tilelength})"
+        return SlideError(
+            f"{self.path}: cannot read level {level} at its pixel {where}: {why}. "
+            "The file is damaged or incomplete; copy or download it again."
+        )
+
+
+def _is_readable(page: tifffile.TiffPage) -> bool:
+    return (
+        page.is_tiled
+        and page.compression in COMPRESSIONS
+        and page.samplesperpixel == 3
+        and page.bitspersample == 8
+        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+        and page.imagedepth == page.tiledepth == 1
+    )
+
+
+def _level(page: tifffile.TiffPage) -> _StoredLevel:
+    """What reading needs of a page, taken from the file while it is open."""
+    decode = partial(page.decode, jpegtables=page.jpegtables)
+    return _StoredLevel(page, np.array(page.dataoffsets), np.array(page.databytecounts), decode)

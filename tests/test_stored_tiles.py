@@ -1,0 +1,172 @@
+"""Stored tiles are read as OpenSlide reads them, each is decoded once, and a damaged one harms no other."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slide_factory import write_slide
+
+from hdmil_lib.errors import SlideError
+from hdmil_lib.slides import Slide, stored_tiles
+from hdmil_lib.slides.stored_tiles import StoredTiles
+
+SIZE = (300, 420)  # no multiple of a tile
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Blobs of color, rough enough that a wrong place shows."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 10, SIZE[0] // 10, 3), np.uint8)
+    return cv2.resize(noise, SIZE, interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, pixels):
+    return write_slide(tmp_path_factory.mktemp("s") / "a.tif", pixels, compression="jpeg")
+
+
+def openslide_pixels(path, level, left, top, width, height):
+    """What OpenSlide has there, on white; the place is a whole number of level-0 pixels."""
+    with openslide.OpenSlide(path) as slide:
+        scale = round(slide.level_downsamples[level])
+        region = np.array(slide.read_region((left * scale, top * scale), level, (width, height)))
+    return np.where(region[..., 3:] == 0, 255, region[..., :3])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    level=st.integers(0, 2),
+    left=st.integers(0, 320),
+    top=st.integers(0, 440),
+    width=st.integers(1, 200),
+    height=st.integers(1, 200),
+)
+def test_every_rectangle_has_the_pixels_of_openslide(path, level, left, top, width, height):
+    with openslide.OpenSlide(path) as slide:
+        tiles = StoredTiles.open(path, slide.level_dimensions)
+    box = (level, left, top, width, height)
+    assert (tiles.read(*box) == openslide_pixels(path, *box)).all()
+    tiles.close()
+
+
+def test_left_of_and_above_the_slide_it_is_white(path):
+    with Slide(path, reader="stored") as slide:
+        inside = slide._stored.read(0, 0, 0, 50, 60)
+        around = slide._stored.read(0, -10, -20, 60, 80)
+    assert (around[20:, 10:] == inside).all()
+    assert (around[:20] == 255).all() and (around[:, :10] == 255).all()
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.61, 1.0, 1.7])
+def test_fields_and_thumbnails_do_not_depend_on_the_reader(path, mpp):
+    with Slide(path) as stored, Slide(path, reader="openslide") as reference:
+        assert stored._stored is not None and reference._stored is None
+        fields = [s.read_field(33.5, 71.25, (96, 80), mpp).astype(int) for s in (stored, reference)]
+        # Levels of odd size: OpenSlide starts up to a pixel earlier, and the filter rounds otherwise.
+        assert np.abs(fields[0] - fields[1]).max() <= (0 if mpp < 1 else 3)
+        assert np.abs(np.subtract(*[s.thumbnail(mpp).astype(int) for s in (stored, reference)])).max() <= 3
+
+
+def aperio(path, pixels):
+    """An Aperio slide of JPEG 2000 tiles in RGB."""
+    tifffile.imwrite(
+        path,
+        pixels,
+        tile=(128, 128),
+        photometric="rgb",
+        compression="APERIO_JP2000_RGB",
+        compressionargs={"level": 40},
+        description="Aperio Image Library v1\r\n300x420|AppMag = 20|MPP = 0.5",
+        metadata=None,
+    )
+    return path
+
+
+def test_jpeg_2000_of_aperio(tmp_path, pixels):
+    path = aperio(tmp_path / "a.svs", pixels)
+    with Slide(path, reader="stored") as slide:
+        assert slide.vendor == "aperio" and slide.mpp == (0.5, 0.5)
+        mine = slide.read_field(37, 91, (200, 220), 0.5)
+    # Two decoders of an irreversible transform may round differently.
+    difference = np.abs(mine.astype(int) - openslide_pixels(path, 0, 37, 91, 200, 220))
+    assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("compression", ["packbits", "deflate"])
+def test_other_files_are_left_to_openslide(tmp_path, pixels, compression):
+    path = write_slide(tmp_path / "a.tif", pixels, compression=compression)
+    with Slide(path) as slide:
+        assert slide._stored is None
+        assert (slide.read_field(0, 0, (100, 100), 0.5) == pixels[:100, :100]).all()
+    with pytest.raises(SlideError, match=r"a\.tif: stores no JPEG tiles.*reader='auto'"):
+        Slide(path, reader="stored")
+
+
+def test_a_tile_is_decoded_once_while_its_neighbors_are_read(path, monkeypatch):
+    asked = []
+    decode = StoredTiles._decode
+    monkeypatch.setattr(StoredTiles, "_decode", lambda self, *at: asked.append(at) or decode(self, *at))
+    with Slide(path) as slide:
+        for y in range(0, 420, 60):
+            for x in range(0, 300, 60):
+                slide.read_field(x + 0.5, y + 0.5, (60, 60), 0.5)
+    assert len(asked) == len(set(asked)) == 5 * 7
+
+
+def test_memory_is_bounded(path, pixels, monkeypatch):
+    monkeypatch.setattr(stored_tiles, "CACHE_BYTES", 3 * 64 * 64 * 3)
+    with Slide(path) as slide:
+        whole = slide.read_field(0, 0, SIZE, 0.5)
+        held = slide._stored._decoded
+        assert len(held) == 3 and slide._stored._held == sum(t.nbytes for t in held.values())
+    assert (whole == openslide_pixels(path, 0, 0, 0, *SIZE)).all()
+
+
+def test_threads_read_the_same_pixels(path, monkeypatch):
+    monkeypatch.setattr(stored_tiles, "CACHE_BYTES", 5 * 64 * 64 * 3)
+    boxes = [(0, x, y, 90, 70) for x in range(0, 300, 41) for y in range(0, 420, 37)]
+    with Slide(path) as slide, ThreadPoolExecutor(8) as pool:
+        for box, region in zip(boxes, pool.map(lambda b: slide._stored.read(*b), boxes), strict=True):
+            assert (region == openslide_pixels(path, *box)).all()
+
+
+@pytest.mark.parametrize("how", ["garbage", "cut off"])
+def test_a_damaged_tile_is_named_and_harms_no_other(tmp_path, path, how):
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        offset, size = page.dataoffsets[6], page.databytecounts[6]  # second row, second column of 64
+    data = bytearray(path.read_bytes())
+    data[offset : offset + size] = (
+        b"\0" * size if how == "garbage" else data[offset : offset + 30].ljust(size, b"\0")
+    )
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes(data)
+    with Slide(bad) as slide:
+        with pytest.raises(SlideError, match=r"bad\.tif: cannot read level 0 at its pixel \(64, 64\)"):
+            slide.read_field(100, 100, (10, 10), 0.5)
+        fine = slide.read_field(130, 130, (90, 90), 0.5)
+    assert (fine == openslide_pixels(path, 0, 130, 130, 90, 90)).all()
+
+
+def test_a_tile_that_the_file_does_not_store_is_white(tmp_path, pixels):
+    path = aperio(tmp_path / "a.svs", pixels)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        counts = list(file.pages[0].databytecounts)
+        counts[0] = 0
+        file.pages[0].tags["TileByteCounts"].overwrite(counts)
+    with Slide(path, reader="stored") as slide:
+        field = slide.read_field(0, 0, (256, 128), 0.5)
+    assert (field[:, :128] == 255).all() and (field[:, 128:] != 255).any()
+
+
+def test_the_real_slide(real_data):
+    path = real_data / "cmu_small_region.svs"
+    with Slide(path) as slide:
+        assert slide._stored is not None
+        for x, y in ((0, 0), (501, 733), (2000, 2800)):
+            assert (slide._stored.read(0, x, y, 300, 200) == openslide_pixels(path, 0, x, y, 300, 200)).all()
