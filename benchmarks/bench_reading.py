@@ -3,10 +3,10 @@
     python benchmarks/bench_reading.py [--slide FILE ...] [--repeats N]
 
 CPU time of one thread, in milliseconds a tile of 256 x 256 pixels, of three ways that take turns on the same
-tiles of a slide: `read_region` of OpenSlide, `Slide.read_field` from stored tiles with nothing decoded before,
-and the JPEG decoder alone on the stored tiles under these fields, each once: the limit of any reader. Fields
-lie on the slide's own scale: once on the grid of stored tiles, once off it. Pixels of both readers are held
-equal first. By default a synthetic slide is read; results go to `benchmarks/results/reading.json`.
+tiles of a slide: `read_region` of OpenSlide; `Slide.read_field` from stored tiles, with nothing decoded
+before; and the decoder alone on the stored tiles under these fields, each once, the limit of any reader.
+Fields lie on the slide's own scale: once on the grid of stored tiles, once off it. Pixels of both readers are
+held equal first. By default a synthetic slide is read; results go to `benchmarks/results/reading.json`.
 """
 
 import argparse

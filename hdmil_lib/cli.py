@@ -136,6 +136,7 @@ def predict(
     heatmap: Annotated[Path | None, typer.Option(help="Write attention and kept tiles as a picture.")] = None,
     all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Read every tile (HDMIL†).")] = False,
     mpp: Annotated[float | None, typer.Option(help="um per level-0 pixel, if the file does not say.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a tile is damaged.")] = False,
 ) -> None:
     """Classify a slide: choose tiles on the thumbnail, read those, and say what they show."""
     from hdmil_lib.config import setup
@@ -144,13 +145,16 @@ def predict(
     setup()
     if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
         raise HDMILError(f"{heatmap}: cannot write such a picture; name it {' or '.join(PICTURE_SUFFIXES)}")
-    prediction = Predictor.load(model).predict(slide, prescreen=not all_tiles, mpp=mpp, progress=True)
+    options = dict(prescreen=not all_tiles, mpp=mpp, strict=strict, progress=True)
+    prediction = Predictor.load(model).predict(slide, **options)
     order = prediction.probabilities.argsort()[::-1]
     ranked = ", ".join(f"{prediction.classes[c]} {prediction.probabilities[c]:.3f}" for c in order)
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in prediction.seconds.items())
     typer.echo(f"slide    {prediction.slide_id}")
     typer.echo(f"class    {prediction.label} ({ranked})")
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
+    if len(prediction.broken):
+        typer.echo(f"damaged  {len(prediction.broken):,} tiles could not be read; the others decided")
     typer.echo(f"seconds  {stages}")
     if heatmap is not None:
         _write_heatmap(prediction, heatmap)

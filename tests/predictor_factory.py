@@ -25,14 +25,16 @@ class ColorEncoder:
 CONFIG = ModelConfig(("normal", "tumor"), "color", "c01", thresholds=(0.5, 0.5))
 
 
-def write_textured_slide(path: Path, rows: int = 5, cols: int = 7, seed: int = 0) -> Path:
+def write_textured_slide(
+    path: Path, rows: int = 5, cols: int = 7, seed: int = 0, compression: str = "packbits"
+) -> Path:
     """A slide of rows x cols tiles, each its own shade of tissue with its own grain."""
     rng = np.random.default_rng(seed)
     shades = rng.integers(110, 190, (rows, cols, 3)) - [0, 90, 0]
     grain = rng.integers(1, 25, (rows, cols, 1)).repeat(256, 0).repeat(256, 1)
     noise = rng.normal(0, 1, (256, 256, 3))
     pixels = shades.repeat(256, 0).repeat(256, 1) + np.tile(noise, (rows, cols, 1)) * grain
-    return write_slide(path, pixels.clip(0, 255).astype(np.uint8))
+    return write_slide(path, pixels.clip(0, 255).astype(np.uint8), compression=compression)
 
 
 def make_predictor(slide=None, keep=0.5, n_classes=2, **settings):

@@ -1,5 +1,6 @@
 """Small slides with known content, for the tests of everything that reads slides."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -7,6 +8,7 @@ from unittest import mock
 import numpy as np
 import openslide
 import pyvips
+import tifffile
 
 INK = np.array([130, 60, 150], np.uint8)
 """A saturated purple that the tissue mask takes for tissue."""
@@ -31,6 +33,18 @@ def write_slide(
         str(path), tile=True, tile_width=tile, tile_height=tile, pyramid=pyramid, compression=compression
     )
     return path
+
+
+def damage_tile(path: Path, target: Path, indices: Sequence[int]) -> Path:
+    """Copy a slide with these stored tiles of its finest level overwritten."""
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        for index in indices:
+            offset, size = page.dataoffsets[index], page.databytecounts[index]
+            data[offset : offset + size] = b"\xa5" * size
+    target.write_bytes(data)
+    return target
 
 
 def paint_disc(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from predictor_factory import CONFIG, ColorEncoder, make_predictor, write_textured_slide
-from slide_factory import write_slide
+from slide_factory import damage_tile, write_slide
 
-from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.extraction import extract_slide
 from hdmil_lib.inference import Predictor, prescreen
 from hdmil_lib.models import LIPN
@@ -97,6 +97,32 @@ def test_a_slide_of_one_tile_predicts(tmp_path):
     prediction = make_predictor().predict(write_slide(tmp_path / "one.tif", pixels))
     assert prediction.n_tiles == 1 and prediction.kept.tolist() == [True]
     assert prediction.probabilities.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "deflate"])
+@pytest.mark.parametrize("n_readers", [0, 2])
+def test_a_damaged_tile_is_counted_and_the_others_decide(tmp_path, compression, n_readers):
+    """On both readers; OpenSlide gives up a file after its first error, which must not cost other tiles."""
+    whole = write_textured_slide(tmp_path / "whole.tif", compression=compression)
+    columns = 7 * 4  # stored tiles of 64 in a row of tiles of 256
+    bad = damage_tile(whole, tmp_path / "bad.tif", [columns * 5 + 9])  # in tile (1, 2)
+    predictor = make_predictor(whole)
+    expected = predictor.predict(whole, prescreen=False, n_readers=n_readers)
+    prediction = predictor.predict(bad, prescreen=False, n_readers=n_readers)
+    assert prediction.rowcol[prediction.broken].tolist() == [[1, 2]]
+    assert prediction.n_read == prediction.n_tiles - 1
+    others = np.delete(np.arange(35), prediction.broken)
+    np.testing.assert_allclose(prediction.attention[others], expected.attention[others], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(prediction.probabilities).all()
+    with pytest.raises(SlideError, match=r"bad\.tif: cannot read level 0"):
+        predictor.predict(bad, prescreen=False, strict=True, n_readers=n_readers)
+
+
+def test_a_slide_without_a_tile_to_read_is_an_error(tmp_path):
+    whole = write_textured_slide(tmp_path / "whole.tif", compression="jpeg")
+    bad = damage_tile(whole, tmp_path / "bad.tif", range(20 * 28))
+    with pytest.raises(SlideError, match=r"bad\.tif: none of the 35 tiles"):
+        make_predictor(whole).predict(bad, prescreen=False)
 
 
 def test_prescreening_does_not_depend_on_the_batch_or_the_mode():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.features.bagstore import Bag, bag_info, read_bag, write_bag
 from hdmil_lib.features.encoders import Encoder
 from hdmil_lib.slides import Slide, TileGrid
@@ -28,6 +28,7 @@ def encode_tiles(
     *,
     batch_size: int = 32,
     n_readers: int = 2,
+    strict: bool = True,
     seconds: dict[str, float] | None = None,
     progress: bool = False,
 ) -> np.ndarray:
@@ -43,6 +44,7 @@ def encode_tiles(
         encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
         batch_size: Tiles an encoder call.
         n_readers: Reading threads; 0 reads in this thread, so that the seconds of both stages add up.
+        strict: A tile that cannot be read is an error; otherwise its features are nan.
         seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
             spent in the encoder.
         progress: Show a bar.
@@ -51,15 +53,17 @@ def encode_tiles(
         float32 (n, D), in the order of `rows`.
 
     Raises:
-        SlideError: A tile cannot be read.
+        SlideError: A tile cannot be read, and `strict`.
     """
     seconds = {} if seconds is None else seconds
-    features = np.empty((len(rows), encoder.dim), np.float32)
+    features = np.full((len(rows), encoder.dim), np.nan, np.float32)
     done = 0
     with tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar:
-        for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers):
+        for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
             start = time.perf_counter()
-            features[done : done + len(tiles)] = encoder(tiles)
+            whole = [i for i, tile in enumerate(tiles) if tile is not None]
+            if whole:
+                features[[done + i for i in whole]] = encoder(np.stack([tiles[i] for i in whole]))
             seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
             seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
             done += len(tiles)
@@ -170,13 +174,21 @@ def extract_slides(
 
 
 def _read_batches(
-    slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int
-) -> Iterator[tuple[np.ndarray, float]]:
-    """Batches of tiles in order, with the seconds that reading each took."""
+    slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int, strict: bool
+) -> Iterator[tuple[list[np.ndarray | None], float]]:
+    """Batches of tiles in order, None for a damaged one, with the seconds that reading each took."""
 
-    def read(batch: Sequence[int]) -> tuple[np.ndarray, float]:
+    def read_tile(row: int) -> np.ndarray | None:
+        try:
+            return grid.read_tile(slide, row)
+        except SlideError:
+            if strict:
+                raise
+            return None
+
+    def read(batch: Sequence[int]) -> tuple[list[np.ndarray | None], float]:
         start = time.perf_counter()
-        tiles = np.stack([grid.read_tile(slide, int(row)) for row in batch])
+        tiles = [read_tile(int(row)) for row in batch]
         return tiles, time.perf_counter() - start
 
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.features.encoders import Encoder, load_encoder
 from hdmil_lib.features.extraction import encode_tiles
@@ -39,6 +39,7 @@ class Prediction:
         seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
         thumbnail: The slide at 8 um/px, uint8 (H, W, 3). Predicted from a bag it is put together from the
             patches, and the grid starts at the first tissue.
+        broken: Rows of tiles that were to be read and could not be, int64; the others decided.
     """
 
     slide_id: str
@@ -52,6 +53,7 @@ class Prediction:
     mask: np.ndarray
     seconds: dict[str, float]
     thumbnail: np.ndarray
+    broken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def n_tiles(self) -> int:
@@ -165,19 +167,24 @@ class Predictor:
         prescreen: bool = True,
         mpp: float | tuple[float, float] | None = None,
         n_readers: int = 2,
+        strict: bool = False,
         progress: bool = False,
     ) -> Prediction:
         """Classify a slide file; tiles that LIPN drops are never read at tile resolution.
+
+        A damaged tile is left out and stands in `Prediction.broken`, unless `strict`.
 
         Args:
             slide_path: The slide.
             prescreen: Let LIPN choose the tiles to read; otherwise all are read.
             mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
             n_readers: Threads that read ahead while the encoder runs; with 0 the stages' seconds add up.
+            strict: A tile that cannot be read is an error.
             progress: Show a bar over the tiles.
 
         Raises:
-            SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
+            SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue; a
+                tile, or with `strict=False` every tile, is damaged.
             CheckpointError: Pre-screening is asked of a model without LIPN, or the encoder has changed.
         """
         encoder = self.encoder
@@ -187,11 +194,14 @@ class Predictor:
                 grid = TileGrid.from_slide(slide)
             mask = self._screen(grid.patches, seconds) if prescreen else None
             rows = _rows_to_read(mask, len(grid))
-            features = encode_tiles(
-                slide, grid, rows, encoder, n_readers=n_readers, seconds=seconds, progress=progress
-            )
-            result = self._classify(features, rows, mask, len(grid), seconds)
+            options = dict(n_readers=n_readers, strict=strict, seconds=seconds, progress=progress)
+            features = encode_tiles(slide, grid, rows, encoder, **options)
+            whole = ~np.isnan(features).all(axis=1)
+            if not whole.any():
+                raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
+            result = self._classify(features[whole], rows[whole], mask, len(grid), seconds)
         return Prediction(
+            broken=rows[~whole],
             slide_id=slide.name,
             coords=grid.coords,
             shape=grid.shape,

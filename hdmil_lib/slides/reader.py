@@ -240,6 +240,7 @@ class Slide:
         try:
             return self._slide.read_region(tuple(start), index, size)
         except openslide.OpenSlideError as error:
+            self._slide = _open(self.path)  # after an error OpenSlide refuses to read anything
             raise SlideError(
                 f"{self.path}: cannot read level {index} at level-0 pixel {tuple(start)}: {error}. "
                 "The file is damaged or incomplete; copy or download it again."
