@@ -236,3 +236,69 @@ def test_saving_that_fails_leaves_no_model_behind(slide, tmp_path, monkeypatch):
         predictor.save(tmp_path / "model")
     with pytest.raises(CheckpointError, match="config.json"):
         Predictor.load(tmp_path / "model")
+
+
+# Anytime
+
+
+@pytest.mark.parametrize("n_readers", [0, 2])
+@pytest.mark.parametrize("block", [1, 8, 100])
+def test_anytime_ends_with_the_answer_from_all_tiles(slide, block, n_readers):
+    predictor = make_predictor(slide)
+    steps = list(predictor.anytime(slide, block=block, n_readers=n_readers))
+    whole = predictor.predict(slide, prescreen=False)
+    assert len(steps) == -(-35 // block)
+    np.testing.assert_allclose(steps[-1].probabilities, whole.probabilities, atol=1e-5)
+    assert sorted(steps[-1].rows) == list(range(35)) and steps[-1].n_tiles == 35
+    assert [step.end for step in steps] == [None] * (len(steps) - 1) + ["all tiles"]
+    assert np.all(np.diff([step.seconds for step in steps]) > 0)
+
+
+def test_anytime_reads_what_lipn_ranks_highest_and_no_more(slide, monkeypatch):
+    predictor = make_predictor(slide)
+    with Slide(slide) as opened:
+        patches = TileGrid.from_slide(opened).patches
+    best = np.argsort(-prescreen(predictor.lipn, patches)[1].max(axis=1), kind="stable")
+    fields = spy_on_tile_reads(monkeypatch)
+    *_, last = predictor.anytime(slide, max_tiles=11, block=4)
+    assert last.end == "max_tiles" and set(last.rows) == set(best[:11])
+    assert len(fields) == 11
+
+
+def test_anytime_stops_at_the_margin_at_the_time_or_with_its_loop(slide, monkeypatch):
+    predictor = make_predictor(slide)
+    fields = spy_on_tile_reads(monkeypatch)
+    steps = list(predictor.anytime(slide, margin=1e-6, block=4, n_readers=0))
+    assert [step.end for step in steps] == ["margin"] and len(fields) == 4
+    steps = list(predictor.anytime(slide, max_seconds=1e-6, block=4, n_readers=0))
+    assert [step.end for step in steps] == ["max_seconds"] and len(fields) == 8
+    for _ in predictor.anytime(slide, block=1, n_readers=2):
+        break
+    assert len(fields) <= 8 + 1 + 3  # the block of the answer and those read ahead
+
+
+def test_anytime_leaves_out_damaged_tiles(tmp_path):
+    whole = write_textured_slide(tmp_path / "whole.tif", compression="jpeg")
+    bad = damage_tile(whole, tmp_path / "bad.tif", [28 * 5 + 9])
+    predictor = make_predictor(whole)
+    *_, last = predictor.anytime(bad, block=1)
+    expected = predictor.predict(bad, prescreen=False).probabilities
+    np.testing.assert_allclose(last.probabilities, expected, atol=1e-5)
+    with pytest.raises(SlideError, match="none of the 35 tiles"):
+        list(predictor.anytime(damage_tile(whole, tmp_path / "worse.tif", range(20 * 28))))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_tiles": 0}, "max_tiles is 0"),
+        ({"max_seconds": 0.0}, "max_seconds is 0"),
+        ({"margin": 0.0}, "margin is 0"),
+        ({"margin": 1.1}, "margin is 1.1"),
+    ],
+)
+def test_anytime_refuses_empty_budgets_at_once(slide, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_predictor(slide).anytime(slide, **options)
+    with pytest.raises(CheckpointError, match="no lipn"):
+        Predictor(make_predictor().dmin, None, CONFIG, encoder=ColorEncoder()).anytime(slide)

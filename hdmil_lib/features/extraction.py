@@ -26,28 +26,18 @@ def encode_tiles(
     rows: Sequence[int],
     encoder: Encoder,
     *,
-    batch_size: int = 32,
-    n_readers: int = 2,
-    strict: bool = True,
-    seconds: dict[str, float] | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> np.ndarray:
     """Read and encode the given tiles, and only these (paper, section 3.3: the fast path).
-
-    Threads read ahead while the encoder runs, at most `n_readers` + 1 batches, so memory does not grow
-    with the slide.
 
     Args:
         slide: The open slide.
         grid: Its tiles.
         rows: Rows of the grid to encode, (n,).
         encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
-        batch_size: Tiles an encoder call.
-        n_readers: Reading threads; 0 reads in this thread, so that the seconds of both stages add up.
-        strict: A tile that cannot be read is an error; otherwise its features are nan.
-        seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
-            spent in the encoder.
         progress: Show a bar.
+        options: Of `encode_blocks`.
 
     Returns:
         float32 (n, D), in the order of `rows`.
@@ -55,20 +45,58 @@ def encode_tiles(
     Raises:
         SlideError: A tile cannot be read, and `strict`.
     """
-    seconds = {} if seconds is None else seconds
-    features = np.full((len(rows), encoder.dim), np.nan, np.float32)
-    done = 0
+    features, done = np.empty((len(rows), encoder.dim), np.float32), 0
     with tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar:
-        for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
-            start = time.perf_counter()
-            whole = [i for i, tile in enumerate(tiles) if tile is not None]
-            if whole:
-                features[[done + i for i in whole]] = encoder(np.stack([tiles[i] for i in whole]))
-            seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
-            seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
-            done += len(tiles)
-            bar.update(len(tiles))
+        for block in encode_blocks(slide, grid, rows, encoder, **options):
+            features[done : done + len(block)] = block
+            done += len(block)
+            bar.update(len(block))
     return features
+
+
+def encode_blocks(
+    slide: Slide,
+    grid: TileGrid,
+    rows: Sequence[int],
+    encoder: Encoder,
+    *,
+    batch_size: int = 32,
+    n_readers: int = 2,
+    strict: bool = True,
+    seconds: dict[str, float] | None = None,
+) -> Iterator[np.ndarray]:
+    """Features of the given tiles, block by block, while the next ones are read.
+
+    Threads read ahead while the encoder runs, at most `n_readers` + 1 blocks, so memory does not grow
+    with the slide. To stop early, close the iterator: what is not being read yet is not read.
+
+    Args:
+        slide: The open slide.
+        grid: Its tiles.
+        rows: Rows of the grid to encode, (n,).
+        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
+        batch_size: Tiles a block and an encoder call.
+        n_readers: Reading threads; 0 reads in this thread, so that the seconds of both stages add up.
+        strict: A tile that cannot be read is an error; otherwise its features are nan.
+        seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
+            spent in the encoder.
+
+    Yields:
+        float32 (b, D), in the order of `rows`.
+
+    Raises:
+        SlideError: A tile cannot be read, and `strict`.
+    """
+    seconds = {} if seconds is None else seconds
+    for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
+        start = time.perf_counter()
+        features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
+        whole = [i for i, tile in enumerate(tiles) if tile is not None]
+        if whole:
+            features[whole] = encoder(np.stack([tiles[i] for i in whole]))
+        seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
+        seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
+        yield features
 
 
 def extract_slide(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.features.encoders import Encoder, load_encoder
-from hdmil_lib.features.extraction import encode_tiles
+from hdmil_lib.features.extraction import encode_blocks, encode_tiles
+from hdmil_lib.inference.anytime import RunningDMIN, lead
 from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
 from hdmil_lib.inference.prescreen import prescreen as select_tiles
 from hdmil_lib.models import DMIN, LIPN
@@ -74,6 +75,25 @@ class Prediction:
     def n_read(self) -> int:
         """Number of tiles that were read and encoded."""
         return int((~np.isnan(self.attention[:, 0])).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class AnytimeStep:
+    """The answer on a slide after a block of tiles.
+
+    Attributes:
+        rows: Tiles read so far, in the order in which they were, int64 (n,).
+        n_tiles: Tiles of the slide.
+        probabilities: Of the classes, float32 (C,).
+        seconds: Since the slide was opened.
+        end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
+    """
+
+    rows: np.ndarray
+    n_tiles: int
+    probabilities: np.ndarray
+    seconds: float
+    end: str | None
 
 
 class Predictor:
@@ -212,6 +232,83 @@ class Predictor:
             **result,
         )
 
+    def anytime(
+        self,
+        slide_path: str | Path,
+        *,
+        margin: float = 1.0,
+        max_tiles: int | None = None,
+        max_seconds: float | None = None,
+        mpp: float | tuple[float, float] | None = None,
+        block: int = 32,
+        n_readers: int = 2,
+    ) -> Iterator[AnytimeStep]:
+        """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
+
+        It ends when the lead of the first class over the second reaches the margin, when a budget is spent,
+        or with the last tile. Close the iterator, or leave its loop, to stop at any time. A damaged tile is
+        left out.
+
+        Args:
+            slide_path: The slide.
+            margin: Lead at which the answer is final, 0 to 1, from `learn_margin`; 1 reads everything.
+            max_tiles: Tiles to read at most.
+            max_seconds: Seconds after which no further block is taken.
+            mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
+            block: Tiles between two answers.
+            n_readers: Threads that read ahead while the encoder runs.
+
+        Raises:
+            ValueError: A budget is not positive, or the margin is out of range.
+            SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
+            CheckpointError: The model has no LIPN, or the encoder has changed.
+        """
+        for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
+            if budget is not None and budget <= 0:
+                raise ValueError(f"{name} is {budget}, expected more than 0")
+        if not 0 < margin <= 1:
+            raise ValueError(f"margin is {margin}, expected more than 0 and at most 1")
+        self._need_lipn()
+        return self._anytime(
+            self.encoder, slide_path, margin, max_tiles, max_seconds, mpp, block=block, n_readers=n_readers
+        )
+
+    def _anytime(
+        self, encoder, slide_path, margin, max_tiles, max_seconds, mpp, *, block, n_readers
+    ) -> Iterator[AnytimeStep]:
+        start = time.perf_counter()
+        with Slide(slide_path, mpp) as slide:
+            grid = TileGrid.from_slide(slide)
+            scores = select_tiles(self.lipn, grid.patches, self.config.thresholds)[1].max(axis=1)
+            order = np.argsort(-scores, kind="stable")[:max_tiles]
+            # Within a block in the order of the file, where neighbors share stored tiles.
+            rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
+            running, n_read = RunningDMIN(self.dmin), 0
+            blocks = encode_blocks(
+                slide, grid, rows, encoder, batch_size=block, n_readers=n_readers, strict=False
+            )
+            with closing(blocks):
+                for features in blocks:
+                    n_read += len(features)
+                    features = features[~np.isnan(features).all(axis=1)]
+                    if len(features):
+                        running.update(torch.from_numpy(features))
+                    if running.n_tiles == 0:
+                        continue
+                    probabilities = running.probabilities.numpy()
+                    seconds = time.perf_counter() - start
+                    ends = {
+                        "margin": lead(probabilities) >= margin,
+                        "all tiles": n_read == len(grid),
+                        "max_tiles": n_read == len(rows),
+                        "max_seconds": max_seconds is not None and seconds >= max_seconds,
+                    }
+                    end = next((name for name, reached in ends.items() if reached), None)
+                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, seconds, end)
+                    if end:
+                        return
+            raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
+
     def predict_bag(self, bag: Bag, *, prescreen: bool = True) -> Prediction:
         """Classify a slide from its stored bag, as `predict` does from the file.
 
@@ -240,13 +337,16 @@ class Predictor:
 
     def _screen(self, patches: np.ndarray, seconds: dict[str, float]) -> np.ndarray:
         """LIPN's mask (N, C)."""
+        self._need_lipn()
+        with _stage(seconds, "lipn"):
+            return select_tiles(self.lipn, patches, self.config.thresholds)[0]
+
+    def _need_lipn(self) -> None:
         if self.lipn is None:
             raise CheckpointError(
                 "the model has no lipn.safetensors to choose tiles with; predict with all tiles "
                 "(prescreen=False, --all-tiles), or train LIPN"
             )
-        with _stage(seconds, "lipn"):
-            return select_tiles(self.lipn, patches, self.config.thresholds)[0]
 
     @torch.inference_mode()
     def _classify(

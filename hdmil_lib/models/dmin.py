@@ -162,7 +162,7 @@ class DMIN(MILModel):
             mask = self._select(attention, generator)
         keep_ratio = None if mask is None else bag_mean(union(mask), cu_seqlens)
         student, teacher = self._pool(embeddings, attention, mask, cu_seqlens)
-        logits, teacher_logits = self._classify(torch.cat((student, teacher))).chunk(2)
+        logits, teacher_logits = self.score(torch.cat((student, teacher))).chunk(2)
         return DMINOutput(
             logits=logits,
             cu_seqlens=cu_seqlens,
@@ -202,7 +202,7 @@ class DMIN(MILModel):
             )
         return mask.to(attention.dtype)
 
-    def _classify(self, bags: Tensor) -> Tensor:
+    def score(self, bags: Tensor) -> Tensor:
         """Logits (B, C) of bag embeddings (B, C, E), branch c by head c."""
         return torch.cat([head(bags[:, c]) for c, head in enumerate(self.heads)], dim=1)
 

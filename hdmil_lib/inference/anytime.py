@@ -1,0 +1,167 @@
+"""Anytime prediction: tiles come most promising first, and the answer grows with them until it is sure.
+
+DMIN pools with a softmax over tiles, so a slide's answer follows from sums. `RunningDMIN` keeps these and
+updates them block by block: nothing is computed twice, and once all tiles are read the answer is that of
+DMIN on the whole bag. Reading stops where the lead of the first class over the second reaches a margin that
+was learned on other slides (`learn_margin`), or when a budget is spent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdmil_lib.inference.risk import Procedure, RiskControl, control_risk
+from hdmil_lib.models import DMIN
+
+MARGINS = (1.0, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""From careful to fast; a lead of 1 is never reached, so that the first one reads everything."""
+
+
+class RunningDMIN:
+    """DMIN's answer on the tiles of one slide seen so far.
+
+    For each branch it holds the highest logit of a kept tile, the sums of exp(A - highest) and of
+    exp(A - highest) F over kept tiles, and the tile of highest attention, which stands in where the branch
+    keeps none: so many numbers, however many tiles come.
+
+    Args:
+        dmin: The classifier, in evaluation mode.
+    """
+
+    def __init__(self, dmin: DMIN):
+        c, e = dmin.n_classes, dmin.settings.embed_dim
+        self.dmin, self.n_tiles = dmin, 0
+        self._highest, self._weight, self._sum = (
+            torch.full((c,), -torch.inf),
+            torch.zeros(c),
+            torch.zeros(c, e),
+        )
+        self._best, self._best_tile = torch.full((c,), -torch.inf), torch.zeros(c, e)
+
+    @torch.inference_mode()
+    def update(self, features: Tensor) -> Tensor:
+        """Take in the features of further tiles, (n, D) with n >= 1; returns the class probabilities (C,)."""
+        output = self.dmin(features)
+        attention, embeddings = output.attention, output.embeddings
+        self.n_tiles += len(features)
+
+        best, row = attention.max(0)
+        better = best > self._best
+        self._best_tile = torch.where(better[:, None], embeddings[row], self._best_tile)
+        self._best = torch.maximum(best, self._best)
+
+        kept = torch.ones_like(attention) if output.mask is None else output.mask
+        logits = attention.masked_fill(kept == 0, -torch.inf)
+        highest = torch.maximum(self._highest, logits.amax(0))
+        shift = highest.nan_to_num(neginf=0.0)  # a branch that has kept nothing yet
+        share, weights = (self._highest - shift).exp(), (logits - shift).exp()
+        self._weight = self._weight * share + weights.sum(0)
+        self._sum = self._sum * share[:, None] + weights.T @ embeddings
+        self._highest = highest
+        return self.probabilities
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Of the classes, (C,), by what was seen so far."""
+        empty = (self._weight == 0)[:, None]
+        pooled = torch.where(empty, self._best_tile, self._sum / self._weight.clamp(min=1e-30)[:, None])
+        with torch.inference_mode():
+            return self.dmin.score(pooled[None])[0].softmax(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """How the answer on one slide grew.
+
+    Attributes:
+        n_read: Tiles read after each block, int64 (T,).
+        probabilities: After each block, float32 (T, C).
+    """
+
+    n_read: np.ndarray
+    probabilities: np.ndarray
+
+    def stop(self, margin: float) -> int:
+        """The first block after which the lead reaches the margin; the last one where none does."""
+        reached = np.flatnonzero(lead(self.probabilities) >= margin)
+        return int(reached[0]) if len(reached) else len(self.n_read) - 1
+
+
+def lead(probabilities: np.ndarray) -> np.ndarray:
+    """How far the most probable class is ahead of the second: (..., C) to (...), 0 to 1."""
+    first_two = np.sort(probabilities, axis=-1)[..., -2:]
+    return first_two[..., 1] - first_two[..., 0]
+
+
+def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = 32) -> Trajectory:
+    """The answers that anytime prediction would have given on a bag.
+
+    Args:
+        dmin: Classifier, in evaluation mode.
+        features: (N, D).
+        scores: What ranks the tiles, high first: LIPN's highest score over branches, (N,).
+        block: Tiles between two answers.
+    """
+    running, order = RunningDMIN(dmin), torch.from_numpy(np.argsort(-scores, kind="stable"))
+    answers = [running.update(features[rows]).numpy() for rows in order.split(block)]
+    n_read = np.minimum(np.arange(1, len(answers) + 1) * block, len(features))
+    return Trajectory(n_read, np.stack(answers))
+
+
+@dataclass(frozen=True)
+class LearnedMargin:
+    """A stopping rule and what speaks for it.
+
+    Attributes:
+        margin: Stop where the lead reaches it; 1 where no faster rule is certified: read everything.
+        keep_ratio: Mean share of tiles that it reads on the slides at hand.
+        control: The test of all margins.
+    """
+
+    margin: float
+    keep_ratio: float
+    control: RiskControl
+
+
+def learn_margin(
+    trajectories: Sequence[Trajectory],
+    margins: Sequence[float] = MARGINS,
+    *,
+    epsilon: float = 0.05,
+    delta: float = 0.1,
+    procedure: Procedure = "sequence",
+) -> LearnedMargin:
+    """The smallest margin with which at most epsilon of all slides get another label than from all tiles.
+
+    It holds with probability 1 - delta over the draw of the slides, under the assumptions of `risk`: slides
+    that served for nothing else, and margins fixed before a look at them.
+
+    Args:
+        trajectories: Of held-out slides.
+        margins: Candidates, falling: the test goes from careful to fast and ends at the first that fails.
+        epsilon: Share of slides.
+        delta: Probability.
+        procedure: See `control_risk`.
+
+    Raises:
+        ValueError: No trajectories, margins that do not fall, or numbers out of range.
+    """
+    if not trajectories:
+        raise ValueError("trajectories is empty: a margin is learned on held-out slides")
+    if any(b >= a for a, b in zip(margins, margins[1:], strict=False)):
+        raise ValueError("margins must fall, from careful to fast")
+    stops = np.array([[t.stop(margin) for margin in margins] for t in trajectories])
+    labels = [t.probabilities.argmax(1) for t in trajectories]
+    losses = np.array([label[at] != label[-1] for label, at in zip(labels, stops, strict=True)])
+    shares = [t.n_read[at] / t.n_read[-1] for t, at in zip(trajectories, stops, strict=True)]
+    costs = np.mean(shares, axis=0)
+    control = control_risk(losses, costs, epsilon=epsilon, delta=delta, procedure=procedure)
+    index = control.index
+    return (
+        LearnedMargin(1.0, 1.0, control)
+        if index is None
+        else LearnedMargin(margins[index], costs[index], control)
+    )
