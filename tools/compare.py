@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from hdmil_lib.config import setup
@@ -24,7 +25,7 @@ from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, tab
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.training.checkpoint import write_json
 from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.training.methods import TABLE1_METHODS, TABLE3_METHODS
+from hdmil_lib.training.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
 from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.training.runs import save_runs
 from hdmil_lib.viz.statistics import auc_intervals, score_against_keep_ratio
@@ -85,14 +86,22 @@ def compare(comparison: Comparison, build: Path, controls: bool) -> None:
     save_table(table1(masked[in_table1], cohort=PAPER[name]).drop(columns="s/slide"), out / "table1")
     save_table(table3(masked[masked["method"].isin(TABLE3_METHODS)], cohort=PAPER[name]), out / "table3")
     save_table(judge_claims(masked, cases=cases), out / "claims")
-    curve = score_by_keep_ratio(cohort, bags, folder)
-    save_table(curve.groupby(["source", "keep_ratio"])[["auc", "tumor_recall"]].mean(), out / "keep_ratio")
+    if "hdmil_evidence" in comparison.methods:
+        variant = masked[masked["method"] != "hdmil"].replace({"method": {"hdmil_evidence": "hdmil"}})
+        judged = judge_claims(variant, ("loses_little", "keeps_tumor"), cases=cases)
+        save_table(judged, out / "claims_evidence")
+    curves = {
+        METHODS[name].title: score_by_keep_ratio(cohort, bags, folder, method=name)
+        for name in ("hdmil", "hdmil_evidence")
+        if name in comparison.methods
+    }
+    curve = pd.concat(curves, names=["LIPN of"]).groupby(["LIPN of", "source", "keep_ratio"])
+    save_table(100 * curve[["auc", "tumor_recall"]].mean(), out / "keep_ratio")
     judged = predictions[predictions["method"].isin(TABLE1_METHODS)]
     scores = score_table(judged, cases=cases)
     if controls:
         hdmil = predictions[predictions["method"] == "hdmil"]
-        control = score_table(pd.concat([hdmil, comparison.controls(cohort)]), cases=cases)
-        save_table(format_scores(control.drop(index="hdmil")), out / "controls")
+        save_table(format_scores(score_controls(hdmil, comparison.controls(cohort), cases)), out / "controls")
     save_table(format_scores(scores), out / "statistics")
     write_json(
         out / "command.json",
@@ -103,15 +112,28 @@ def compare(comparison: Comparison, build: Path, controls: bool) -> None:
             "seconds of training": round(seconds),
         },
     )
-    draw(out, scores, curve)
+    draw(out, scores, curves)
 
 
-def draw(out: Path, scores: pd.DataFrame, curve: pd.DataFrame) -> None:
+def score_controls(hdmil: pd.DataFrame, controls: pd.DataFrame, cases: Mapping[str, str]) -> pd.DataFrame:
+    """Scores of the controls; those on the true labels are compared with HDMIL, on the same slides."""
+    permuted = controls["method"].map(lambda name: CONTROLS[name][0] is None)
+    table = score_table(pd.concat([hdmil, controls[~permuted]]), cases=cases).drop(index="hdmil")
+    parts = [controls[permuted & (controls["method"] == name)] for name in CONTROLS]
+    alone = [score_table(part, part["method"].iloc[0], cases=cases) for part in parts if len(part)]
+    return pd.concat([table, *alone])
+
+
+def draw(out: Path, scores: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> None:
     """The figures of a cohort."""
     use_style()
     auc_intervals(scores)
     _save(out / "auc.png")
-    score_against_keep_ratio(curve)
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(6 * len(curves), 4), layout="constrained", sharey=True
+    )
+    for ax, (title, curve) in zip(np.atleast_1d(axes), curves.items(), strict=True):
+        score_against_keep_ratio(curve, ax).set_title(title)
     _save(out / "keep_ratio.png")
 
 

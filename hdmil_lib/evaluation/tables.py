@@ -46,12 +46,14 @@ def add_mask_scores(
         among them: nan on slides without tumor and for methods without a mask. Random tiles get what is
         expected of them, the share that is kept.
     """
-    screened = {"hdmil_dagger": False, "hdmil": True}
+    networks = {"hdmil_dagger": "hdmil", "hdmil": "hdmil", "hdmil_evidence": "hdmil_evidence"}
+    masked = predictions[predictions["method"].isin(networks)]
     scores = {}
-    for fold, part in predictions[predictions["method"].isin(screened)].groupby("fold"):
-        predictor = Predictor.from_fold(run_dir, fold, cohort.classes, next(iter(bags.values())))
-        for method, slide_id in zip(part["method"], part["slide_id"], strict=True):
-            mask = predictor.predict_bag(bags[slide_id], prescreen=screened[method]).mask
+    for (fold, method), part in masked.groupby(["fold", "method"]):
+        bag, screens = next(iter(bags.values())), method != "hdmil_dagger"
+        predictor = Predictor.from_fold(run_dir, fold, cohort.classes, bag, method=networks[method])
+        for slide_id in part["slide_id"]:
+            mask = predictor.predict_bag(bags[slide_id], prescreen=screens).mask
             truth = read_tile_labels(cohort.bag_path(slide_id))
             recall = np.nan if truth is None else tumor_recall(mask, truth)
             scores[method, slide_id] = {"kept": keep_ratio(mask), "tumor_recall": recall}

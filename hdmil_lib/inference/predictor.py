@@ -148,6 +148,8 @@ class Predictor:
         classes: Sequence[str],
         bag: Bag,
         encoder: Encoder | None = None,
+        *,
+        method: str = "hdmil",
     ) -> "Predictor":
         """Take the networks of one fold of a cross-validation.
 
@@ -157,11 +159,12 @@ class Predictor:
             classes: The cohort's class names.
             bag: Any bag of the cohort, which says what encoder the networks were trained on.
             encoder: An encoder already loaded.
+            method: Whose networks; see `load_fold`.
 
         Raises:
-            CheckpointError: "hdmil" was not trained on that fold, or `encoder` is another one.
+            CheckpointError: The method was not trained on that fold, or `encoder` is another one.
         """
-        dmin, lipn, thresholds = load_fold(run_dir, fold)
+        dmin, lipn, thresholds = load_fold(run_dir, fold, method)
         config = ModelConfig(tuple(classes), bag.attrs["encoder"], bag.attrs["weights_hash"], thresholds)
         return cls(dmin, lipn, config, encoder=encoder)
 
