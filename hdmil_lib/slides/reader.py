@@ -140,7 +140,7 @@ class Slide:
         downsample = self._downsamples[index]
         if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
             left, top = round(left), round(top)
-            return np.array(self._read_level(index, left, top, left + size[0], top + size[1])[0])
+            return self._read_level(index, left, top, left + size[0], top + size[1])[0]
 
         right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
@@ -148,7 +148,7 @@ class Slide:
             index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
         )
         box = (left - u, top - v, right - u, bottom - v)
-        return np.array(region.resize(size, Image.Resampling.BICUBIC, box=box))
+        return np.array(Image.fromarray(region).resize(size, Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
@@ -203,7 +203,7 @@ class Slide:
         """Mean color of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""
         rows, columns = shape
         region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
-        pixels = np.asarray(region, np.float32)
+        pixels = region.astype(np.float32)
         h, w, _ = pixels.shape
         down = _overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
         down = down.reshape(rows, w, 3).transpose(1, 0, 2).reshape(w, rows * 3)
@@ -219,12 +219,12 @@ class Slide:
         returned.
 
         Returns:
-            The region as an RGB image, white outside of the slide, and the (x, y) of its corner.
+            The region, uint8 (h, w, 3), white outside of the slide, and the (x, y) of its corner.
         """
         if self._stored:
             u, v = math.floor(left), math.floor(top)
             size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
-            return Image.fromarray(self._stored.read(index, u, v, *size)), (u, v)
+            return self._stored.read(index, u, v, *size), (u, v)
         downsample = self._downsamples[index]
         pad = [max(0, -math.floor(edge)) for edge in (left, top)]
         start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]
@@ -234,7 +234,7 @@ class Slide:
         if pad[0] < size[0] and pad[1] < size[1]:
             inside = self._read_region(start, index, (size[0] - pad[0], size[1] - pad[1]))
             region.paste(inside, tuple(pad), mask=inside.getchannel("A"))
-        return region, (u, v)
+        return np.array(region), (u, v)
 
     def _read_region(self, start: list[int], index: int, size: tuple[int, int]) -> Image.Image:
         try:

@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
+import imagecodecs
 import numpy as np
 import tifffile
+from tifffile.tifffile import jpeg_decode_colorspace
 
 from hdmil_lib.errors import SlideError
 
 COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
-CACHE_BYTES = 128 * 2**20
-"""Decoded tiles held: two rows of a slide 80,000 pixels wide, for 256 x 256 pixels a tile."""
+ROWS_HELD = 2
+"""Rows of decoded tiles held: a field lies in two rows, and so do its neighbors on the grid."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class _StoredLevel:
     page: tifffile.TiffPage
     offsets: np.ndarray
     sizes: np.ndarray
-    decode: Callable[..., tuple]
+    decode: Callable[[bytes], np.ndarray]
 
     @property
     def columns(self) -> int:
@@ -47,7 +49,7 @@ class StoredTiles:
         self.path, self._levels = path, levels
         self._file = os.open(path, os.O_RDONLY)
         self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._held, self._lock = 0, Lock()
+        self._lock = Lock()
 
     @classmethod
     def open(cls, path: Path, sizes: Sequence[tuple[int, int]]) -> "StoredTiles | None":
@@ -81,16 +83,19 @@ class StoredTiles:
         tile_w, tile_h = stored.page.tilewidth, stored.page.tilelength
         right = min(left + width, stored.page.imagewidth)
         bottom = min(top + height, stored.page.imagelength)
-        region = np.full((height, width, 3), 255, np.uint8)
+        region = np.empty((height, width, 3), np.uint8)
+        if left < 0 or top < 0 or right < left + width or bottom < top + height:
+            region.fill(255)
+        if right <= left or bottom <= top:
+            return region
         for row in range(max(top, 0) // tile_h, -(-bottom // tile_h)):
             for column in range(max(left, 0) // tile_w, -(-right // tile_w)):
                 tile = self._tile(level, row * stored.columns + column)
-                if tile is None:
-                    continue
                 x, y = column * tile_w, row * tile_h
                 x0, x1 = max(left, x), min(right, x + tile_w)
                 y0, y1 = max(top, y), min(bottom, y + tile_h)
-                region[y0 - top : y1 - top, x0 - left : x1 - left] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+                part = 255 if tile is None else tile[y0 - y : y1 - y, x0 - x : x1 - x]
+                region[y0 - top : y1 - top, x0 - left : x1 - left] = part
         return region
 
     def _tile(self, level: int, index: int) -> np.ndarray | None:
@@ -103,11 +108,9 @@ class StoredTiles:
         if tile is None:
             return None
         with self._lock:
-            if (level, index) not in self._decoded:
-                self._decoded[level, index] = tile
-                self._held += tile.nbytes
-            while self._held > CACHE_BYTES and len(self._decoded) > 1:
-                self._held -= self._decoded.popitem(last=False)[1].nbytes
+            self._decoded[level, index] = tile
+            while len(self._decoded) > ROWS_HELD * (self._levels[level].columns + 1):
+                self._decoded.popitem(last=False)
         return tile
 
     def _decode(self, level: int, index: int) -> np.ndarray | None:
@@ -117,12 +120,12 @@ class StoredTiles:
             return None
         data = os.pread(self._file, size, int(stored.offsets[index]))
         try:
-            tile = stored.decode(data, index)[0]
+            tile = stored.decode(data)
         except Exception as error:  # each codec has errors of its own
             raise self._damaged(level, index, str(error)) from error
-        if len(data) < size or tile is None or tile.shape[-1] != 3:
-            raise self._damaged(level, index, "the file ends before it")
-        return tile[0]
+        if tile.shape != (stored.page.tilelength, stored.page.tilewidth, 3):
+            raise self._damaged(level, index, f"it decodes to {tile.shape}")
+        return tile
 
     def _damaged(self, level: int, index: int, why: str) -> SlideError:
         stored = self._levels[level]
@@ -147,5 +150,12 @@ def _is_readable(page: tifffile.TiffPage) -> bool:
 
 def _level(page: tifffile.TiffPage) -> _StoredLevel:
     """What reading needs of a page, taken from the file while it is open."""
-    decode = partial(page.decode, jpegtables=page.jpegtables)
+    decode = imagecodecs.jpeg2k_decode
+    if page.compression == tifffile.COMPRESSION.JPEG:
+        stored, decoded = jpeg_decode_colorspace(
+            page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
+        )
+        decode = partial(
+            imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
+        )
     return _StoredLevel(page, np.array(page.dataoffsets), np.array(page.databytecounts), decode)
