@@ -262,6 +262,18 @@ def test_lipn_learns_what_dmin_selects_and_stores_its_thresholds(data, tmp_path)
     )
 
 
+def test_gradients_of_lipn_are_clipped(data, tmp_path):
+    bags, split, labels = data
+    torch.manual_seed(0)
+    dmin, weights = small_model(), []
+    for clip in (None, 1e-3):
+        torch.manual_seed(1)
+        lipn = small_lipn()
+        train_lipn(lipn, dmin, bags, split, labels, replace(SHORT, epochs=1, clip=clip), tmp_path / str(clip))
+        weights.append(lipn.classifier.weight.detach())
+    assert not torch.equal(*weights)
+
+
 def test_lipn_of_another_dmin_is_refused(data, tmp_path):
     bags, split, labels = data
     short = replace(SHORT, epochs=1)

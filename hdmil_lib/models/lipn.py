@@ -99,6 +99,10 @@ class LIPN(nn.Module):
         pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
         return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))
 
+    def tiers(self) -> list[list[nn.Parameter]]:
+        """Parts of the weights whose gradients are clipped each by itself: all together."""
+        return [list(self.parameters())]
+
     @staticmethod
     def _check(patches: Tensor) -> None:
         if patches.dtype != torch.uint8 or patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3):

@@ -125,7 +125,7 @@ class _Pair(nn.Module):
         self.register_buffer("thresholds", torch.tensor(thresholds))
 
     def tiers(self) -> list[list[nn.Parameter]]:
-        return [*self.dmin.tiers(), list(self.lipn.parameters())]
+        return [*self.dmin.tiers(), *self.lipn.tiers()]
 
     @torch.no_grad()
     def select(self, features: Tensor, patches: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
