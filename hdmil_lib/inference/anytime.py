@@ -6,15 +6,23 @@ DMIN on the whole bag. Reading stops where the lead of the first class over the 
 was learned on other slides (`learn_margin`), or when a budget is spent.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hdmil_lib.errors import SlideError
+from hdmil_lib.features.encoders import Encoder
+from hdmil_lib.features.extraction import encode_blocks
+from hdmil_lib.inference.prescreen import prescreen
 from hdmil_lib.inference.risk import Procedure, RiskControl, control_risk
-from hdmil_lib.models import DMIN
+from hdmil_lib.models import DMIN, LIPN
+from hdmil_lib.slides import Slide, TileGrid
 
 MARGINS = (1.0, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """From careful to fast; a lead of 1 is never reached, so that the first one reads everything."""
@@ -70,6 +78,83 @@ class RunningDMIN:
         pooled = torch.where(empty, self._best_tile, self._sum / self._weight.clamp(min=1e-30)[:, None])
         with torch.inference_mode():
             return self.dmin.score(pooled[None])[0].softmax(0)
+
+
+@dataclass(frozen=True, eq=False)
+class AnytimeStep:
+    """The answer on a slide after a block of tiles.
+
+    Attributes:
+        rows: Tiles read so far, in the order in which they were, int64 (n,).
+        n_tiles: Tiles of the slide.
+        probabilities: Of the classes, float32 (C,).
+        seconds: Since the slide was opened.
+        end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
+    """
+
+    rows: np.ndarray
+    n_tiles: int
+    probabilities: np.ndarray
+    seconds: float
+    end: str | None
+
+
+def read_until(
+    slide_path: str | Path,
+    encoder: Encoder,
+    lipn: LIPN,
+    dmin: DMIN,
+    *,
+    margin: float,
+    max_tiles: int | None,
+    max_seconds: float | None,
+    mpp: float | tuple[float, float] | None,
+    block: int,
+    n_readers: int,
+) -> Iterator[AnytimeStep]:
+    """Answers on a slide, tile by tile; see `Predictor.anytime`. Budgets are checked at once.
+
+    Raises:
+        ValueError: A budget is not positive, or the margin is out of range.
+    """
+    for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
+        if budget is not None and budget <= 0:
+            raise ValueError(f"{name} is {budget}, expected more than 0")
+    if not 0 < margin <= 1:
+        raise ValueError(f"margin is {margin}, expected more than 0 and at most 1")
+
+    def steps() -> Iterator[AnytimeStep]:
+        start = time.perf_counter()
+        with Slide(slide_path, mpp) as slide:
+            grid = TileGrid.from_slide(slide)
+            order = np.argsort(-prescreen(lipn, grid.patches)[1].max(axis=1), kind="stable")[:max_tiles]
+            # Within a block in the order of the file, where neighbors share stored tiles.
+            rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
+            running, n_read = RunningDMIN(dmin), 0
+            options = dict(batch_size=block, n_readers=n_readers, strict=False)
+            with closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks:
+                for features in blocks:
+                    n_read += len(features)
+                    features = features[~np.isnan(features).all(axis=1)]
+                    if len(features):
+                        running.update(torch.from_numpy(features))
+                    if running.n_tiles == 0:
+                        continue
+                    probabilities = running.probabilities.numpy()
+                    seconds = time.perf_counter() - start
+                    ends = {
+                        "margin": lead(probabilities) >= margin,
+                        "all tiles": n_read == len(grid),
+                        "max_tiles": n_read == len(rows),
+                        "max_seconds": max_seconds is not None and seconds >= max_seconds,
+                    }
+                    end = next((name for name, reached in ends.items() if reached), None)
+                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, seconds, end)
+                    if end:
+                        return
+            raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
+
+    return steps()
 
 
 @dataclass(frozen=True, eq=False)

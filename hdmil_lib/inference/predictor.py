@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import torch
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.features.encoders import Encoder, load_encoder
-from hdmil_lib.features.extraction import encode_blocks, encode_tiles
-from hdmil_lib.inference.anytime import RunningDMIN, lead
+from hdmil_lib.features.extraction import encode_tiles
+from hdmil_lib.inference.anytime import AnytimeStep, read_until
 from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
 from hdmil_lib.inference.prescreen import prescreen as select_tiles
 from hdmil_lib.models import DMIN, LIPN
@@ -75,25 +75,6 @@ class Prediction:
     def n_read(self) -> int:
         """Number of tiles that were read and encoded."""
         return int((~np.isnan(self.attention[:, 0])).sum())
-
-
-@dataclass(frozen=True, eq=False)
-class AnytimeStep:
-    """The answer on a slide after a block of tiles.
-
-    Attributes:
-        rows: Tiles read so far, in the order in which they were, int64 (n,).
-        n_tiles: Tiles of the slide.
-        probabilities: Of the classes, float32 (C,).
-        seconds: Since the slide was opened.
-        end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
-    """
-
-    rows: np.ndarray
-    n_tiles: int
-    probabilities: np.ndarray
-    seconds: float
-    end: str | None
 
 
 class Predictor:
@@ -266,51 +247,10 @@ class Predictor:
             SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
             CheckpointError: The model has no LIPN, or the encoder has changed.
         """
-        for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
-            if budget is not None and budget <= 0:
-                raise ValueError(f"{name} is {budget}, expected more than 0")
-        if not 0 < margin <= 1:
-            raise ValueError(f"margin is {margin}, expected more than 0 and at most 1")
         self._need_lipn()
-        return self._anytime(
-            self.encoder, slide_path, margin, max_tiles, max_seconds, mpp, block=block, n_readers=n_readers
-        )
-
-    def _anytime(
-        self, encoder, slide_path, margin, max_tiles, max_seconds, mpp, *, block, n_readers
-    ) -> Iterator[AnytimeStep]:
-        start = time.perf_counter()
-        with Slide(slide_path, mpp) as slide:
-            grid = TileGrid.from_slide(slide)
-            scores = select_tiles(self.lipn, grid.patches, self.config.thresholds)[1].max(axis=1)
-            order = np.argsort(-scores, kind="stable")[:max_tiles]
-            # Within a block in the order of the file, where neighbors share stored tiles.
-            rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
-            running, n_read = RunningDMIN(self.dmin), 0
-            blocks = encode_blocks(
-                slide, grid, rows, encoder, batch_size=block, n_readers=n_readers, strict=False
-            )
-            with closing(blocks):
-                for features in blocks:
-                    n_read += len(features)
-                    features = features[~np.isnan(features).all(axis=1)]
-                    if len(features):
-                        running.update(torch.from_numpy(features))
-                    if running.n_tiles == 0:
-                        continue
-                    probabilities = running.probabilities.numpy()
-                    seconds = time.perf_counter() - start
-                    ends = {
-                        "margin": lead(probabilities) >= margin,
-                        "all tiles": n_read == len(grid),
-                        "max_tiles": n_read == len(rows),
-                        "max_seconds": max_seconds is not None and seconds >= max_seconds,
-                    }
-                    end = next((name for name, reached in ends.items() if reached), None)
-                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, seconds, end)
-                    if end:
-                        return
-            raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
+        budgets = {"margin": margin, "max_tiles": max_tiles, "max_seconds": max_seconds}
+        networks = (self.encoder, self.lipn, self.dmin)
+        return read_until(slide_path, *networks, mpp=mpp, block=block, n_readers=n_readers, **budgets)
 
     def predict_bag(self, bag: Bag, *, prescreen: bool = True) -> Prediction:
         """Classify a slide from its stored bag, as `predict` does from the file.

@@ -66,11 +66,17 @@ class _Level:
         return [self, *(self.below.chain() if self.below else [])]
 
 
+def _rational(value: float) -> tuple[int, int]:
+    """Numerator and denominator of a number, each in 32 bits."""
+    largest = min(100_000, max(1, int((2**32 - 1) / (value + 1))))
+    return Fraction(value).limit_denominator(largest).as_integer_ratio()
+
+
 def _directory(
     level: _Level, mpp: tuple[float, float], reduced: bool
 ) -> dict[int, tuple[int, tuple[int, ...]]]:
     """TIFF tags of one level: tag -> (type, values)."""
-    x, y = (Fraction(10_000 / side).limit_denominator(100_000).as_integer_ratio() for side in mpp)
+    x, y = (_rational(10_000 / side) for side in mpp)
     return {
         254: (LONG, (int(reduced),)),
         256: (LONG, (level.width,)),
