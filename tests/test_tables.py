@@ -6,6 +6,7 @@ import pytest
 from bag_factory import make_bags, make_cohort
 
 from hdmil_lib.errors import CohortError
+from hdmil_lib.evaluation import tables
 from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
 from hdmil_lib.features.bagstore import write_bag
@@ -169,3 +170,12 @@ def test_hdmil_keeps_what_it_reads_and_predicts_as_the_cross_validation_did(cros
         probabilities = predictor.predict_bag(bags[row.slide_id]).probabilities
         # the table was written with the shortest decimals that give back a float64
         np.testing.assert_allclose(probabilities, [row.p_0, row.p_1], atol=1e-6)
+
+
+def test_a_method_that_opens_its_own_tiles_gets_the_seconds_of_that_share():
+    medians = pd.DataFrame(
+        {"keep_ratio": [1.0, 0.64, 0.3], "total": [22.0, 15.0, 7.0]}, ["HDMIL†", "HDMIL", "b"]
+    )
+    assert tables._seconds(None, 0.29, medians) == 7.0
+    assert np.isnan(tables._seconds(None, 0.4, medians)) and np.isnan(tables._seconds("joint", 0.3, medians))
+    assert tables._seconds(None, 1.0, medians) == 22.0 and tables._seconds("lipn", 0.3, medians) == 15.0
