@@ -371,11 +371,10 @@ def test_compiled_without_a_break(operator, arguments, options):
     eager = operator(*leaves, **options)
     torch.testing.assert_close(compiled, eager)
     ours, wanted = (x[0] if isinstance(x, tuple) else x for x in (compiled, eager))
-    torch.testing.assert_close(
-        *(torch.autograd.grad(x.square().sum(), leaves, materialize_grads=True) for x in (ours, wanted)),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    grads = [torch.autograd.grad(x.square().sum(), leaves, materialize_grads=True) for x in (ours, wanted)]
+    for mine, reference in zip(*grads, strict=True):
+        # Both are float32 sums in another order: small entries cancel, so that the norm is what is held.
+        assert (mine - reference).norm() <= 2e-5 * reference.norm()
 
 
 def test_operators_follow_autocast():
