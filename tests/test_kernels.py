@@ -372,9 +372,11 @@ def test_compiled_without_a_break(operator, arguments, options):
     torch.testing.assert_close(compiled, eager)
     ours, wanted = (x[0] if isinstance(x, tuple) else x for x in (compiled, eager))
     grads = [torch.autograd.grad(x.square().sum(), leaves, materialize_grads=True) for x in (ours, wanted)]
+    largest = max(reference.norm() for reference in grads[1])
     for mine, reference in zip(*grads, strict=True):
-        # Both are float32 sums in another order: small entries cancel, so that the norm is what is held.
-        assert (mine - reference).norm() <= 2e-5 * reference.norm()
+        # Both are float32 sums in another order: small entries cancel, and a gradient may be zero (that of
+        # the bias of a softmax), so that norms are what is held, as in tests/kernels.
+        assert (mine - reference).norm() <= 2e-5 * reference.norm().clamp(min=largest / 10)
 
 
 def test_operators_follow_autocast():
