@@ -55,8 +55,9 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
 
     def by_stored():
         with Slide(path, (mpp, mpp), reader="stored") as slide:
+            field = np.empty((TILE, TILE, 3), np.uint8)
             for x, y in corners:
-                yield slide.read_field(x, y, (TILE, TILE), mpp)
+                yield slide.read_field(x, y, (TILE, TILE), mpp, field)
 
     def by_decoder():
         tiles = StoredTiles.open(path, [(width, height)])
@@ -66,8 +67,10 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
             for row in range(y // side, -(-(y + TILE) // side))
             for column in range(x // side, -(-(x + TILE) // side))
         }
+        memory = None
         for index in sorted(under):
-            yield tiles._decode(0, index)
+            memory = tiles._decode(0, index, memory)
+            yield memory
         tiles.close()
 
     for mine, reference in zip(by_stored(), by_openslide(), strict=True):

@@ -88,12 +88,14 @@ def encode_blocks(
         SlideError: A tile cannot be read, and `strict`.
     """
     seconds = {} if seconds is None else seconds
-    for tiles, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
+    for tiles, whole, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
         start = time.perf_counter()
-        features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
-        whole = [i for i, tile in enumerate(tiles) if tile is not None]
-        if whole:
-            features[whole] = encoder(np.stack([tiles[i] for i in whole]))
+        if whole.all():
+            features = encoder(tiles)
+        else:
+            features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
+            if whole.any():
+                features[whole] = encoder(tiles[whole])
         seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
         seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
         yield features
@@ -203,31 +205,39 @@ def extract_slides(
 
 def _read_batches(
     slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int, strict: bool
-) -> Iterator[tuple[list[np.ndarray | None], float]]:
-    """Batches of tiles in order, None for a damaged one, with the seconds that reading each took."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Batches of tiles in order, which of them are whole, and the seconds that reading took.
 
-    def read_tile(row: int) -> np.ndarray | None:
+    A batch is to be used before the next is asked for: its memory is filled again.
+    """
+
+    def read_tile(row: int, out: np.ndarray) -> bool:
         try:
-            return grid.read_tile(slide, row)
+            grid.read_tile(slide, row, out)
         except SlideError:
             if strict:
                 raise
-            return None
+            return False
+        return True
 
-    def read(batch: Sequence[int]) -> tuple[list[np.ndarray | None], float]:
+    def read(batch: Sequence[int], out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         start = time.perf_counter()
-        tiles = [read_tile(int(row)) for row in batch]
-        return tiles, time.perf_counter() - start
+        whole = [read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)]
+        return out[: len(batch)], np.array(whole), time.perf_counter() - start
 
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    shape = (min(batch_size, len(rows)), grid.tile_size, grid.tile_size, 3)
+    memory = [np.empty(shape, np.uint8) for _ in range(n_readers + 1)]
     if n_readers == 0:
-        yield from map(read, batches)
+        for batch in batches:
+            yield read(batch, memory[0])
         return
     with ThreadPoolExecutor(n_readers) as pool:
         waiting: deque = deque()
         try:
             for batch in batches:
-                waiting.append(pool.submit(read, batch))
+                waiting.append(pool.submit(read, batch, memory[0]))
+                memory = memory[1:] + memory[:1]
                 if len(waiting) > n_readers:
                     yield waiting.popleft().result()
             while waiting:

@@ -118,7 +118,9 @@ class Slide:
         if self._stored:
             self._stored.close()
 
-    def read_field(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
+    def read_field(
+        self, x: float, y: float, size: tuple[int, int], mpp: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Read a rectangle at any scale, from the coarsest level that is fine enough.
 
         A level of exactly this mpp on whole pixels is returned as stored; anything else is resampled
@@ -129,6 +131,7 @@ class Slide:
             y: Top edge in level-0 pixels.
             size: (width, height) of the result in pixels.
             mpp: Scale of the result in um/px, the same in both axes.
+            out: Array to write to, uint8 (height, width, 3): for many fields faster than new ones.
 
         Returns:
             RGB pixels, uint8 (height, width, 3); white where the slide has none.
@@ -140,7 +143,7 @@ class Slide:
         downsample = self._downsamples[index]
         if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
             left, top = round(left), round(top)
-            return self._read_level(index, left, top, left + size[0], top + size[1])[0]
+            return self._read_level(index, left, top, left + size[0], top + size[1], out)[0]
 
         right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
@@ -148,7 +151,7 @@ class Slide:
             index, left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
         )
         box = (left - u, top - v, right - u, bottom - v)
-        return np.array(Image.fromarray(region).resize(size, Image.Resampling.BICUBIC, box=box))
+        return _into(out, Image.fromarray(region).resize(size, Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
@@ -210,7 +213,15 @@ class Slide:
         mean = _overlap_weights(left - u, scale[0], columns, w) @ down
         return np.rint(mean.reshape(columns, rows, 3).transpose(1, 0, 2))
 
-    def _read_level(self, index: int, left: float, top: float, right: float, bottom: float):
+    def _read_level(
+        self,
+        index: int,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        out: np.ndarray | None = None,
+    ):
         """Read at least the given rectangle of a level, in pixels of that level.
 
         Stored tiles are read from the whole pixel before. OpenSlide takes whole level-0 pixels and divides
@@ -224,7 +235,7 @@ class Slide:
         if self._stored:
             u, v = math.floor(left), math.floor(top)
             size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
-            return self._stored.read(index, u, v, *size), (u, v)
+            return self._stored.read(index, u, v, *size, out), (u, v)
         downsample = self._downsamples[index]
         pad = [max(0, -math.floor(edge)) for edge in (left, top)]
         start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]
@@ -234,7 +245,7 @@ class Slide:
         if pad[0] < size[0] and pad[1] < size[1]:
             inside = self._read_region(start, index, (size[0] - pad[0], size[1] - pad[1]))
             region.paste(inside, tuple(pad), mask=inside.getchannel("A"))
-        return np.array(region), (u, v)
+        return _into(out, region), (u, v)
 
     def _read_region(self, start: list[int], index: int, size: tuple[int, int]) -> Image.Image:
         try:
@@ -245,6 +256,14 @@ class Slide:
                 f"{self.path}: cannot read level {index} at level-0 pixel {tuple(start)}: {error}. "
                 "The file is damaged or incomplete; copy or download it again."
             ) from error
+
+
+def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
+    """The pixels of an image, in `out` where given."""
+    if out is None:
+        return np.array(image)
+    out[:] = image
+    return out
 
 
 def _open(path: Path) -> openslide.OpenSlide:

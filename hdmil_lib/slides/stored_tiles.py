@@ -49,6 +49,7 @@ class StoredTiles:
         self.path, self._levels = path, levels
         self._file = os.open(path, os.O_RDONLY)
         self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._spare: list[np.ndarray] = []  # memory of tiles let go: fresh pages cost a third of a decode
         self._lock = Lock()
 
     @classmethod
@@ -69,12 +70,15 @@ class StoredTiles:
             os.close(self._file)
         self._file = -1
         self._decoded.clear()
+        self._spare.clear()
 
-    def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+    def read(
+        self, level: int, left: int, top: int, width: int, height: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """A rectangle of a level, in pixels of that level; it may reach beyond.
 
         Returns:
-            RGB pixels, uint8 (height, width, 3); white where the slide has none.
+            RGB pixels, uint8 (height, width, 3), in `out` where given; white where the slide has none.
 
         Raises:
             SlideError: A tile is damaged; its place is named. Other tiles can still be read.
@@ -83,49 +87,55 @@ class StoredTiles:
         tile_w, tile_h = stored.page.tilewidth, stored.page.tilelength
         right = min(left + width, stored.page.imagewidth)
         bottom = min(top + height, stored.page.imagelength)
-        region = np.empty((height, width, 3), np.uint8)
+        region = np.empty((height, width, 3), np.uint8) if out is None else out
         if left < 0 or top < 0 or right < left + width or bottom < top + height:
             region.fill(255)
         if right <= left or bottom <= top:
             return region
         for row in range(max(top, 0) // tile_h, -(-bottom // tile_h)):
             for column in range(max(left, 0) // tile_w, -(-right // tile_w)):
-                tile = self._tile(level, row * stored.columns + column)
                 x, y = column * tile_w, row * tile_h
                 x0, x1 = max(left, x), min(right, x + tile_w)
                 y0, y1 = max(top, y), min(bottom, y + tile_h)
-                part = 255 if tile is None else tile[y0 - y : y1 - y, x0 - x : x1 - x]
-                region[y0 - top : y1 - top, x0 - left : x1 - left] = part
+                part = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+                to = region[y0 - top : y1 - top, x0 - left : x1 - left]
+                self._copy(level, row * stored.columns + column, part, to)
         return region
 
-    def _tile(self, level: int, index: int) -> np.ndarray | None:
-        """One stored tile, uint8 (h, w, 3), from memory or decoded; None where the file has none."""
+    def _copy(self, level: int, index: int, part: tuple[slice, slice], to: np.ndarray) -> None:
+        """Copy a part of a stored tile, from memory or decoded; white where the file has none.
+
+        Copies are made under the lock, since the memory of a tile that is let go is used again.
+        """
         with self._lock:
             if (level, index) in self._decoded:
                 self._decoded.move_to_end((level, index))
-                return self._decoded[level, index]
-        tile = self._decode(level, index)
-        if tile is None:
-            return None
+                to[:] = self._decoded[level, index][part]
+                return
+            spare = self._spare.pop() if self._spare else None
+        tile = self._decode(level, index, spare)
         with self._lock:
+            if tile is None:
+                to.fill(255)
+                return
+            to[:] = tile[part]
             self._decoded[level, index] = tile
             while len(self._decoded) > ROWS_HELD * (self._levels[level].columns + 1):
-                self._decoded.popitem(last=False)
-        return tile
+                self._spare.append(self._decoded.popitem(last=False)[1])
 
-    def _decode(self, level: int, index: int) -> np.ndarray | None:
+    def _decode(self, level: int, index: int, memory: np.ndarray | None = None) -> np.ndarray | None:
+        """One stored tile, uint8 (h, w, 3), in `memory` if it fits; None where the file has none."""
         stored = self._levels[level]
-        size = int(stored.sizes[index])
+        size, shape = int(stored.sizes[index]), (stored.page.tilelength, stored.page.tilewidth, 3)
         if size == 0:
             return None
+        if memory is None or memory.shape != shape:
+            memory = np.empty(shape, np.uint8)
         data = os.pread(self._file, size, int(stored.offsets[index]))
         try:
-            tile = stored.decode(data)
+            return stored.decode(data, out=memory)
         except Exception as error:  # each codec has errors of its own
             raise self._damaged(level, index, str(error)) from error
-        if tile.shape != (stored.page.tilelength, stored.page.tilewidth, 3):
-            raise self._damaged(level, index, f"it decodes to {tile.shape}")
-        return tile
 
     def _damaged(self, level: int, index: int, why: str) -> SlideError:
         stored = self._levels[level]

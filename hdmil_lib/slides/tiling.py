@@ -96,14 +96,14 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.coords)
 
-    def read_tile(self, slide: Slide, i: int) -> np.ndarray:
-        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3).
+    def read_tile(self, slide: Slide, i: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3), in `out` where given.
 
         Raises:
             SlideError: The file is damaged there.
         """
         x, y = self.coords[i].tolist()
-        return slide.read_field(x, y, (self.tile_size, self.tile_size), self.mpp)
+        return slide.read_field(x, y, (self.tile_size, self.tile_size), self.mpp, out)
 
     def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
         """Put one value a tile back on the grid.
