@@ -120,15 +120,17 @@ def test_a_tile_is_decoded_once_while_its_neighbors_are_read(path, monkeypatch):
 
 def test_memory_is_bounded(path, monkeypatch):
     monkeypatch.setattr(stored_tiles, "ROWS_HELD", 1)
+    monkeypatch.setattr(stored_tiles, "MOST_THREADS", 0)
     with Slide(path) as slide:
         whole = slide.read_field(0, 0, SIZE, 0.5)
-        assert len(slide._stored._decoded) == 5 + 1  # of 35
+        assert len(slide._stored._decoded[0]) == 5 + 1  # of 35
     assert (whole == openslide_pixels(path, 0, 0, 0, *SIZE)).all()
 
 
 def test_threads_read_the_same_pixels(path, monkeypatch):
     """Few tiles are held, so that threads let go of, and fill again, what others have just decoded."""
-    monkeypatch.setattr(stored_tiles, "ROWS_HELD", 0.5)
+    monkeypatch.setattr(stored_tiles, "ROWS_HELD", 1)
+    monkeypatch.setattr(stored_tiles, "MOST_THREADS", 2)
     boxes = [(0, x, y, 90, 70) for x in range(0, 300, 41) for y in range(0, 420, 37)]
     with Slide(path) as slide, ThreadPoolExecutor(8) as pool:
         for box, region in zip(boxes, pool.map(lambda b: slide._stored.read(*b), boxes), strict=True):

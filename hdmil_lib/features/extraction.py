@@ -227,7 +227,7 @@ def _read_batches(
 
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     shape = (min(batch_size, len(rows)), grid.tile_size, grid.tile_size, 3)
-    memory = [np.empty(shape, np.uint8) for _ in range(n_readers + 1)]
+    memory = deque(np.empty((n_readers + 1, *shape), np.uint8))
     if n_readers == 0:
         for batch in batches:
             yield read(batch, memory[0])
@@ -237,7 +237,7 @@ def _read_batches(
         try:
             for batch in batches:
                 waiting.append(pool.submit(read, batch, memory[0]))
-                memory = memory[1:] + memory[:1]
+                memory.rotate(-1)
                 if len(waiting) > n_readers:
                     yield waiting.popleft().result()
             while waiting:

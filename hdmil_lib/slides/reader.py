@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +92,7 @@ class Slide:
             Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
             for w, h in self._slide.level_dimensions
         ]
+        self._level_for = cache(self._find_level)  # asked for every tile, it was a tenth of reading
         self._stored = (
             None if reader == "openslide" else StoredTiles.open(self.path, self._slide.level_dimensions)
         )
@@ -141,7 +143,9 @@ class Slide:
         """
         index, scale, (left, top) = self._locate(x, y, mpp)
         downsample = self._downsamples[index]
-        if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and np.allclose(scale, 1):
+        if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and all(
+            abs(s - 1) < 1e-5 for s in scale
+        ):
             left, top = round(left), round(top)
             return self._read_level(index, left, top, left + size[0], top + size[1], out)[0]
 
@@ -192,15 +196,18 @@ class Slide:
             Its index, how many of its pixels make one of the result in (x, y), and where (x, y) lies on it.
         """
 
-        def scale(level: Level) -> tuple[float, float]:
-            return mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y)
-
-        fine_enough = [
-            i for i, level in enumerate(self.levels) if min(scale(level)) >= min_scale / LEVEL_TOLERANCE
-        ]
-        index = max(fine_enough, default=0)
+        index, scale = self._level_for(mpp, min_scale)
         level = self.levels[index]
-        return index, scale(level), (x / level.downsample_x, y / level.downsample_y)
+        return index, scale, (x / level.downsample_x, y / level.downsample_y)
+
+    def _find_level(self, mpp: float, min_scale: float) -> tuple[int, tuple[float, float]]:
+        scales = [
+            (mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y))
+            for level in self.levels
+        ]
+        fine_enough = [i for i, scale in enumerate(scales) if min(scale) >= min_scale / LEVEL_TOLERANCE]
+        index = max(fine_enough, default=0)
+        return index, scales[index]
 
     def _area_mean(self, index, left, top, scale, shape) -> np.ndarray:
         """Mean color of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""

@@ -24,6 +24,9 @@ COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RG
 ROWS_HELD = 2
 """Rows of decoded tiles held: a field lies in two rows, and so do its neighbors on the grid."""
 
+MOST_THREADS = 64
+"""Tiles that may be decoded at a time, beside those held."""
+
 
 @dataclass(frozen=True)
 class _StoredLevel:
@@ -38,6 +41,48 @@ class _StoredLevel:
     def columns(self) -> int:
         return -(-self.page.imagewidth // self.page.tilewidth)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a decoded tile."""
+        return self.page.tilelength, self.page.tilewidth, 3
+
+
+class _DecodedTiles:
+    """The decoded tiles of a level that were used last, in one block of memory.
+
+    NumPy asks for huge pages for a block of this size. In memory of its own for each tile, a seventh of the
+    time of decoding was spent on pages.
+    """
+
+    def __init__(self, capacity: int, shape: tuple[int, int, int]):
+        self._block = np.empty((capacity, *shape), np.uint8)  # no memory is used before it is written
+        self._free = list(range(capacity))
+        self._places: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The pixels of a tile, to be used before the next call of `place`; None where it is not held."""
+        if index not in self._places:
+            return None
+        self._places.move_to_end(index)
+        return self._block[self._places[index]]
+
+    def place(self) -> tuple[int, np.ndarray]:
+        """A place for a tile to be decoded, at the cost of the one used longest ago, and its memory."""
+        place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+        return place, self._block[place]
+
+    def hold(self, index: int, place: int) -> None:
+        """From now on the place holds this tile."""
+        if index in self._places:  # another thread has decoded it meanwhile
+            self._free.append(self._places[index])
+        self._places[index] = place
+
+    def give_back(self, place: int) -> None:
+        self._free.append(place)
+
 
 class StoredTiles:
     """Levels of a slide whose TIFF stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB form.
@@ -48,8 +93,9 @@ class StoredTiles:
     def __init__(self, path: Path, levels: Sequence[_StoredLevel]):
         self.path, self._levels = path, levels
         self._file = os.open(path, os.O_RDONLY)
-        self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._spare: list[np.ndarray] = []  # memory of tiles let go: fresh pages cost a third of a decode
+        self._decoded = [
+            _DecodedTiles(ROWS_HELD * (level.columns + 1) + MOST_THREADS, level.shape) for level in levels
+        ]
         self._lock = Lock()
 
     @classmethod
@@ -70,7 +116,6 @@ class StoredTiles:
             os.close(self._file)
         self._file = -1
         self._decoded.clear()
-        self._spare.clear()
 
     def read(
         self, level: int, left: int, top: int, width: int, height: int, out: np.ndarray | None = None
@@ -107,35 +152,38 @@ class StoredTiles:
 
         Copies are made under the lock, since the memory of a tile that is let go is used again.
         """
+        decoded = self._decoded[level]
         with self._lock:
-            if (level, index) in self._decoded:
-                self._decoded.move_to_end((level, index))
-                to[:] = self._decoded[level, index][part]
+            if (tile := decoded.get(index)) is not None:
+                to[:] = tile[part]
                 return
-            spare = self._spare.pop() if self._spare else None
-        tile = self._decode(level, index, spare)
+            place, memory = decoded.place()
+        try:
+            is_stored = self._decode(level, index, memory)
+        except SlideError:
+            with self._lock:
+                decoded.give_back(place)
+            raise
         with self._lock:
-            if tile is None:
+            if is_stored:
+                to[:] = memory[part]
+                decoded.hold(index, place)
+            else:
                 to.fill(255)
-                return
-            to[:] = tile[part]
-            self._decoded[level, index] = tile
-            while len(self._decoded) > ROWS_HELD * (self._levels[level].columns + 1):
-                self._spare.append(self._decoded.popitem(last=False)[1])
+                decoded.give_back(place)
 
-    def _decode(self, level: int, index: int, memory: np.ndarray | None = None) -> np.ndarray | None:
-        """One stored tile, uint8 (h, w, 3), in `memory` if it fits; None where the file has none."""
+    def _decode(self, level: int, index: int, memory: np.ndarray) -> bool:
+        """Decode a stored tile, uint8 (h, w, 3); False where the file has none."""
         stored = self._levels[level]
-        size, shape = int(stored.sizes[index]), (stored.page.tilelength, stored.page.tilewidth, 3)
+        size = int(stored.sizes[index])
         if size == 0:
-            return None
-        if memory is None or memory.shape != shape:
-            memory = np.empty(shape, np.uint8)
+            return False
         data = os.pread(self._file, size, int(stored.offsets[index]))
         try:
-            return stored.decode(data, out=memory)
+            stored.decode(data, out=memory)
         except Exception as error:  # each codec has errors of its own
             raise self._damaged(level, index, str(error)) from error
+        return True
 
     def _damaged(self, level: int, index: int, why: str) -> SlideError:
         stored = self._levels[level]
