@@ -285,10 +285,11 @@ def sample_slide(base_url: str = SAMPLE_URL) -> Path:
 
 
 def prepare_cohort(
-    name: str,
+    name: str | CohortPreset,
     *,
     fast: bool = False,
     n_slides: int | None = None,
+    seed: int = 0,
     encoder: str = DEFAULT_ENCODER,
     workers: int | None = None,
     progress: bool = True,
@@ -299,10 +300,11 @@ def prepare_cohort(
     painter gets another folder. What is there is not made again: an interrupted call is taken up by the next.
 
     Args:
-        name: "camelyon-mini", "nsclc-mini" or "brca-mini".
+        name: "camelyon-mini", "nsclc-mini" or "brca-mini", or a preset.
         fast: Return the bags in `data_samples/`, made by `tools/make_samples.py`; there are no slides, and
             the other arguments have no effect.
         n_slides: Number of slides; the preset's by default.
+        seed: Determines the slides: with another one they are new draws from the same population.
         encoder: Name in `ENCODERS`.
         workers: Processes that draw slides; one a core by default.
         progress: Show bars.
@@ -318,8 +320,9 @@ def prepare_cohort(
     from hdmil_lib.features.extraction import extract_slides
 
     n_slides = n_slides or preset.n_slides
-    folder = cache_dir() / "cohorts" / f"{name}-{_cohort_digest(preset, n_slides)}"
-    table = synthesize_cohort(preset, folder / "slides", n_slides, progress=progress, workers=workers)
+    drawn = f"-seed{seed}" if seed else ""
+    folder = cache_dir() / "cohorts" / f"{preset.name}-{_cohort_digest(preset, n_slides)}{drawn}"
+    table = synthesize_cohort(preset, folder / "slides", n_slides, seed, progress, workers)
     slide_paths = table["path"].tolist()
     table["path"] = [f"slides/{Path(path).name}" for path in slide_paths]
     cohort = Cohort(table, preset.classes, folder, folder / "bags" / encoder)

@@ -8,6 +8,7 @@ import torch
 from slide_factory import write_slide
 
 from hdmil_lib.inference import ModelConfig, Predictor, prescreen
+from hdmil_lib.inference.anytime import Trajectory
 from hdmil_lib.models import DMIN, LIPN, DMINSettings
 from hdmil_lib.slides import Slide, TileGrid
 
@@ -54,3 +55,9 @@ def make_predictor(slide=None, keep=0.5, n_classes=2, **settings):
         best = prescreen(lipn, patches, 0.5)[1].max(axis=1)
         config = replace(config, thresholds=(float(np.quantile(best, 1 - keep)),) * n_classes)
     return Predictor(dmin, lipn, config, encoder=ColorEncoder())
+
+
+def made_up(*tumor):
+    """How the answer on a slide grew: P(tumor) after each ten tiles."""
+    p = np.array(tumor)
+    return Trajectory(np.arange(1, len(p) + 1) * 10, np.stack([1 - p, p], 1))

@@ -16,7 +16,7 @@ from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features import encoders, networks
 from hdmil_lib.features.encoders import ENCODERS, EncoderSpec, load_encoder
-from hdmil_lib.features.engines import has_openvino
+from hdmil_lib.features.engines import has_nncf, has_openvino
 from hdmil_lib.features.networks import TileNetwork, build_network, fuse_batch_norms, weights_hash
 
 ENGINES = [
@@ -118,7 +118,7 @@ def test_the_default_is_within_the_promised_cosine_of_fp32(eager_features, cache
 
 def test_bf16_is_only_taken_where_it_is_close_to_fp32(monkeypatch, loaded):
     """On hardware with bf16 the probe decides; a precision that spoils features is not taken."""
-    monkeypatch.setattr(encoders, "has_native_bf16", lambda engine, device: True)
+    monkeypatch.setattr(encoders, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(encoders, "_least_cosine", lambda exact, fast: 0.9991)
     assert load_encoder(device="cpu", engine="torch").precision == "bf16"
     monkeypatch.setattr(encoders, "_least_cosine", lambda exact, fast: 0.9989)
@@ -131,6 +131,37 @@ def test_torch_bf16_differs_from_fp32_by_rounding_only(loaded):
     assert fast.precision == "bf16" and fast(tiles).dtype == np.float32
     # bf16 has 8 bits: 0.4 % a product, some fifty layers deep
     assert 0.99 < least_cosine(fast(tiles), loaded["torch"](tiles)) < 1 - 1e-7
+
+
+@pytest.mark.skipif(not (has_openvino() and has_nncf()), reason="no openvino or no nncf")
+def test_int8_is_quantized_once_for_the_tiles_and_stays_close(loaded, cache, monkeypatch):
+    monkeypatch.setenv("HDMIL_CACHE", str(cache))
+    calls, quantize = [], encoders.quantize
+    monkeypatch.setattr(encoders, "quantize", lambda *args: calls.append(args) or quantize(*args))
+    seen, unseen = make_tiles(16), make_tiles(8, seed=1)
+    for _ in range(2):
+        fast = load_encoder(device="cpu", precision="int8", calibration=seen)
+    assert len(calls) == 1
+    assert fast.precision == "int8" and fast.weights_hash == loaded["openvino"].weights_hash
+    features, exact = fast(unseen), loaded["openvino"](unseen)
+    # These are far from tissue, where it is 0.995 and more (benchmarks/results/encoder.json).
+    assert 0.95 < least_cosine(features, exact) < 1 - 1e-6
+    load_encoder(device="cpu", precision="int8", calibration=unseen)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"engine": "torch"}, "pip install openvino nncf"),
+        ({"engine": "openvino"}, "calibration="),
+        ({"engine": "openvino", "calibration": np.empty((0, 256, 256, 3), np.uint8)}, "calibration="),
+    ],
+)
+@pytest.mark.skipif(not (has_openvino() and has_nncf()), reason="no openvino or no nncf")
+def test_int8_says_what_it_needs(options, remedy):
+    with pytest.raises(HDMILError, match=remedy):
+        load_encoder(device="cpu", precision="int8", **options)
 
 
 def test_the_hash_belongs_to_the_weights(loaded):

@@ -16,7 +16,7 @@ from slide_factory import INK, write_slide
 from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels
 from hdmil_lib.features.encoders import load_encoder
-from hdmil_lib.features.extraction import encode_tiles, extract_slide, extract_slides
+from hdmil_lib.features.extraction import calibration_tiles, encode_tiles, extract_slide, extract_slides
 from hdmil_lib.slides import Slide, TileGrid
 
 
@@ -77,6 +77,14 @@ def test_only_the_asked_tiles_are_read(opened, monkeypatch):
     assert sorted(read) == sorted(map(tuple, grid.coords[[2, 9]].tolist()))
 
 
+def test_calibration_tiles_are_spread_over_the_slides(opened, slide_path):
+    slide, grid = opened
+    tiles = calibration_tiles([slide_path, slide_path], n_tiles=7)
+    expected = [grid.read_tile(slide, row) for row in (0, (len(grid) - 1) // 2, len(grid) - 1)]
+    np.testing.assert_array_equal(tiles, expected + expected)
+    assert len(calibration_tiles([slide_path])) == len(grid)  # it has fewer than asked for
+
+
 def test_no_rows_need_no_reading(opened):
     slide, grid = opened
     assert encode_tiles(slide, grid, [], MeanColor()).shape == (0, 6)
@@ -106,6 +114,32 @@ def test_reading_ahead_is_bounded():
     encode_tiles(SimpleNamespace(name="s"), Grid(), range(200), Slow(), batch_size=4, n_readers=2)
     assert read[0] == 200
     assert max(ahead) <= 4 * (2 + 2)  # the batch being encoded, and n_readers + 1 read or waiting
+
+
+@pytest.mark.parametrize("signal_", [KeyboardInterrupt, MemoryError])
+def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
+    """The error is held, as notebooks do; readers must be gone before the slide is closed."""
+
+    class Interrupted(MeanColor):
+        def __call__(self, tiles):
+            raise signal_
+
+    before, read = set(threading.enumerate()), []
+
+    class Slow(TileGrid):
+        def read_tile(self, slide, i, out):
+            time.sleep(0.01)
+            read.append(slide._slide._osr is not None)  # still open
+            return super().read_tile(slide, i, out)
+
+    with Slide(slide_path) as slide:
+        grid = Slow(**vars(TileGrid.from_slide(slide)))
+        with pytest.raises(signal_) as caught:
+            encode_tiles(slide, grid, range(12), Interrupted(), batch_size=1, n_readers=2)
+        assert set(threading.enumerate()) == before
+        n_read = len(read)
+    time.sleep(0.05)
+    assert len(read) == n_read <= 4 and all(read) and caught.value is not None
 
 
 def test_the_seconds_of_both_stages_accumulate(opened):

@@ -1,7 +1,6 @@
 """Seconds a slide by stage, with and without pre-screening, on the same slides (paper: Table 2)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +89,7 @@ def _with_budget(predictor: Predictor, path: Path, keep_ratio: float) -> Predict
     best = np.sort(prescreen(predictor.lipn, patches, predictor.config.thresholds)[1].max(axis=1))[::-1]
     last = min(max(round(keep_ratio * len(best)), 1), len(best) - 1)
     threshold = float(best[last - 1] + best[last]) / 2
-    config = replace(predictor.config, thresholds=(threshold,) * predictor.dmin.n_classes)
-    return Predictor(predictor.dmin, predictor.lipn, config, encoder=predictor.encoder)
+    return predictor.with_rules(thresholds=threshold)
 
 
 def stage_medians(timings: pd.DataFrame) -> pd.DataFrame:

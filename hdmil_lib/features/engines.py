@@ -1,6 +1,7 @@
 """Fast execution of a frozen network on uint8 tiles: OpenVINO on the CPU, or PyTorch anywhere."""
 
 import importlib.util
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.networks import TileNetwork
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 class TorchEngine:
@@ -45,7 +46,7 @@ class OpenVINOEngine:
     name = "openvino"
 
     def __init__(self, model_path: Path, precision: Precision):
-        """Compile a model written by `convert`.
+        """Compile a model written by `convert` or, for int8, by `quantize`.
 
         Raises:
             HDMILError: The file is damaged.
@@ -54,14 +55,14 @@ class OpenVINOEngine:
 
         hints = {
             "PERFORMANCE_HINT": "THROUGHPUT",
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": {"bf16": "bf16"}.get(precision, "f32"),
         }
         try:
             compiled = ov.Core().compile_model(model_path, "CPU", hints)
         except RuntimeError as error:
             raise HDMILError(f"{model_path}: damaged copy of an encoder; delete it and try again.") from error
         taken = compiled.get_property("INFERENCE_PRECISION_HINT")
-        self.precision: Precision = "bf16" if taken == ov.Type.bf16 else "fp32"
+        self.precision: Precision = precision if precision != "bf16" or taken == ov.Type.bf16 else "fp32"
         self._requests = ov.AsyncInferQueue(compiled)
         self._requests.set_callback(_store_row)
         self._dim = compiled.output(0).shape[1]
@@ -84,15 +85,16 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def has_native_bf16(engine: str, device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 there, rather than emulated."""
+def has_nncf() -> bool:
+    """Whether the optional package nncf is installed."""
+    return importlib.util.find_spec("nncf") is not None
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there. On a CPU that takes AMX: with AVX-512 alone it is slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if engine == "openvino":
-        import openvino as ov
-
-        return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def convert(network: TileNetwork, input_size: int, path: Path) -> None:
@@ -104,6 +106,37 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # openvino traces with torch.jit,
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # for this one shape, as is meant
         model = ov.convert_model(network, example_input=tile, input=[tuple(tile.shape)])
+    _save(model, path)
+
+
+def quantize(model_path: Path, tiles: np.ndarray, path: Path) -> None:
+    """Write an int8 copy of a model written by `convert`; whole or not at all.
+
+    Weights and activations get 8 bits, their ranges from the tiles, and biases that undo the mean error of
+    each layer (post-training quantization by NNCF).
+
+    Args:
+        model_path: The model.
+        tiles: What the encoder will see, uint8 (n, H, W, 3) of the model's size.
+        path: The copy.
+    """
+    import nncf
+    import openvino as ov
+
+    nncf.set_log_level(logging.ERROR)
+    model = nncf.quantize(
+        ov.Core().read_model(model_path),
+        nncf.Dataset([tile[None] for tile in tiles]),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(tiles),
+        fast_bias_correction=False,
+    )
+    _save(model, path)
+
+
+def _save(model, path: Path) -> None:
+    import openvino as ov
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     ov.save_model(model, partial, compress_to_fp16=False)

@@ -4,6 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,33 @@ def encode_tiles(
         SlideError: A tile cannot be read, and `strict`.
     """
     features, done = np.empty((len(rows), encoder.dim), np.float32), 0
-    with tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar:
-        for block in encode_blocks(slide, grid, rows, encoder, **options):
+    with (
+        tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar,
+        closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks,
+    ):
+        for block in blocks:
             features[done : done + len(block)] = block
             done += len(block)
             bar.update(len(block))
     return features
+
+
+def calibration_tiles(slide_paths: Sequence[str | Path], n_tiles: int = 96) -> np.ndarray:
+    """Tiles from which an int8 encoder takes the ranges of its numbers, spread over some slides.
+
+    Returns:
+        About as many as asked for, at most; uint8 (n, 256, 256, 3), evenly from the slides and over each.
+
+    Raises:
+        SlideError: A slide cannot be read or holds no tissue.
+    """
+    tiles = []
+    for path in slide_paths:
+        with Slide(path) as slide:
+            grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP)
+            rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(slide_paths))).astype(int)
+            tiles += [grid.read_tile(slide, row) for row in rows]
+    return np.stack(tiles)
 
 
 def encode_blocks(
@@ -88,17 +110,19 @@ def encode_blocks(
         SlideError: A tile cannot be read, and `strict`.
     """
     seconds = {} if seconds is None else seconds
-    for tiles, whole, crop_seconds in _read_batches(slide, grid, rows, batch_size, n_readers, strict):
-        start = time.perf_counter()
-        if whole.all():
-            features = encoder(tiles)
-        else:
-            features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
-            if whole.any():
-                features[whole] = encoder(tiles[whole])
-        seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
-        seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
-        yield features
+    # Closed here and now: readers must be gone before an error, or Ctrl-C, lets the slide be closed.
+    with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict)) as batches:
+        for tiles, whole, crop_seconds in batches:
+            start = time.perf_counter()
+            if whole.all():
+                features = encoder(tiles)
+            else:
+                features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
+                if whole.any():
+                    features[whole] = encoder(tiles[whole])
+            seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
+            seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
+            yield features
 
 
 def extract_slide(

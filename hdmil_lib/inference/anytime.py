@@ -3,11 +3,11 @@
 DMIN pools with a softmax over tiles, so a slide's answer follows from sums. `RunningDMIN` keeps these and
 updates them block by block: nothing is computed twice, and once all tiles are read the answer is that of
 DMIN on the whole bag. Reading stops where the lead of the first class over the second reaches a margin that
-was learned on other slides (`learn_margin`), or when a budget is spent.
+was learned on other slides (`rules.learn_margin`), or when a budget is spent.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,11 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.features.encoders import Encoder
 from hdmil_lib.features.extraction import encode_blocks
 from hdmil_lib.inference.prescreen import prescreen
-from hdmil_lib.inference.risk import Procedure, RiskControl, control_risk
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.slides import Slide, TileGrid
 
-MARGINS = (1.0, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""From careful to fast; a lead of 1 is never reached, so that the first one reads everything."""
+BLOCK = 32
+"""Tiles between two answers."""
 
 
 class RunningDMIN:
@@ -181,7 +180,7 @@ def lead(probabilities: np.ndarray) -> np.ndarray:
     return first_two[..., 1] - first_two[..., 0]
 
 
-def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = 32) -> Trajectory:
+def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = BLOCK) -> Trajectory:
     """The answers that anytime prediction would have given on a bag.
 
     Args:
@@ -194,59 +193,3 @@ def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = 32
     answers = [running.update(features[rows]).numpy() for rows in order.split(block)]
     n_read = np.minimum(np.arange(1, len(answers) + 1) * block, len(features))
     return Trajectory(n_read, np.stack(answers))
-
-
-@dataclass(frozen=True)
-class LearnedMargin:
-    """A stopping rule and what speaks for it.
-
-    Attributes:
-        margin: Stop where the lead reaches it; 1 where no faster rule is certified: read everything.
-        keep_ratio: Mean share of tiles that it reads on the slides at hand.
-        control: The test of all margins.
-    """
-
-    margin: float
-    keep_ratio: float
-    control: RiskControl
-
-
-def learn_margin(
-    trajectories: Sequence[Trajectory],
-    margins: Sequence[float] = MARGINS,
-    *,
-    epsilon: float = 0.05,
-    delta: float = 0.1,
-    procedure: Procedure = "sequence",
-) -> LearnedMargin:
-    """The smallest margin with which at most epsilon of all slides get another label than from all tiles.
-
-    It holds with probability 1 - delta over the draw of the slides, under the assumptions of `risk`: slides
-    that served for nothing else, and margins fixed before a look at them.
-
-    Args:
-        trajectories: Of held-out slides.
-        margins: Candidates, falling: the test goes from careful to fast and ends at the first that fails.
-        epsilon: Share of slides.
-        delta: Probability.
-        procedure: See `control_risk`.
-
-    Raises:
-        ValueError: No trajectories, margins that do not fall, or numbers out of range.
-    """
-    if not trajectories:
-        raise ValueError("trajectories is empty: a margin is learned on held-out slides")
-    if any(b >= a for a, b in zip(margins, margins[1:], strict=False)):
-        raise ValueError("margins must fall, from careful to fast")
-    stops = np.array([[t.stop(margin) for margin in margins] for t in trajectories])
-    labels = [t.probabilities.argmax(1) for t in trajectories]
-    losses = np.array([label[at] != label[-1] for label, at in zip(labels, stops, strict=True)])
-    shares = [t.n_read[at] / t.n_read[-1] for t, at in zip(trajectories, stops, strict=True)]
-    costs = np.mean(shares, axis=0)
-    control = control_risk(losses, costs, epsilon=epsilon, delta=delta, procedure=procedure)
-    index = control.index
-    return (
-        LearnedMargin(1.0, 1.0, control)
-        if index is None
-        else LearnedMargin(margins[index], costs[index], control)
-    )

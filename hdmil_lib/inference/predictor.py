@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.features.encoders import Encoder, load_encoder
 from hdmil_lib.features.extraction import encode_tiles
-from hdmil_lib.inference.anytime import AnytimeStep, read_until
+from hdmil_lib.inference.anytime import BLOCK, AnytimeStep, read_until
 from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
 from hdmil_lib.inference.prescreen import prescreen as select_tiles
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.models.lipn import PATCH_SIZE
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.training.crossval import load_fold
+from hdmil_lib.training.two_stage import Threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,21 @@ class Predictor:
         config = ModelConfig(tuple(classes), bag.attrs["encoder"], bag.attrs["weights_hash"], thresholds)
         return cls(dmin, lipn, config, encoder=encoder)
 
+    def with_rules(self, *, thresholds: Threshold | None = None, margin: float | None = None) -> "Predictor":
+        """The same networks with other rules; what is None stays.
+
+        Args:
+            thresholds: On LIPN's sigmoid, one number or one a branch.
+            margin: Lead at which `anytime` stops.
+        """
+        config = self.config
+        if thresholds is not None:
+            each = np.broadcast_to(thresholds, self.dmin.n_classes)
+            config = replace(config, thresholds=tuple(each.astype(float).tolist()))
+        if margin is not None:
+            config = replace(config, margin=margin)
+        return Predictor(self.dmin, self.lipn, config, encoder=self._encoder)
+
     def save(self, model_dir: str | Path) -> None:
         """Write the model folder that `load` reads."""
         write_model(model_dir, self.dmin, self.lipn, self.config)
@@ -220,11 +236,11 @@ class Predictor:
         self,
         slide_path: str | Path,
         *,
-        margin: float = 1.0,
+        margin: float | None = None,
         max_tiles: int | None = None,
         max_seconds: float | None = None,
         mpp: float | tuple[float, float] | None = None,
-        block: int = 32,
+        block: int = BLOCK,
         n_readers: int = 2,
     ) -> Iterator[AnytimeStep]:
         """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
@@ -235,11 +251,12 @@ class Predictor:
 
         Args:
             slide_path: The slide.
-            margin: Lead at which the answer is final, 0 to 1, from `learn_margin`; 1 reads everything.
+            margin: Lead at which the answer is final, 0 to 1; 1 reads everything. By default the model's,
+                which `rules.learn_margin` finds.
             max_tiles: Tiles to read at most.
             max_seconds: Seconds after which no further block is taken.
             mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
-            block: Tiles between two answers.
+            block: Tiles between two answers; a margin was learned for one block size.
             n_readers: Threads that read ahead while the encoder runs.
 
         Raises:
@@ -248,6 +265,7 @@ class Predictor:
             CheckpointError: The model has no LIPN, or the encoder has changed.
         """
         self._need_lipn()
+        margin = self.config.margin if margin is None else margin
         budgets = {"margin": margin, "max_tiles": max_tiles, "max_seconds": max_seconds}
         networks = (self.encoder, self.lipn, self.dmin)
         return read_until(slide_path, *networks, mpp=mpp, block=block, n_readers=n_readers, **budgets)

@@ -1,0 +1,144 @@
+"""Fast rules with a guarantee: LIPN's thresholds and the margin to stop at, chosen on held-out slides.
+
+A rule may be used where it gives at most a share epsilon of all slides another label than reading every tile
+does (or than the truth), with probability 1 - delta over the draw of the held-out slides. What that asks of
+the slides, and what it does not say, stands in `risk`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from scipy.special import expit, logit
+
+from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.inference.anytime import Trajectory
+from hdmil_lib.inference.risk import RiskControl, control_risk
+from hdmil_lib.models import DMIN, LIPN
+from hdmil_lib.training.two_stage import Threshold, lipn_mask
+
+MARGINS = (1.0, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""From careful to fast; a lead of 1 is never reached, so that the first one reads everything."""
+
+LOGIT_STEPS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class LearnedRule(Generic[Value]):
+    """A rule and what speaks for it.
+
+    Attributes:
+        value: The thresholds or the margin; those that read everything where no faster rule is certified.
+        keep_ratio: Mean share of tiles that it reads on the slides at hand.
+        control: The test of all candidates.
+    """
+
+    value: Value
+    keep_ratio: float
+    control: RiskControl
+
+
+def learn_margin(
+    trajectories: Sequence[Trajectory],
+    margins: Sequence[float] = MARGINS,
+    *,
+    labels: Sequence[int] | None = None,
+    **options: Any,
+) -> LearnedRule[float]:
+    """The margin of least cost at which anytime prediction may stop.
+
+    Args:
+        trajectories: Of held-out slides.
+        margins: Candidates, falling: the test goes from careful to fast and ends at the first that fails.
+        labels: True class indices to be met; by default the label that all tiles lead to.
+        options: Of `control_risk`: `epsilon`, `delta`, `procedure`.
+
+    Raises:
+        ValueError: No trajectories, margins that do not fall, or numbers out of range.
+    """
+    if not trajectories:
+        raise ValueError("trajectories is empty: a margin is learned on held-out slides")
+    if any(b >= a for a, b in zip(margins, margins[1:], strict=False)):
+        raise ValueError("margins must fall, from careful to fast")
+    stops = [[t.stop(margin) for margin in margins] for t in trajectories]
+    said = np.array([t.probabilities[at].argmax(1) for t, at in zip(trajectories, stops, strict=True)])
+    shares = np.array([t.n_read[at] / t.n_read[-1] for t, at in zip(trajectories, stops, strict=True)])
+    dagger = np.array([t.probabilities[-1].argmax() for t in trajectories])
+    return _learn(margins, said, shares, _truth(labels, dagger), read_all=1.0, options=options)
+
+
+def threshold_ladder(thresholds: Sequence[float]) -> list[tuple[float, ...]]:
+    """Candidates around a model's thresholds that depend on no slide: all tiles, then ever fewer.
+
+    Each threshold is moved along the logit, from 3 below to 2 above; where that is 0 or 1, it stays.
+    """
+    logits = logit(np.asarray(thresholds, float))
+    return [(0.0,) * len(logits)] + [tuple(expit(logits + step).tolist()) for step in LOGIT_STEPS]
+
+
+def learn_thresholds(
+    dmin: DMIN,
+    lipn: LIPN,
+    bags: Sequence[Bag],
+    candidates: Sequence[Threshold],
+    *,
+    labels: Sequence[int] | None = None,
+    **options: Any,
+) -> LearnedRule[Threshold]:
+    """The thresholds of least cost with which LIPN may choose the tiles that are read.
+
+    Args:
+        dmin: Classifier, in evaluation mode.
+        lipn: Pre-screening network, in evaluation mode.
+        bags: Of held-out slides.
+        candidates: From careful to fast, fixed before a look at these slides, such as `threshold_ladder`;
+            the test ends at the first that fails.
+        labels: True class indices to be met; by default the label that all tiles lead to.
+        options: Of `control_risk`: `epsilon`, `delta`, `procedure`.
+
+    Raises:
+        ValueError: No bags or candidates, or numbers out of range.
+    """
+    if not bags or not candidates:
+        raise ValueError("bags or candidates are empty: thresholds are learned on held-out slides")
+    shape = len(bags), len(candidates)
+    said, shares, dagger = np.empty(shape, int), np.empty(shape), np.empty(len(bags), int)
+    with torch.inference_mode():
+        for i, bag in enumerate(bags):
+            features = torch.as_tensor(bag.features).float()
+            logits = lipn(torch.as_tensor(bag.patches))
+            dagger[i] = dmin(features).logits.argmax()
+            for j, threshold in enumerate(candidates):
+                kept = lipn_mask(logits, threshold).any(1)
+                said[i, j], shares[i, j] = dmin(features[kept]).logits.argmax(), kept.float().mean()
+    read_all = (0.0,) * lipn.n_classes
+    return _learn(candidates, said, shares, _truth(labels, dagger), read_all=read_all, options=options)
+
+
+def _truth(labels: Sequence[int] | None, dagger: np.ndarray) -> np.ndarray:
+    if labels is None:
+        return dagger
+    if len(labels) != len(dagger):
+        raise ValueError(f"there are {len(labels)} labels for {len(dagger)} slides")
+    return np.asarray(labels)
+
+
+def _learn(
+    values: Sequence[Value],
+    said: np.ndarray,
+    shares: np.ndarray,
+    truth: np.ndarray,
+    *,
+    read_all: Value,
+    options: dict[str, Any],
+) -> LearnedRule[Value]:
+    """The certified rule of least cost, from what R rules said of n slides (n, R) and the tiles they read."""
+    costs = shares.mean(0)
+    control = control_risk(said != truth[:, None], costs, **options)
+    if control.index is None:
+        return LearnedRule(read_all, 1.0, control)
+    return LearnedRule(values[control.index], float(costs[control.index]), control)

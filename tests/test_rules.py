@@ -1,0 +1,115 @@
+"""Rules learned on held-out slides: what is certified, what is not, and that the promise is kept."""
+
+import numpy as np
+import pytest
+import torch
+from bag_factory import make_bag
+from predictor_factory import made_up, make_predictor
+
+from hdmil_lib.inference.rules import learn_margin, learn_thresholds, threshold_ladder
+from hdmil_lib.training.two_stage import two_stage
+
+
+def test_the_margin_learned_is_the_smallest_certified():
+    # A lead of 0.4 misleads on a tenth of the slides, one of 0.8 never does.
+    steady, fickle = made_up(0.72, 0.91, 0.99), made_up(0.72, 0.2, 0.05)
+    learned = learn_margin([steady] * 180 + [fickle] * 20, (1.0, 0.8, 0.4), epsilon=0.05)
+    assert learned.value == 0.8
+    assert learned.control.errors.tolist() == [0, 0, 20]
+    assert learned.keep_ratio == pytest.approx((180 * 2 + 20 * 3) / 3 / 200)
+    assert learn_margin([steady] * 180 + [fickle] * 20, (1.0, 0.8, 0.4), epsilon=0.2).value == 0.4
+
+
+def test_too_few_slides_certify_nothing_and_everything_is_read():
+    learned = learn_margin([made_up(0.7, 0.91)] * 10)
+    assert (learned.value, learned.keep_ratio, learned.control.index) == (1.0, 1.0, None)
+    assert "not achievable with 10 slides" in str(learned.control)
+
+
+def test_what_cannot_be_learned_from():
+    with pytest.raises(ValueError, match="trajectories is empty"):
+        learn_margin([])
+    with pytest.raises(ValueError, match="margins must fall"):
+        learn_margin([made_up(0.7)], (0.5, 0.5))
+
+
+def test_the_promise_is_kept_on_new_slides():
+    """Of 300 draws of 120 slides, at most delta may certify a rule that errs on more than epsilon."""
+    rng = np.random.default_rng(0)
+    epsilon, delta, margins = 0.1, 0.1, (1.0, 0.8, 0.6, 0.4, 0.2)
+    risks = {1.0: 0.0, 0.8: 0.03, 0.6: 0.09, 0.4: 0.14, 0.2: 0.3}
+    wrong = 0
+    for _ in range(300):
+        slides = []
+        for u in rng.random(120):  # a slide errs at margins whose risk exceeds its u
+            bad = [m for m in margins if risks[m] > u]
+            top = max(bad, default=0.0)  # leads of the wrong class up to this margin, then the right one
+            slides.append(made_up(0.5 - top / 2, 1.0) if top else made_up(1.0, 1.0))
+        wrong += risks[learn_margin(slides, margins, epsilon=epsilon, delta=delta).value] > epsilon
+    # Binomial(300, 0.1) exceeds 42 with probability 0.01.
+    assert wrong <= 42
+
+
+# Thresholds
+
+
+def test_the_ladder_goes_from_all_tiles_to_few():
+    ladder = threshold_ladder((0.5, 0.9))
+    assert ladder[0] == (0.0, 0.0) and (0.5, 0.9) in [tuple(np.round(t, 12)) for t in ladder]
+    assert (np.diff(np.array(ladder), axis=0) > 0).all() and np.array(ladder).max() < 1
+    assert threshold_ladder((0.0, 1.0))[-1] == (0.0, 1.0)  # there is nowhere to go
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """DMIN has either class on half of the bags, so that what is read matters."""
+    predictor = make_predictor()
+    with torch.inference_mode():
+        leads = [predictor.dmin(torch.from_numpy(bag.features).float()).logits.diff() for bag in bags_of(40)]
+    with torch.no_grad():
+        constant = predictor.dmin.heads[1].coefficients[:, 0, 0]  # of T_0 = 1
+        constant -= torch.cat(leads).median() / len(constant)
+    return predictor.dmin, predictor.lipn
+
+
+def bags_of(n, n_tiles=24):
+    return [make_bag(f"s{i}", i % 2, n_tiles, dim=6) for i in range(n)]
+
+
+def test_thresholds_are_judged_by_what_the_two_stages_say(networks):
+    bags, candidates = bags_of(20), threshold_ladder((0.5, 0.5))
+    learned = learn_thresholds(*networks, bags, candidates, epsilon=0.2, delta=0.2)
+    errors, kept = np.zeros(len(candidates), int), np.zeros(len(candidates))
+    for bag in bags:
+        tensors = torch.from_numpy(bag.features).float(), torch.from_numpy(bag.patches)
+        dagger = networks[0](tensors[0]).logits.argmax()
+        for j, threshold in enumerate(candidates):
+            output, share = two_stage(*networks, *tensors, threshold)
+            errors[j] += output.logits.argmax() != dagger
+            kept[j] += share / 20
+    assert learned.control.errors.tolist() == errors.tolist() and errors.max() > 0
+    np.testing.assert_allclose(learned.control.costs, kept, rtol=1e-6)
+    assert learned.keep_ratio == pytest.approx(kept[learned.control.certified].min())
+    assert learned.value == candidates[int(kept[: learned.control.certified.sum()].argmin())]
+
+
+def test_the_truth_can_be_the_reference(networks):
+    bags = bags_of(60)
+    with torch.inference_mode():
+        said = [int(networks[0](torch.from_numpy(bag.features).float()).logits.argmax()) for bag in bags]
+    wrong = [1 - label for label in said]
+    same = learn_thresholds(*networks, bags, [0.0], labels=said)
+    assert same.control.errors.tolist() == [0] and same.keep_ratio == 1.0
+    never = learn_thresholds(*networks, bags, [0.0], labels=wrong)
+    assert never.control.errors.tolist() == [60] and never.value == (0.0, 0.0)
+    with pytest.raises(ValueError, match="3 labels for 60 slides"):
+        learn_thresholds(*networks, bags, [0.0], labels=[0, 1, 1])
+    with pytest.raises(ValueError, match="bags or candidates are empty"):
+        learn_thresholds(*networks, [], [0.0])
+
+
+def test_missed_positives_can_be_the_risk_of_a_margin():
+    sure, fickle = made_up(0.95, 0.97), made_up(0.1, 0.9)  # the second is missed where reading stops early
+    slides = [sure] * 55 + [fickle] * 5
+    learned = learn_margin(slides, (1.0, 0.85, 0.7), labels=[1] * 60, epsilon=0.1)
+    assert learned.control.errors.tolist() == [0, 0, 5] and learned.value == 0.85
