@@ -334,7 +334,9 @@ def prepare_cohort(
     return cohort
 
 
-def large_slides(name: str, n_slides: int, side: int, *, seed: int = 10_000) -> list[Path]:
+def large_slides(
+    name: str, n_slides: int, side: int, *, seed: int = 10_000, mpp: float | None = None
+) -> list[Path]:
     """Synthetic slides with tumor apart from the cohort, for timing: drawn once, kept in the cache.
 
     Args:
@@ -342,14 +344,16 @@ def large_slides(name: str, n_slides: int, side: int, *, seed: int = 10_000) -> 
         n_slides: How many.
         side: Width and height in pixels: 16,384 give about 2,500 tiles of tissue.
         seed: Of the first slide; the cohorts' own seeds are hashes, so that none is drawn twice.
+        mpp: Micrometers a pixel; None draws one from the preset's range.
     """
     preset = preset_named(name)
-    folder = cache_dir() / "large_slides" / f"{name}-{_cohort_digest(preset, side)}"
+    scale = f"-{mpp}um" if mpp else ""
+    folder = cache_dir() / "large_slides" / f"{name}-{_cohort_digest(preset, side)}{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}-{side}-{number}.tif" for number in range(n_slides)]
     for number, path in enumerate(paths):
         if not path.exists():
-            synthesize_slide(path, preset, preset.classes[-1], seed + number, size=(side, side))
+            synthesize_slide(path, preset, preset.classes[-1], seed + number, (side, side), mpp)
     return paths
 
 

@@ -251,7 +251,11 @@ def test_anytime_ends_with_the_answer_from_all_tiles(slide, block, n_readers):
     np.testing.assert_allclose(steps[-1].probabilities, whole.probabilities, atol=1e-5)
     assert sorted(steps[-1].rows) == list(range(35)) and steps[-1].n_tiles == 35
     assert [step.end for step in steps] == [None] * (len(steps) - 1) + ["all tiles"]
-    assert np.all(np.diff([step.seconds for step in steps]) > 0)
+    assert np.all(np.diff([step.seconds["total"] for step in steps]) > 0)
+    stages = steps[-1].seconds
+    assert set(stages) == {"thumbnail", "lipn", "crop", "features", "dmin", "total"}
+    if n_readers == 0:
+        assert sum(stages.values()) - stages["total"] <= stages["total"]
 
 
 def test_anytime_reads_what_lipn_ranks_highest_and_no_more(slide, monkeypatch):

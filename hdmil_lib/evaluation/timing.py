@@ -52,7 +52,8 @@ def time_slides(
         _read_through(path)
         contenders = [("HDMIL†", predictor, False), ("HDMIL", predictor, True)]
         contenders += [
-            (f"HDMIL, keep {ratio:.2f}", _with_budget(predictor, path, ratio), True) for ratio in keep_ratios
+            (f"HDMIL, keep {ratio:.2f}", with_keep_ratio(predictor, path, ratio), True)
+            for ratio in keep_ratios
         ]
         for repeat in range(repeats):
             for method, contender, screened in contenders if repeat % 2 == 0 else contenders[::-1]:
@@ -82,8 +83,12 @@ def _row(method: str, repeat: int, prediction: Prediction) -> dict[str, object]:
     }
 
 
-def _with_budget(predictor: Predictor, path: Path, keep_ratio: float) -> Predictor:
-    """The predictor with the threshold at which LIPN keeps this share of the slide's tiles."""
+def with_keep_ratio(predictor: Predictor, path: Path, keep_ratio: float) -> Predictor:
+    """The predictor with the threshold at which LIPN keeps this share of the slide's tiles.
+
+    Raises:
+        SlideError: The slide cannot be read.
+    """
     with Slide(path) as slide:
         patches = TileGrid.from_slide(slide).patches
     best = np.sort(prescreen(predictor.lipn, patches, predictor.config.thresholds)[1].max(axis=1))[::-1]

@@ -20,6 +20,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.features.encoders import Encoder
 from hdmil_lib.features.extraction import encode_blocks
 from hdmil_lib.inference.prescreen import prescreen
+from hdmil_lib.inference.stages import stage
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.slides import Slide, TileGrid
 
@@ -87,14 +88,15 @@ class AnytimeStep:
         rows: Tiles read so far, in the order in which they were, int64 (n,).
         n_tiles: Tiles of the slide.
         probabilities: Of the classes, float32 (C,).
-        seconds: Since the slide was opened.
+        seconds: Since the slide was opened: "total", and "thumbnail", "lipn", "crop", "features" and "dmin"
+            as in `Prediction`; "crop" is of all reading threads, which run beside the encoder.
         end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
     """
 
     rows: np.ndarray
     n_tiles: int
     probabilities: np.ndarray
-    seconds: float
+    seconds: dict[str, float]
     end: str | None
 
 
@@ -123,32 +125,36 @@ def read_until(
         raise ValueError(f"margin is {margin}, expected more than 0 and at most 1")
 
     def steps() -> Iterator[AnytimeStep]:
-        start = time.perf_counter()
+        start, seconds = time.perf_counter(), {}
         with Slide(slide_path, mpp) as slide:
-            grid = TileGrid.from_slide(slide)
-            order = np.argsort(-prescreen(lipn, grid.patches)[1].max(axis=1), kind="stable")[:max_tiles]
+            with stage(seconds, "thumbnail"):
+                grid = TileGrid.from_slide(slide)
+            with stage(seconds, "lipn"):
+                order = np.argsort(-prescreen(lipn, grid.patches)[1].max(axis=1), kind="stable")[:max_tiles]
             # Within a block in the order of the file, where neighbors share stored tiles.
             rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
             running, n_read = RunningDMIN(dmin), 0
-            options = dict(batch_size=block, n_readers=n_readers, strict=False)
+            options = dict(batch_size=block, n_readers=n_readers, strict=False, seconds=seconds)
             with closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks:
                 for features in blocks:
                     n_read += len(features)
                     features = features[~np.isnan(features).all(axis=1)]
-                    if len(features):
-                        running.update(torch.from_numpy(features))
-                    if running.n_tiles == 0:
-                        continue
-                    probabilities = running.probabilities.numpy()
-                    seconds = time.perf_counter() - start
+                    with stage(seconds, "dmin"):
+                        if len(features):
+                            running.update(torch.from_numpy(features))
+                        if running.n_tiles == 0:
+                            continue
+                        probabilities = running.probabilities.numpy()
+                    spent = time.perf_counter() - start
                     ends = {
                         "margin": lead(probabilities) >= margin,
                         "all tiles": n_read == len(grid),
                         "max_tiles": n_read == len(rows),
-                        "max_seconds": max_seconds is not None and seconds >= max_seconds,
+                        "max_seconds": max_seconds is not None and spent >= max_seconds,
                     }
                     end = next((name for name, reached in ends.items() if reached), None)
-                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, seconds, end)
+                    all_seconds = seconds | {"total": spent}
+                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, all_seconds, end)
                     if end:
                         return
             raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")

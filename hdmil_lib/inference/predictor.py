@@ -1,8 +1,6 @@
 """Two-stage inference: LIPN says which tiles matter, only those are read and encoded, DMIN classifies."""
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from hdmil_lib.features.extraction import encode_tiles
 from hdmil_lib.inference.anytime import BLOCK, AnytimeStep, read_until
 from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
 from hdmil_lib.inference.prescreen import prescreen as select_tiles
+from hdmil_lib.inference.stages import stage
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.models.lipn import PATCH_SIZE
 from hdmil_lib.slides import Slide, TileGrid
@@ -209,8 +208,8 @@ class Predictor:
         """
         encoder = self.encoder
         seconds: dict[str, float] = {}
-        with _stage(seconds, "total"), Slide(slide_path, mpp) as slide:
-            with _stage(seconds, "thumbnail"):
+        with stage(seconds, "total"), Slide(slide_path, mpp) as slide:
+            with stage(seconds, "thumbnail"):
                 grid = TileGrid.from_slide(slide)
             mask = self._screen(grid.patches, seconds) if prescreen else None
             rows = _rows_to_read(mask, len(grid))
@@ -279,7 +278,7 @@ class Predictor:
         """
         self._check_bag(bag)
         seconds: dict[str, float] = {}
-        with _stage(seconds, "total"):
+        with stage(seconds, "total"):
             mask = self._screen(bag.patches, seconds) if prescreen else None
             rows = _rows_to_read(mask, len(bag.coords))
             features = np.asarray(bag.features[rows], dtype=np.float32)
@@ -299,7 +298,7 @@ class Predictor:
     def _screen(self, patches: np.ndarray, seconds: dict[str, float]) -> np.ndarray:
         """LIPN's mask (N, C)."""
         self._need_lipn()
-        with _stage(seconds, "lipn"):
+        with stage(seconds, "lipn"):
             return select_tiles(self.lipn, patches, self.config.thresholds)[0]
 
     def _need_lipn(self) -> None:
@@ -319,7 +318,7 @@ class Predictor:
         seconds: dict[str, float],
     ) -> dict[str, np.ndarray]:
         """DMIN on the features (n, D) of the tiles `rows`, as the fields of a prediction over all tiles."""
-        with _stage(seconds, "dmin"):
+        with stage(seconds, "dmin"):
             output = self.dmin(torch.from_numpy(features))
             probabilities = output.logits.softmax(0).numpy()
         attention = np.full((n_tiles, len(self.config.classes)), np.nan, dtype=np.float32)
@@ -369,11 +368,3 @@ def _mosaic(bag: Bag) -> tuple[np.ndarray, np.ndarray]:
 def _rows_to_read(mask: np.ndarray | None, n_tiles: int) -> np.ndarray:
     """Tiles that at least one branch keeps; all where there is no mask."""
     return np.arange(n_tiles) if mask is None else np.flatnonzero(mask.any(axis=1))
-
-
-@contextmanager
-def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall time of the block to `seconds[name]`."""
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
