@@ -20,26 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from held_out import METHODS, held_out_cohort, predictors
 from tqdm import tqdm
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.inference import Predictor, prescreen
-from hdmil_lib.inference.anytime import Trajectory, trajectory
+from hdmil_lib.inference import Predictor
 from hdmil_lib.inference.rules import MARGINS, LearnedRule, learn_margin, learn_thresholds, threshold_ladder
 
 RESULTS = Path(__file__).resolve().parent / "results" / "guarantee.json"
 N_LEARN, DELTA, EPSILONS = 105, 0.1, (0.02, 0.05, 0.1)
-
-
-def grown(predictor: Predictor, bags: Sequence[Bag]) -> list[Trajectory]:
-    """How anytime prediction would have gone on each slide."""
-    scores = [prescreen(predictor.lipn, bag.patches)[1].max(axis=1) for bag in bags]
-    features = [torch.from_numpy(bag.features).float() for bag in bags]
-    return [trajectory(predictor.dmin, *slide) for slide in zip(features, scores, strict=True)]
 
 
 def described(rule: LearnedRule, tried: LearnedRule) -> dict[str, Any]:
@@ -69,7 +60,7 @@ def described(rule: LearnedRule, tried: LearnedRule) -> dict[str, Any]:
 def learn(predictor: Predictor, bags: Sequence[Bag], labels: np.ndarray) -> dict[str, Any]:
     """Thresholds and margins of one predictor, for every epsilon, and for missed positives."""
     ladder = threshold_ladder(predictor.config.thresholds)
-    trajectories = grown(predictor, bags)
+    trajectories = [predictor.trajectory(bag) for bag in bags]
     first, rest = slice(N_LEARN), slice(N_LEARN, None)
     networks = predictor.dmin, predictor.lipn
     tried = learn_thresholds(*networks, bags[rest], ladder), learn_margin(trajectories[rest])

@@ -5,11 +5,11 @@
 Draws large synthetic slides once (in the cache) and writes `benchmarks/results/inference.json`:
 
 - Slides of rising size, each in a process of its own: Table 2, that is HDMIL† and HDMIL in turns, seconds by
-  stage one after the other; HDMIL† once more with reading beside the encoder, as in use; and the peak memory.
-  For each share of tiles read the share of time spent is to exceed it by 0.05 at most.
-- Yardsticks: seconds a tile, on a smaller slide that stores the scale of its tiles, of a naive loop and of the
-  pipeline of a common tool (see `yardsticks.py`; from given coordinates to features), and of ours (from the
-  file to the prediction), in turns; with the smallest cosine of the features to the naive loop's.
+  stage one after the other; HDMIL† with reading beside the encoder, as in use; and the peak memory. For each
+  share of tiles read the share of time spent is to exceed it by 0.05 at most.
+- Yardsticks: seconds a tile, on a smaller slide that stores the scale of its tiles, of a naive loop and of
+  the pipeline of a common tool (see `yardsticks.py`; from given coordinates to features), and of ours (from
+  the file to the prediction), in turns; with the smallest cosine of the features to the naive loop's.
 
 Without `--model` the networks are those of `held_out.predictors`, trained where they are not yet.
 """

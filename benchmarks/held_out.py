@@ -16,7 +16,7 @@ METHODS = {"hdmil": "HDMIL, masks", "hdmil_evidence": "HDMIL, evidence"}
 
 
 def held_out_cohort() -> tuple[Cohort, Mapping[str, Bag]]:
-    """Slides five times as large as the cohort's, one of each case: drawn and encoded once, in some minutes."""
+    """Slides five times as large as the cohort's, one a case; drawn and encoded once, in 20 minutes."""
     preset = replace(PRESETS[COHORT], name=f"{COHORT}-large", tiles=(500, 700), paired=0.0)
     cohort = prepare_cohort(preset, n_slides=N_SLIDES, seed=SEED)
     return cohort, load_bags(cohort)

@@ -1,4 +1,4 @@
-"""The command line `hdmil`: samples, extract, train, predict and encoders, thin over the library."""
+"""The command line `hdmil`: samples, extract, train, calibrate, predict, encoders; thin over the library."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 from hdmil_lib.errors import CohortError, HDMILError, SlideError
 
 if TYPE_CHECKING:
-    from hdmil_lib.inference import Prediction
+    import numpy as np
+
+    from hdmil_lib.inference import Prediction, Predictor
     from hdmil_lib.training.recipes import Recipe
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
@@ -130,32 +132,85 @@ def train(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option(help="Folder that `hdmil train` wrote; its rules are replaced.")],
+    cohort: Annotated[Path, typer.Option(help="CSV of held-out slides: slide_id, case_id and label.")],
+    bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote of them.")],
+    epsilon: Annotated[float, typer.Option(help="Share of slides that may get another label.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="Probability that a rule errs on more.")] = 0.1,
+) -> None:
+    """Learn how few tiles the model needs, on slides that served for nothing else.
+
+    LIPN's thresholds, and the margin for `hdmil predict --anytime`, become the fastest with which at most a
+    share epsilon of all slides gets another label than from all tiles, with confidence 1 - delta for each of
+    the two. One slide of each case is used.
+    """
+    from hdmil_lib.config import setup
+    from hdmil_lib.data import Cohort, load_bags
+    from hdmil_lib.inference import Predictor
+    from hdmil_lib.inference.rules import learn_margin, learn_thresholds, threshold_ladder
+
+    setup()
+    predictor = Predictor.load(model)
+    table = Cohort.from_csv(cohort, bag_dir=bags)
+    held_out = table.select(table.table.drop_duplicates("case_id")["slide_id"].tolist())
+    loaded = list(load_bags(held_out).values())
+    level = {"epsilon": epsilon, "delta": delta}
+    ladder = threshold_ladder(predictor.config.thresholds)
+    trajectories = [predictor.trajectory(bag) for bag in loaded]
+    try:
+        thresholds = learn_thresholds(predictor.dmin, predictor.lipn, loaded, ladder, **level)
+        margin = learn_margin(trajectories, **level)
+    except ValueError as error:
+        raise HDMILError(str(error)) from error
+    for name, rule in (("thresholds", thresholds), ("margin", margin)):
+        typer.echo(f"{name:10} {rule.control}")
+        typer.echo(f"{'':10} reads {rule.keep_ratio:.0%} of the tiles")
+    fewer = thresholds.value if thresholds.keep_ratio < 1 else None
+    predictor.with_rules(thresholds=fewer, margin=margin.value).save(model)
+    if fewer is None:
+        typer.echo("the thresholds stay; where the guarantee is needed, predict with --all-tiles")
+
+
+@app.command()
 def predict(
     slide: Annotated[Path, typer.Argument(help="The slide file.")],
     model: Annotated[Path, typer.Option(help="Folder that `hdmil train` wrote.")],
     heatmap: Annotated[Path | None, typer.Option(help="Write attention and kept tiles as a picture.")] = None,
     all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Read every tile (HDMIL†).")] = False,
+    anytime: Annotated[
+        bool, typer.Option("--anytime", help="Read until the answer is sure, see `hdmil calibrate`.")
+    ] = False,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Tiles to read at most.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds to read at most.")] = None,
     mpp: Annotated[float | None, typer.Option(help="um per level-0 pixel, if the file does not say.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a tile is damaged.")] = False,
 ) -> None:
-    """Classify a slide: choose tiles on the thumbnail, read those, and say what they show."""
+    """Classify a slide: choose tiles on the thumbnail, read those, and say what they show.
+
+    With --anytime, or a budget of tiles or seconds, the most promising tiles are read first.
+    """
     from hdmil_lib.config import setup
     from hdmil_lib.inference import Predictor
 
     setup()
     if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
         raise HDMILError(f"{heatmap}: cannot write such a picture; name it {' or '.join(PICTURE_SUFFIXES)}")
+    budget = {"max_tiles": max_tiles, "max_seconds": max_seconds}
+    predictor = Predictor.load(model)
+    if anytime or any(value is not None for value in budget.values()):
+        if all_tiles or strict or heatmap is not None:
+            raise HDMILError("--anytime and budgets do not go with --all-tiles, --strict or --heatmap")
+        margin = predictor.config.margin if anytime else 1.0
+        _predict_anytime(predictor, slide, margin=margin, mpp=mpp, **budget)
+        return
     options = dict(prescreen=not all_tiles, mpp=mpp, strict=strict, progress=True)
-    prediction = Predictor.load(model).predict(slide, **options)
-    order = prediction.probabilities.argsort()[::-1]
-    ranked = ", ".join(f"{prediction.classes[c]} {prediction.probabilities[c]:.3f}" for c in order)
-    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in prediction.seconds.items())
-    typer.echo(f"slide    {prediction.slide_id}")
-    typer.echo(f"class    {prediction.label} ({ranked})")
+    prediction = predictor.predict(slide, **options)
+    _print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
     if len(prediction.broken):
         typer.echo(f"damaged  {len(prediction.broken):,} tiles could not be read; the others decided")
-    typer.echo(f"seconds  {stages}")
+    _print_seconds(prediction.seconds)
     if heatmap is not None:
         _write_heatmap(prediction, heatmap)
         typer.echo(f"heatmap  {heatmap}")
@@ -169,6 +224,33 @@ def encoders() -> None:
     for name, spec in ENCODERS.items():
         gate = ", accept its licence on the hub first" if spec.gated else ""
         typer.echo(f"{name:20} {spec.dim:5} features, {spec.licence}{gate}")
+
+
+def _predict_anytime(predictor: "Predictor", slide: Path, **options: Any) -> None:
+    from tqdm.auto import tqdm
+
+    try:
+        steps = predictor.anytime(slide, **options)
+    except ValueError as error:
+        raise HDMILError(str(error)) from error
+    with tqdm(unit="tile", leave=False) as bar:
+        for step in steps:
+            bar.total = step.n_tiles
+            bar.update(len(step.rows) - bar.n)
+    _print_answer(slide, predictor.config.classes, step.probabilities)
+    typer.echo(f"tiles    {len(step.rows):,} of {step.n_tiles:,} read, then stopped: {step.end}")
+    _print_seconds(step.seconds)
+
+
+def _print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray") -> None:
+    order = probabilities.argsort()[::-1]
+    ranked = ", ".join(f"{classes[c]} {probabilities[c]:.3f}" for c in order)
+    typer.echo(f"slide    {slide.stem}")
+    typer.echo(f"class    {classes[order[0]]} ({ranked})")
+
+
+def _print_seconds(seconds: dict[str, float]) -> None:
+    typer.echo("seconds  " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
 
 
 def _slide_paths(sources: Sequence[Path]) -> list[Path]:

@@ -1,6 +1,7 @@
 """Every command, from arguments to files; every bad input: one clear line, nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_help_lists_the_commands_without_loading_what_they_need():
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.split() == []
     listing = hdmil("--help")
-    assert all(command in listing for command in ("samples", "extract", "train", "predict", "encoders"))
+    assert all(command in listing for command in ("samples", "extract", "train", "calibrate", "predict"))
 
 
 def test_extract_writes_a_bag_for_each_slide_and_skips_what_is_done(work):
@@ -132,6 +133,33 @@ def test_predict_prints_the_class_and_draws_the_heatmap(work, tmp_path):
 def test_predict_reads_every_tile_when_asked(work):
     slide = work / "slides" / "s00.tif"
     assert "9 of 9 read" in hdmil("predict", slide, "--model", work / "model", "--all-tiles")
+
+
+def test_predict_stops_at_a_budget_and_says_why(work):
+    slide, model = work / "slides" / "s00.tif", ("--model", work / "model")
+    assert "4 of 9 read, then stopped: max_tiles" in hdmil("predict", slide, *model, "--max-tiles", 4)
+    text = hdmil("predict", slide, *model, "--max-seconds", 1e-6)
+    assert "9 of 9 read" in text and "seconds  " in text  # the first block
+    whole = hdmil("predict", slide, *model, "--all-tiles")
+    anytime = hdmil("predict", slide, *model, "--anytime")  # not calibrated: everything
+    assert "9 of 9 read, then stopped: all tiles" in anytime
+    assert anytime.splitlines()[1] == whole.splitlines()[1]
+    assert "max_seconds is 0.0" in hdmil("predict", slide, *model, "--max-seconds", 0, code=1)
+    assert "--all-tiles" in hdmil("predict", slide, *model, "--max-tiles", 4, "--all-tiles", code=1)
+
+
+def test_calibrate_writes_the_rules_that_held_out_slides_allow(work, tmp_path):
+    shutil.copytree(work / "model", tmp_path / "model")
+    arguments = ("calibrate", "--cohort", work / "cohort.csv", "--bags", work / "bags")
+    before = json.loads((tmp_path / "model" / "config.json").read_text())
+    text = hdmil(*arguments, "--model", tmp_path / "model")
+    assert text.count(f"not achievable with {N_SLIDES} slides; it takes 45") == 2 and "--all-tiles" in text
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == before | {"margin": 1.0}
+    text = hdmil(*arguments, "--model", tmp_path / "model", "--epsilon", 0.6, "--delta", 0.5)
+    after = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "rule " in text and after["thresholds"] > before["thresholds"]
+    assert after["margin"] == 1.0  # a slide is one block, so that no margin reads less
+    assert "epsilon is 2.0" in hdmil(*arguments, "--model", tmp_path / "model", "--epsilon", 2, code=1)
 
 
 def test_samples_names_what_it_prepared(monkeypatch, work):

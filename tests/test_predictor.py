@@ -292,6 +292,29 @@ def test_anytime_leaves_out_damaged_tiles(tmp_path):
         list(predictor.anytime(damage_tile(whole, tmp_path / "worse.tif", range(20 * 28))))
 
 
+def test_a_stored_bag_foretells_how_anytime_goes(slide, tmp_path):
+    predictor = make_predictor(slide)
+    bag = extract_slide(slide, predictor.encoder, tmp_path / "bag.h5")
+    steps = list(predictor.anytime(slide))
+    grown = predictor.trajectory(bag)
+    assert grown.n_read.tolist() == [len(step.rows) for step in steps] == [32, 35]
+    expected = [step.probabilities for step in steps]
+    np.testing.assert_allclose(grown.probabilities, expected, atol=2e-3)  # bags hold 16 bits
+    with pytest.raises(CheckpointError, match="no lipn"):
+        Predictor(predictor.dmin, None, CONFIG, encoder=ColorEncoder()).trajectory(bag)
+
+
+def test_rules_are_kept_with_the_model(slide, tmp_path):
+    predictor = make_predictor(slide).with_rules(thresholds=0.0, margin=1e-6)
+    predictor.save(tmp_path / "model")
+    again = Predictor.load(tmp_path / "model", ColorEncoder())
+    assert again.config.thresholds == (0.0, 0.0) and again.config.margin == 1e-6
+    assert again.predict(slide).n_read == 35
+    assert [step.end for step in again.anytime(slide, block=4)] == ["margin"]
+    assert again.with_rules().config == again.config
+    assert again.with_rules(thresholds=(0.1, 0.2)).config.thresholds == (0.1, 0.2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -6,6 +6,7 @@ import ipywidgets
 import numpy as np
 import pytest
 
+from hdmil_lib.inference.anytime import AnytimeStep
 from hdmil_lib.viz import widgets
 
 PNG = b"\x89PNG"
@@ -50,6 +51,38 @@ def test_every_control_redraws(grid):
             control.value = options[0] if options else control.max
             after = bytes(explorer.image.value)
             assert after.startswith(PNG) and after != before, name
+
+
+def steps():
+    """Two steps of a slide of 40 tiles."""
+    yield AnytimeStep(
+        np.arange(10), 40, np.array([0.4, 0.6]), {"thumbnail": 0.5, "crop": 3.0, "total": 2.0}, None
+    )
+    yield AnytimeStep(
+        np.arange(20), 40, np.array([0.1, 0.9]), {"thumbnail": 0.5, "crop": 1.0, "total": 4.0}, "margin"
+    )
+
+
+def test_a_live_slide_shows_where_the_seconds_go():
+    live = widgets.LiveSlide(("normal", "tumor"))
+    shown = []
+    for step in steps():
+        live.show(step)
+        bars = [live.tiles, live.stages["thumbnail"], live.stages["crop"], live.stages["dmin"]]
+        shown.append([bar.value for bar, _ in bars] + [bar.value for bar, _ in live.answer])
+    np.testing.assert_allclose(shown, [[0.25, 0.25, 1, 0, 0.4, 0.6], [0.5, 0.125, 0.25, 0, 0.1, 0.9]])
+    assert live.tiles[1].value == "20 of 40" and live.stages["crop"][1].value == "1.00 s"
+    assert live.status.value == "4.0 s, stopped: margin"
+
+
+def test_watching_returns_the_last_step_and_closes_when_stopped(monkeypatch):
+    monkeypatch.setattr(widgets, "display", lambda _: None)
+    assert widgets.watch(steps(), ("normal", "tumor")).end == "margin"
+    running = steps()
+    monkeypatch.setattr(widgets.LiveSlide, "show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        widgets.watch(running, ("normal", "tumor"))
+    assert list(running) == []
 
 
 def test_tile_browser_starts_at_the_highest_score(grid):

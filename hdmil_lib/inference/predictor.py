@@ -11,7 +11,7 @@ from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.features.bagstore import Bag
 from hdmil_lib.features.encoders import Encoder, load_encoder
 from hdmil_lib.features.extraction import encode_tiles
-from hdmil_lib.inference.anytime import BLOCK, AnytimeStep, read_until
+from hdmil_lib.inference.anytime import BLOCK, AnytimeStep, Trajectory, read_until, trajectory
 from hdmil_lib.inference.checkpoint import ModelConfig, read_model, write_model
 from hdmil_lib.inference.prescreen import prescreen as select_tiles
 from hdmil_lib.inference.stages import stage
@@ -294,6 +294,18 @@ class Predictor:
             classes=self.config.classes,
             **result,
         )
+
+    def trajectory(self, bag: Bag) -> Trajectory:
+        """How `anytime` would go on a slide whose bag is stored: what `rules.learn_margin` learns from.
+
+        Raises:
+            BagError: The bag is of another encoder.
+            CheckpointError: The model has no LIPN.
+        """
+        self._check_bag(bag)
+        self._need_lipn()
+        scores = select_tiles(self.lipn, bag.patches)[1].max(axis=1)
+        return trajectory(self.dmin, torch.from_numpy(np.asarray(bag.features, np.float32)), scores)
 
     def _screen(self, patches: np.ndarray, seconds: dict[str, float]) -> np.ndarray:
         """LIPN's mask (N, C)."""

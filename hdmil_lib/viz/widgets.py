@@ -7,17 +7,21 @@ figure's caption and raised again.
 
 import io
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.figure import Figure
 
+from hdmil_lib.inference.anytime import AnytimeStep
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.tiling import TileGrid
 from hdmil_lib.viz import plots
 from hdmil_lib.viz.overlays import OnGrid
+from hdmil_lib.viz.style import BLUE, MUTED, VERMILION
 
 
 class Explorer(w.VBox):
@@ -59,6 +63,65 @@ class Explorer(w.VBox):
             self.error.value = f"<pre>{traceback.format_exc()}</pre>"
             raise
         self.error.value = ""
+
+
+class LiveSlide(w.VBox):
+    """A slide while it is classified: seconds by stage, tiles read, and the answer so far.
+
+    Args:
+        classes: Class names.
+    """
+
+    STAGES = ("thumbnail", "lipn", "crop", "features", "dmin")
+
+    def __init__(self, classes: Sequence[str]):
+        self.tiles = _bar("tiles", MUTED)
+        self.stages = {name: _bar(name, BLUE) for name in self.STAGES}
+        self.answer = [_bar(f"P({name})", VERMILION) for name in classes]
+        self.status = w.HTML()
+        columns = [
+            w.VBox([w.HBox(list(pair)) for pair in bars])
+            for bars in (self.stages.values(), [self.tiles, *self.answer])
+        ]
+        super().__init__([w.HBox(columns), self.status])
+
+    def show(self, step: AnytimeStep) -> None:
+        """Bring every bar to where a step is."""
+        n_read, total = len(step.rows), step.seconds["total"]
+        _set_bar(self.tiles, n_read / step.n_tiles, f"{n_read:,} of {step.n_tiles:,}")
+        for name, pair in self.stages.items():
+            seconds = step.seconds.get(name, 0.0)
+            _set_bar(pair, seconds / total, f"{seconds:.2f} s")
+        for pair, probability in zip(self.answer, step.probabilities, strict=True):
+            _set_bar(pair, float(probability), f"{probability:.3f}")
+        self.status.value = f"{total:.1f} s" + (f", stopped: {step.end}" if step.end else "")
+
+
+def _bar(name: str, color: str) -> tuple[w.FloatProgress, w.Label]:
+    bar = w.FloatProgress(min=0, max=1, description=name, style={"bar_color": color})
+    return bar, w.Label(layout=w.Layout(width="9em"))
+
+
+def _set_bar(pair: tuple[w.FloatProgress, w.Label], value: float, text: str) -> None:
+    pair[0].value, pair[1].value = min(value, 1.0), text
+
+
+def watch(steps: Iterator[AnytimeStep], classes: Sequence[str]) -> AnytimeStep:
+    """Show a slide while it is classified; the notebook's stop button ends it.
+
+    Args:
+        steps: From `Predictor.anytime`.
+        classes: Class names.
+
+    Returns:
+        The last step.
+    """
+    live = LiveSlide(classes)
+    display(live)
+    with closing(steps):
+        for step in steps:
+            live.show(step)
+    return step
 
 
 def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5) -> Explorer:
