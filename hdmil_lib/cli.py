@@ -68,7 +68,9 @@ def extract(
     mpp: Annotated[
         float | None, typer.Option(help="um per level-0 pixel, for slides that do not say.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Tiles in memory at a time.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Tiles an encoder call; by default what suits the machine.")
+    ] = None,
 ) -> None:
     """Turn slides into bags of features; skips what is done, and goes on when a slide fails."""
     from hdmil_lib.config import setup

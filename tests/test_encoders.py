@@ -164,6 +164,18 @@ def test_int8_says_what_it_needs(options, remedy):
         load_encoder(device="cpu", precision="int8", **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_copies_beside_the_computation_change_nothing(loaded, monkeypatch, chunk):
+    monkeypatch.setattr("hdmil_lib.features.engines.GPU_CHUNK", chunk)
+    on_gpu = load_encoder(device="cuda", precision="fp32")
+    tiles = make_tiles(10)
+    assert on_gpu.batch_size == 256
+    for _ in range(3):  # memory that was let go too early would be filled again
+        assert least_cosine(on_gpu(tiles), loaded["torch"](tiles)) > 0.9999
+
+
 def test_the_hash_belongs_to_the_weights(loaded):
     assert len({encoder.weights_hash for encoder in loaded.values()}) == 1
     network = build_network(ENCODERS["efficientnet_lite0"])

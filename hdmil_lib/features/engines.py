@@ -14,11 +14,14 @@ from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.networks import TileNetwork
 
+GPU_CHUNK = 64
+"""Tiles that a GPU computes at a time, while the next ones are copied."""
+
 Precision = Literal["fp32", "bf16", "int8"]
 
 
 class TorchEngine:
-    """PyTorch, channels last, with all cores while it runs."""
+    """PyTorch, channels last: on a CPU with all cores, on a GPU with copies beside the computation."""
 
     name = "torch"
 
@@ -33,7 +36,20 @@ class TorchEngine:
             torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             torch_threads(n_threads()),
         ):
-            return self._network(torch.from_numpy(tiles).to(self._device)).float().cpu().numpy()
+            run = self._run_on_gpu if self._device.type == "cuda" else self._network
+            return run(torch.from_numpy(tiles)).float().cpu().numpy()
+
+    def _run_on_gpu(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Chunk by chunk: while the GPU computes one, the next is copied from pinned memory."""
+        computing, copying = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        features = []
+        for chunk in tiles.split(GPU_CHUNK):
+            with torch.cuda.stream(copying):
+                on_gpu = chunk.pin_memory().to(self._device, non_blocking=True)
+            computing.wait_stream(copying)
+            on_gpu.record_stream(computing)
+            features.append(self._network(on_gpu))
+        return torch.cat(features)
 
 
 class OpenVINOEngine:

@@ -82,7 +82,7 @@ def encode_blocks(
     rows: Sequence[int],
     encoder: Encoder,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     n_readers: int = 2,
     strict: bool = True,
     seconds: dict[str, float] | None = None,
@@ -97,7 +97,7 @@ def encode_blocks(
         grid: Its tiles.
         rows: Rows of the grid to encode, (n,).
         encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
-        batch_size: Tiles a block and an encoder call.
+        batch_size: Tiles a block and an encoder call; the encoder's `batch_size` by default, or else 32.
         n_readers: Reading threads; 0 reads in this thread, so that the seconds of both stages add up.
         strict: A tile that cannot be read is an error; otherwise its features are nan.
         seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
@@ -110,6 +110,7 @@ def encode_blocks(
         SlideError: A tile cannot be read, and `strict`.
     """
     seconds = {} if seconds is None else seconds
+    batch_size = batch_size or getattr(encoder, "batch_size", 32)
     # Closed here and now: readers must be gone before an error, or Ctrl-C, lets the slide be closed.
     with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict)) as batches:
         for tiles, whole, crop_seconds in batches:
@@ -131,7 +132,7 @@ def extract_slide(
     out_path: str | Path,
     *,
     mpp: float | tuple[float, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     min_tissue: float = 0.25,
     truth_value: int = TUMOR,
     progress: bool = False,
@@ -143,7 +144,7 @@ def extract_slide(
         encoder: From `load_encoder`.
         out_path: The .h5 file to write, whole or not at all.
         mpp: Micrometres per level-0 pixel where the file does not say, or says it wrongly.
-        batch_size: Tiles an encoder call.
+        batch_size: Tiles an encoder call; the encoder's by default.
         min_tissue: Least share of tissue in a tile.
         truth_value: Value of the truth mask that tile labels count; another one for composed slides.
         progress: Show a bar.
@@ -173,7 +174,7 @@ def extract_slides(
     out_dir: str | Path,
     *,
     mpp: float | tuple[float, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     min_tissue: float = 0.25,
     truth_value: int = TUMOR,
     overwrite: bool = False,
@@ -189,7 +190,7 @@ def extract_slides(
         encoder: From `load_encoder`.
         out_dir: Folder of the bags.
         mpp: Micrometres per level-0 pixel of all slides, where the files do not say.
-        batch_size: Tiles an encoder call.
+        batch_size: Tiles an encoder call; the encoder's by default.
         min_tissue: Least share of tissue in a tile.
         truth_value: Value of the truth masks that tile labels count.
         overwrite: Extract again what is there, whoever made it.
