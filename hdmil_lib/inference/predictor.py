@@ -295,8 +295,12 @@ class Predictor:
             **result,
         )
 
-    def trajectory(self, bag: Bag) -> Trajectory:
+    def trajectory(self, bag: Bag, block: int = BLOCK) -> Trajectory:
         """How `anytime` would go on a slide whose bag is stored: what `rules.learn_margin` learns from.
+
+        Args:
+            bag: The slide's.
+            block: Tiles between two answers.
 
         Raises:
             BagError: The bag is of another encoder.
@@ -305,7 +309,8 @@ class Predictor:
         self._check_bag(bag)
         self._need_lipn()
         scores = select_tiles(self.lipn, bag.patches)[1].max(axis=1)
-        return trajectory(self.dmin, torch.from_numpy(np.asarray(bag.features, np.float32)), scores)
+        features = torch.from_numpy(np.asarray(bag.features, np.float32))
+        return trajectory(self.dmin, features, scores, block)
 
     def _screen(self, patches: np.ndarray, seconds: dict[str, float]) -> np.ndarray:
         """LIPN's mask (N, C)."""
