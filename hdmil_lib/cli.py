@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -68,6 +68,10 @@ def extract(
     mpp: Annotated[
         float | None, typer.Option(help="um per level-0 pixel, for slides that do not say.")
     ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "int8"],
+        typer.Option(help="int8 is the fastest on a CPU; it is fitted to tiles of the first eight slides."),
+    ] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Tiles an encoder call; by default what suits the machine.")
     ] = None,
@@ -75,11 +79,14 @@ def extract(
     """Turn slides into bags of features; skips what is done, and goes on when a slide fails."""
     from hdmil_lib.config import setup
     from hdmil_lib.features.encoders import load_encoder
-    from hdmil_lib.features.extraction import extract_slides
+    from hdmil_lib.features.extraction import calibration_tiles, extract_slides
 
     setup()
     paths = _slide_paths(slides)
-    report = extract_slides(paths, load_encoder(encoder), out, mpp=mpp, batch_size=batch_size)
+    options = {"precision": precision}
+    if precision == "int8":
+        options["calibration"] = calibration_tiles(paths[:8], mpp=mpp)
+    report = extract_slides(paths, load_encoder(encoder, **options), out, mpp=mpp, batch_size=batch_size)
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")

@@ -35,8 +35,16 @@ def color_encoder():
     """The commands load an encoder without weights, in no time."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("features.encoders", "inference.predictor"):
-            patch.setattr(f"hdmil_lib.{module}.load_encoder", lambda name: ColorEncoder())
+            patch.setattr(f"hdmil_lib.{module}.load_encoder", load_color_encoder)
         yield
+
+
+def load_color_encoder(name, precision="auto", calibration=None):
+    encoder = ColorEncoder()
+    if precision == "int8":
+        assert calibration.shape == (2 * 9, 256, 256, 3) and calibration.dtype == np.uint8
+        encoder.precision = precision
+    return encoder
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,12 @@ def test_extract_takes_files_folders_and_label_files(work, tmp_path):
         out = tmp_path / source.stem
         hdmil("extract", source, "--out", out)
         assert len(list(out.glob("*.h5"))) == N_SLIDES
+
+
+def test_extract_fits_int8_to_the_slides(work, tmp_path):
+    slides = [work / "slides" / f"s0{i}.tif" for i in range(2)]
+    hdmil("extract", *slides, "--out", tmp_path / "bags", "--precision", "int8")
+    assert read_bag(tmp_path / "bags" / "s01.h5").attrs["precision"] == "int8"
 
 
 def test_extract_goes_on_when_a_slide_fails_and_says_which(work, tmp_path):

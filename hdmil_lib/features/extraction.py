@@ -58,8 +58,18 @@ def encode_tiles(
     return features
 
 
-def calibration_tiles(slide_paths: Sequence[str | Path], n_tiles: int = 96) -> np.ndarray:
+def calibration_tiles(
+    slide_paths: Sequence[str | Path],
+    n_tiles: int = 96,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+) -> np.ndarray:
     """Tiles from which an int8 encoder takes the ranges of its numbers, spread over some slides.
+
+    Args:
+        slide_paths: Slides like those to come.
+        n_tiles: How many, of all slides together.
+        mpp: Micrometres per level-0 pixel of all slides, where the files do not say.
 
     Returns:
         About as many as asked for, at most; uint8 (n, 256, 256, 3), evenly from the slides and over each.
@@ -69,7 +79,7 @@ def calibration_tiles(slide_paths: Sequence[str | Path], n_tiles: int = 96) -> n
     """
     tiles = []
     for path in slide_paths:
-        with Slide(path) as slide:
+        with Slide(path, mpp) as slide:
             grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP)
             rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(slide_paths))).astype(int)
             tiles += [grid.read_tile(slide, row) for row in rows]
