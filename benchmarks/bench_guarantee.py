@@ -12,6 +12,7 @@ as in use. Everything goes to `benchmarks/results/guarantee.json`.
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -38,7 +39,7 @@ def described(rule: LearnedRule, tried: LearnedRule) -> dict[str, Any]:
     control, index = rule.control, rule.control.index
     return {
         "outcome": str(control),
-        "value": rule.value,
+        "value": None if rule.value == math.inf else rule.value,
         "share of tiles read": round(rule.keep_ratio, 4),
         "errors": None if index is None else int(control.errors[index]),
         "on other slides": None
@@ -87,7 +88,7 @@ def seconds_of(predictor: Predictor, paths: Sequence[Path], result: dict[str, An
     """Seconds a slide of all tiles, of the learned thresholds and of the learned margin, in turns."""
     rules = result["epsilon 0.05"]
     screened = predictor.with_rules(thresholds=rules["thresholds"]["value"])
-    margin = rules["margin"]["value"]
+    margin = rules["margin"]["value"] or math.inf
 
     def anytime(path: Path) -> tuple[int, int]:
         *_, last = predictor.anytime(path, margin=margin)
@@ -137,7 +138,7 @@ def main() -> None:
         "slides": {"learned on": N_LEARN, "tried on": len(bags) - N_LEARN, "with tumor": int(labels.sum())},
         "tiles a slide": round(float(np.mean([len(bag) for bag in bags])), 1),
         "delta": DELTA,
-        "margins": MARGINS,
+        "margins": [None, *MARGINS[1:]],
         "rules": {METHODS[name]: learn(p, bags, labels) for name, p in networks.items()},
     }
     paths = [cohort.slide_path(s) for s in cohort.slide_ids[N_LEARN:][: args.timed]]

@@ -1,5 +1,6 @@
 """The command line `hdmil`: samples, extract, train, calibrate, predict, encoders; thin over the library."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -210,7 +211,7 @@ def predict(
     if anytime or any(value is not None for value in budget.values()):
         if all_tiles or strict or heatmap is not None:
             raise HDMILError("--anytime and budgets do not go with --all-tiles, --strict or --heatmap")
-        margin = predictor.config.margin if anytime else 1.0
+        margin = None if anytime else math.inf  # the model's, or a budget alone
         _predict_anytime(predictor, slide, margin=margin, mpp=mpp, **budget)
         return
     options = dict(prescreen=not all_tiles, mpp=mpp, strict=strict, progress=True)

@@ -1,7 +1,8 @@
 """The running answer is that of the whole bag, whatever the order; rules stop where they say."""
 
+import math
+
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,9 +56,22 @@ def test_memory_does_not_grow_with_the_tiles():
 
 
 def test_the_lead_is_that_of_the_first_two():
-    assert lead(np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])).tolist() == pytest.approx([0.2, 1.0])
+    found = lead(np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+    np.testing.assert_allclose(found, [np.log(5 / 3), 37 * np.log(10), 0], atol=1e-12)
 
 
-def test_a_rule_stops_at_the_first_sufficient_lead_or_at_the_end():
-    grown = made_up(0.6, 0.8, 0.75, 0.99)
-    assert [grown.stop(margin) for margin in (0.1, 0.5, 0.9, 1.0)] == [0, 1, 3, 3]
+def test_the_answer_must_be_the_surer_the_more_is_unread():
+    grown = made_up(0.6, 0.8, 0.75, 0.51)  # log odds 0.41, 1.39, 1.10, 0.04 with 3/4, 1/2, 1/4, 0 left
+    stops = {0.5: 0, 0.6: 1, 2.7: 1, 2.8: 2, 4.3: 2, 4.5: 3, math.inf: 3}
+    assert {margin: grown.stop(margin) for margin in stops} == stops
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tumor=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    margins=st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)),
+)
+def test_a_larger_margin_never_stops_earlier_and_all_stop_at_the_end(tumor, margins):
+    grown = made_up(*tumor)
+    low, high = sorted(margins)
+    assert grown.stop(low) <= grown.stop(high) <= grown.stop(math.inf) == len(tumor) - 1

@@ -27,15 +27,13 @@ def ends(ax):
 
 
 def test_anytime_curves_mark_where_reading_stops():
-    grown = [made_up(0.6, 0.8, 0.95, 0.99), made_up(0.4, 0.45, 0.4, 0.2)]
-    ax = anytime_curves(grown, [1, 0], margin=0.8)
-    np.testing.assert_allclose(ends(ax), [(0.75, 0.95), (1.0, 0.2)])
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
-        "true class: normal",
-        "true class: tumor",
-    ]
-    levels = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"]
-    np.testing.assert_allclose(levels, [0.1, 0.9])
+    grown = [made_up(0.6, 0.9, 0.95, 0.99), made_up(0.4, 0.45, 0.4, 0.2)]
+    ax = anytime_curves(grown, [1, 0], margin=4)
+    np.testing.assert_allclose(ends(ax), [(0.5, np.log(9)), (1.0, np.log(1 / 4))])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["true class: normal", "true class: tumor"]
+    bounds = [line.get_ydata().tolist() for line in ax.lines if line.get_linestyle() == ":"]
+    assert bounds == [[-4, 0], [4, 0]]
 
 
 def test_risk_curve_marks_the_rule_that_was_chosen():

@@ -312,6 +312,7 @@ def test_rules_are_kept_with_the_model(slide, tmp_path):
     assert again.predict(slide).n_read == 35
     assert [step.end for step in again.anytime(slide, block=4)] == ["margin"]
     assert again.with_rules().config == again.config
+    assert again.with_rules(margin=float("inf")).config.margin is None
     assert again.with_rules(thresholds=(0.1, 0.2)).config.thresholds == (0.1, 0.2)
 
 
@@ -321,7 +322,7 @@ def test_rules_are_kept_with_the_model(slide, tmp_path):
         ({"max_tiles": 0}, "max_tiles is 0"),
         ({"max_seconds": 0.0}, "max_seconds is 0"),
         ({"margin": 0.0}, "margin is 0"),
-        ({"margin": 1.1}, "margin is 1.1"),
+        ({"margin": float("nan")}, "margin is nan"),
     ],
 )
 def test_anytime_refuses_empty_budgets_at_once(slide, options, message):

@@ -1,5 +1,7 @@
 """Rules learned on held-out slides: what is certified, what is not, and that the promise is kept."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,18 +13,20 @@ from hdmil_lib.training.two_stage import two_stage
 
 
 def test_the_margin_learned_is_the_smallest_certified():
-    # A lead of 0.4 misleads on a tenth of the slides, one of 0.8 never does.
-    steady, fickle = made_up(0.72, 0.91, 0.99), made_up(0.72, 0.2, 0.05)
-    learned = learn_margin([steady] * 180 + [fickle] * 20, (1.0, 0.8, 0.4), epsilon=0.05)
-    assert learned.value == 0.8
+    # With a margin of 1 the first answer is taken, of 3 the second, beyond 7 the last; one of 1 misleads on a
+    # tenth of the slides.
+    steady, fickle = made_up(0.72, 0.8, 0.99), made_up(0.72, 0.2, 0.05)
+    slides, margins = [steady] * 180 + [fickle] * 20, (math.inf, 3, 1)
+    learned = learn_margin(slides, margins, epsilon=0.05)
+    assert learned.value == 3
     assert learned.control.errors.tolist() == [0, 0, 20]
-    assert learned.keep_ratio == pytest.approx((180 * 2 + 20 * 3) / 3 / 200)
-    assert learn_margin([steady] * 180 + [fickle] * 20, (1.0, 0.8, 0.4), epsilon=0.2).value == 0.4
+    assert learned.keep_ratio == pytest.approx(2 / 3)
+    assert learn_margin(slides, margins, epsilon=0.2).value == 1
 
 
 def test_too_few_slides_certify_nothing_and_everything_is_read():
     learned = learn_margin([made_up(0.7, 0.91)] * 10)
-    assert (learned.value, learned.keep_ratio, learned.control.index) == (1.0, 1.0, None)
+    assert (learned.value, learned.keep_ratio, learned.control.index) == (math.inf, 1.0, None)
     assert "not achievable with 10 slides" in str(learned.control)
 
 
@@ -36,15 +40,16 @@ def test_what_cannot_be_learned_from():
 def test_the_promise_is_kept_on_new_slides():
     """Of 300 draws of 120 slides, at most delta may certify a rule that errs on more than epsilon."""
     rng = np.random.default_rng(0)
-    epsilon, delta, margins = 0.1, 0.1, (1.0, 0.8, 0.6, 0.4, 0.2)
-    risks = {1.0: 0.0, 0.8: 0.03, 0.6: 0.09, 0.4: 0.14, 0.2: 0.3}
+    epsilon, delta, margins = 0.1, 0.1, (math.inf, 8, 6, 4, 2)
+    risks = {math.inf: 0.0, 8: 0.03, 6: 0.09, 4: 0.14, 2: 0.3}
     wrong = 0
     for _ in range(300):
         slides = []
         for u in rng.random(120):  # a slide errs at margins whose risk exceeds its u
-            bad = [m for m in margins if risks[m] > u]
-            top = max(bad, default=0.0)  # leads of the wrong class up to this margin, then the right one
-            slides.append(made_up(0.5 - top / 2, 1.0) if top else made_up(1.0, 1.0))
+            top = max((m for m in margins if risks[m] > u), default=0)
+            # Half is read: log odds of top / 2 for the wrong class stop at margins up to top.
+            first = 1 / (1 + np.exp(top / 2 + 1e-9)) if top else 1.0
+            slides.append(made_up(first, 1.0))
         wrong += risks[learn_margin(slides, margins, epsilon=epsilon, delta=delta).value] > epsilon
     # Binomial(300, 0.1) exceeds 42 with probability 0.01.
     assert wrong <= 42
@@ -109,7 +114,7 @@ def test_the_truth_can_be_the_reference(networks):
 
 
 def test_missed_positives_can_be_the_risk_of_a_margin():
-    sure, fickle = made_up(0.95, 0.97), made_up(0.1, 0.9)  # the second is missed where reading stops early
+    sure, fickle = made_up(0.97, 0.99), made_up(0.2, 0.9)  # the second is missed where reading stops early
     slides = [sure] * 55 + [fickle] * 5
-    learned = learn_margin(slides, (1.0, 0.85, 0.7), labels=[1] * 60, epsilon=0.1)
-    assert learned.control.errors.tolist() == [0, 0, 5] and learned.value == 0.85
+    learned = learn_margin(slides, (math.inf, 5, 2), labels=[1] * 60, epsilon=0.1)
+    assert learned.control.errors.tolist() == [0, 0, 5] and learned.value == 5

@@ -2,8 +2,10 @@
 
 DMIN pools with a softmax over tiles, so a slide's answer follows from sums. `RunningDMIN` keeps these and
 updates them block by block: nothing is computed twice, and once all tiles are read the answer is that of
-DMIN on the whole bag. Reading stops where the lead of the first class over the second reaches a margin that
-was learned on other slides (`rules.learn_margin`), or when a budget is spent.
+DMIN on the whole bag. The first tiles are not a fair sample: they are the most suspicious ones, and so the
+answer must be the surer, the more is unread. Reading stops where the lead of the first class over the second,
+in log odds, reaches a margin times the share of tiles that is left; the margin was learned on other slides
+(`rules.learn_margin`). Or it stops when a budget is spent.
 """
 
 import time
@@ -121,8 +123,8 @@ def read_until(
     for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
         if budget is not None and budget <= 0:
             raise ValueError(f"{name} is {budget}, expected more than 0")
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin is {margin}, expected more than 0 and at most 1")
+    if not margin > 0:
+        raise ValueError(f"margin is {margin}, expected more than 0")
 
     def steps() -> Iterator[AnytimeStep]:
         start, seconds = time.perf_counter(), {}
@@ -147,8 +149,8 @@ def read_until(
                         probabilities = running.probabilities.numpy()
                     spent = time.perf_counter() - start
                     ends = {
-                        "margin": lead(probabilities) >= margin,
                         "all tiles": n_read == len(grid),
+                        "margin": may_stop(probabilities, n_read / len(grid), margin),
                         "max_tiles": n_read == len(rows),
                         "max_seconds": max_seconds is not None and spent >= max_seconds,
                     }
@@ -175,15 +177,27 @@ class Trajectory:
     probabilities: np.ndarray
 
     def stop(self, margin: float) -> int:
-        """The first block after which the lead reaches the margin; the last one where none does."""
-        reached = np.flatnonzero(lead(self.probabilities) >= margin)
-        return int(reached[0]) if len(reached) else len(self.n_read) - 1
+        """The first block after which reading may stop; the last one where it never may."""
+        may = may_stop(self.probabilities, self.n_read / self.n_read[-1], margin)
+        return int(np.flatnonzero(may)[0])
+
+
+def may_stop(probabilities: np.ndarray, share_read: np.ndarray | float, margin: float) -> np.ndarray:
+    """Whether the lead reaches the margin times the share of tiles that is left.
+
+    Args:
+        probabilities: (..., C).
+        share_read: (...), to 1, where it may always stop.
+        margin: More than 0; infinite to read everything.
+    """
+    left = 1 - np.asarray(share_read)
+    return (left <= 0) | (lead(probabilities) >= margin * np.maximum(left, 1e-12))
 
 
 def lead(probabilities: np.ndarray) -> np.ndarray:
-    """How far the most probable class is ahead of the second: (..., C) to (...), 0 to 1."""
-    first_two = np.sort(probabilities, axis=-1)[..., -2:]
-    return first_two[..., 1] - first_two[..., 0]
+    """Log odds of the most probable class against the second: (..., C) to (...), 0 and more."""
+    first_two = np.sort(np.asarray(probabilities, np.float64), axis=-1)[..., -2:]
+    return np.diff(np.log(first_two.clip(min=1e-37)))[..., 0]
 
 
 def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = BLOCK) -> Trajectory:

@@ -23,14 +23,14 @@ class ModelConfig:
         encoder: Name of the encoder that made the features.
         weights_hash: Hash of the encoder's weights.
         thresholds: On LIPN's sigmoid, one a branch, as calibrated on validation slides.
-        margin: Lead at which anytime prediction stops, see `rules.learn_margin`; 1 reads everything.
+        margin: At which anytime prediction stops, from `rules.learn_margin`; None reads everything.
     """
 
     classes: tuple[str, ...]
     encoder: str
     weights_hash: str
     thresholds: tuple[float, ...] = (0.5, 0.5)
-    margin: float = 1.0
+    margin: float | None = None
 
 
 def write_model(model_dir: str | Path, dmin: DMIN, lipn: LIPN | None, config: ModelConfig) -> None:

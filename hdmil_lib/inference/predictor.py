@@ -1,5 +1,6 @@
 """Two-stage inference: LIPN says which tiles matter, only those are read and encoded, DMIN classifies."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,14 +155,14 @@ class Predictor:
 
         Args:
             thresholds: On LIPN's sigmoid, one number or one a branch.
-            margin: Lead at which `anytime` stops.
+            margin: At which `anytime` stops; infinite to read everything.
         """
         config = self.config
         if thresholds is not None:
             each = np.broadcast_to(thresholds, self.dmin.n_classes)
             config = replace(config, thresholds=tuple(each.astype(float).tolist()))
         if margin is not None:
-            config = replace(config, margin=margin)
+            config = replace(config, margin=None if margin == math.inf else margin)
         return Predictor(self.dmin, self.lipn, config, encoder=self._encoder)
 
     def save(self, model_dir: str | Path) -> None:
@@ -244,14 +245,14 @@ class Predictor:
     ) -> Iterator[AnytimeStep]:
         """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
 
-        It ends when the lead of the first class over the second reaches the margin, when a budget is spent,
-        or with the last tile. Close the iterator, or leave its loop, to stop at any time. A damaged tile is
-        left out.
+        It ends when the lead of the first class over the second, in log odds, reaches the margin times the
+        share of tiles that is left, when a budget is spent, or with the last tile. Close the iterator, or
+        leave its loop, to stop at any time. A damaged tile is left out.
 
         Args:
             slide_path: The slide.
-            margin: Lead at which the answer is final, 0 to 1; 1 reads everything. By default the model's,
-                which `rules.learn_margin` finds.
+            margin: More than 0; infinite to read everything. By default the model's, which
+                `rules.learn_margin` finds; where there is none, everything is read.
             max_tiles: Tiles to read at most.
             max_seconds: Seconds after which no further block is taken.
             mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
@@ -265,6 +266,7 @@ class Predictor:
         """
         self._need_lipn()
         margin = self.config.margin if margin is None else margin
+        margin = math.inf if margin is None else margin
         budgets = {"margin": margin, "max_tiles": max_tiles, "max_seconds": max_seconds}
         networks = (self.encoder, self.lipn, self.dmin)
         return read_until(slide_path, *networks, mpp=mpp, block=block, n_readers=n_readers, **budgets)

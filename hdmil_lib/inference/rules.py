@@ -5,6 +5,7 @@ does (or than the truth), with probability 1 - delta over the draw of the held-o
 the slides, and what it does not say, stands in `risk`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,8 +20,8 @@ from hdmil_lib.inference.risk import RiskControl, control_risk
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.training.two_stage import Threshold, lipn_mask
 
-MARGINS = (1.0, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""From careful to fast; a lead of 1 is never reached, so that the first one reads everything."""
+MARGINS = (math.inf, 40, 30, 24, 20, 17, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)
+"""From careful to fast; the first one reads everything."""
 
 LOGIT_STEPS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 
@@ -68,7 +69,7 @@ def learn_margin(
     said = np.array([t.probabilities[at].argmax(1) for t, at in zip(trajectories, stops, strict=True)])
     shares = np.array([t.n_read[at] / t.n_read[-1] for t, at in zip(trajectories, stops, strict=True)])
     dagger = np.array([t.probabilities[-1].argmax() for t in trajectories])
-    return _learn(margins, said, shares, _truth(labels, dagger), read_all=1.0, options=options)
+    return _learn(margins, said, shares, _truth(labels, dagger), read_all=math.inf, options=options)
 
 
 def threshold_ladder(thresholds: Sequence[float]) -> list[tuple[float, ...]]:

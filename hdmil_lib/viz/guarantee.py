@@ -1,5 +1,6 @@
 """What fewer tiles do to the answer: how it grows on one slide, and how often a fast rule errs on many."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,34 +17,35 @@ def anytime_curves(
     labels: Sequence[int],
     ax: Axes | None = None,
     *,
-    margin: float = 1.0,
+    margin: float = math.inf,
     classes: Sequence[str] = ("normal", "tumor"),
 ) -> Axes:
-    """P(last class) of slides as their tiles are read, most promising first; a mark where reading stops.
+    """Lead of the last of two classes as the tiles of slides are read; a mark where reading stops.
 
     Args:
-        trajectories: Of the slides.
+        trajectories: Of the slides, two classes.
         labels: Their true class indices.
         ax: Axes to draw on.
-        margin: Lead of the first class over the second at which reading stops.
+        margin: At which reading stops: on the lines from it to 0.
         classes: Class names.
     """
     ax = axes_or_new(ax)
-    colors = {c: BLUE for c in range(len(classes))} | {len(classes) - 1: VERMILION}
     for grown, label in zip(trajectories, labels, strict=True):
-        share, probability = grown.n_read / grown.n_read[-1], grown.probabilities[:, -1]
-        stop = grown.stop(margin)
-        ax.plot(share, probability, color=colors[label], lw=0.8, alpha=0.35)
-        ax.plot(share[: stop + 1], probability[: stop + 1], color=colors[label], lw=1.4)
-        ax.plot(share[stop], probability[stop], "o", ms=4, color=colors[label])
-    for label in sorted(set(labels)):
-        ax.plot([], [], color=colors[label], label=f"true class: {classes[label]}")
-    if margin < 1 and len(classes) == 2:
-        for level in (0.5 - margin / 2, 0.5 + margin / 2):
-            ax.axhline(level, color=MUTED, lw=1, ls=":")
-    ax.set(xlabel="share of tiles read", ylabel=f"P({classes[-1]})", xlim=(0, 1.02), ylim=(-0.03, 1.03))
+        share = grown.n_read / grown.n_read[-1]
+        log_odds = np.diff(np.log(grown.probabilities.astype(np.float64).clip(min=1e-37)))[:, 0]
+        stop, color = grown.stop(margin), (BLUE, VERMILION)[label]
+        ax.plot(share, log_odds, color=color, lw=0.8, alpha=0.3)
+        ax.plot(share[: stop + 1], log_odds[: stop + 1], color=color, lw=1.3)
+        ax.plot(share[stop], log_odds[stop], "o", ms=4, color=color)
+    for label, color in enumerate((BLUE, VERMILION)):
+        ax.plot([], [], color=color, label=f"true class: {classes[label]}")
+    ax.axhline(0, color=MUTED, lw=1)
+    if margin < math.inf:
+        for sign in (-1, 1):
+            ax.plot([0, 1], [sign * margin, 0], color=MUTED, lw=1, ls=":")
+    ax.set(xlabel="share of tiles read", ylabel=f"log odds of {classes[1]}", xlim=(0, 1.02))
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(set(labels)), borderaxespad=0.2)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return ax
 
 
