@@ -211,6 +211,13 @@ def test_stage_times_adds_stages_up_and_names_what_is_saved():
     assert texts == ["10.00 s", "5.50 s (−45%)"]
 
 
+def test_cost_growth_gives_the_slopes():
+    tiles = pd.Index([1000, 2000, 8000])
+    table = pd.DataFrame({"linear": 0.01 * tiles, "quadratic": 1e-6 * tiles**2}, tiles)
+    legend = plots.cost_growth(table).get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["linear, slope 1.00", "quadratic, slope 2.00"]
+
+
 def test_score_threshold_counts_the_tumor_tiles_kept():
     ax = plots.score_threshold(np.arange(10.0), 6.0, np.array([0.0] * 6 + [0.5, 0, 0, 1]))
     assert ax.get_title(loc="left") == "tumor tiles kept: 100%"

@@ -10,16 +10,20 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from PIL import Image
 
 from hdmil_lib.config import build_dir
 from hdmil_lib.evaluation.tables import to_markdown
+from hdmil_lib.viz.plots import cost_growth, use_style
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
 README = REPOSITORY / "README.md"
+BENCHMARKS = REPOSITORY / "benchmarks" / "results"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 COHORTS = {"camelyon-mini": "Camelyon16", "nsclc-mini": "NSCLC", "brca-mini": "BRCA"}
 TABLE1 = """**Table 1.** Test AUC in percent, mean (sd) over 5 folds of 200 synthetic slides of each cohort,
@@ -39,6 +43,27 @@ TABLES = {
     "table3": "**Table 3.** What each component adds: our test scores, the paper's validation scores.",
 }
 FIGURES = ("slide", "stage_times")
+SPEED = """**Speed** on a synthetic slide of {tiles:,} tiles, from the file to the answer, in turns with two
+yardsticks of which only the way from given coordinates to features counts: one `read_region` and one encoder
+call a tile, and a DataLoader over OpenSlide with the encoder in eager fp32 at batch 256
+([inference.json](benchmarks/results/inference.json)).
+
+"""
+GROWTH = """![Seconds a slide against its tiles](docs/results/growth.jpg)
+
+Reading beside encoding, as in use, a further tile takes HDMIL† {ms:.1f} ms and {memory:,} bytes. Reading and
+decoding a tile takes {grid:.1f} times less CPU than `read_region` where tiles lie on the grid of stored ones,
+{off:.1f} times less off it, with the same pixels ([reading.json](benchmarks/results/reading.json)).
+"""
+GUARANTEE = """**Fewer tiles with a guarantee.** Rules learned on {n} held-out synthetic slides of {tiles:.0f} tiles
+so that, with confidence 90 %, at most 5 % of all slides get another label than from all tiles; then tried on
+{m} others ([guarantee.json](benchmarks/results/guarantee.json)).
+
+"""
+PRECISION = """**Bits.** The encoder on a CPU {amx} AMX, over all tiles of `camelyon-mini`
+([precision.json](benchmarks/results/precision.json)).
+
+"""
 
 
 def collect(build: Path) -> None:
@@ -80,6 +105,67 @@ def claims() -> pd.DataFrame:
     return pd.DataFrame(columns, index=table.index)
 
 
+def measured(name: str) -> dict[str, Any]:
+    """A result file of the benchmarks."""
+    return json.loads((BENCHMARKS / f"{name}.json").read_text())
+
+
+def growth_table() -> pd.DataFrame:
+    """Seconds a slide by its tiles."""
+    slides = measured("inference")["growth"]["slides"]
+    columns = {method: [s["table"][method]["total"] for s in slides] for method in slides[0]["table"]}
+    return pd.DataFrame(columns, [s["tiles"] for s in slides])
+
+
+def draw_growth() -> None:
+    """The figure of the growth."""
+    use_style()
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    cost_growth(growth_table(), ax)
+    figure.savefig(RESULTS / "growth.jpg", dpi=120, pil_kwargs={"quality": 85})
+    plt.close(figure)
+
+
+def speed() -> list[str]:
+    """What the benchmarks of inference measured."""
+    inference, reading, rules = map(measured, ("inference", "reading", "guarantee"))
+    yardsticks, growth = inference["yardsticks"], inference["growth"]
+    on, off = (reading["slides"][f"synthetic, JPEG tiles of 256, {k} the grid"] for k in ("on", "off"))
+    learned = {
+        f"{networks}: {'LIPN thresholds' if kind == 'thresholds' else 'anytime, margin'}": {
+            "tiles read": f"{100 * rule['share of tiles read']:.0f} %",
+            "other labels, learned on": rule["errors"],
+            "other labels, tried on": (rule["on other slides"] or {}).get("errors"),
+        }
+        for networks, by_epsilon in rules["rules"].items()
+        for kind, rule in by_epsilon["epsilon 0.05"].items()
+    }
+    precision = measured("precision")
+    rows = pd.DataFrame(precision["precisions"]).T.drop(columns="AUC minus fp32, by fold")
+    slides = rules["slides"]
+    return [
+        SPEED.format(tiles=yardsticks["tiles"])
+        + to_markdown(_with_cosines(pd.DataFrame(yardsticks["rows"]).T).rename_axis("pipeline")),
+        GROWTH.format(
+            ms=growth["HDMIL† in use, ms a further tile"],
+            memory=growth["memory, bytes a further tile"],
+            grid=on["openslide / stored"],
+            off=off["openslide / stored"],
+        ),
+        GUARANTEE.format(n=slides["learned on"], m=slides["tried on"], tiles=rules["tiles a slide"])
+        + to_markdown(pd.DataFrame(learned).T.rename_axis("rule")),
+        PRECISION.format(amx="with" if precision["amx"] else "without")
+        + to_markdown(_with_cosines(rows).rename_axis("precision")),
+    ]
+
+
+def _with_cosines(table: pd.DataFrame) -> pd.DataFrame:
+    """Cosines with the decimals that tell them apart."""
+    cosines = [column for column in table if "cosine" in column]
+    shown = {c: ["-" if pd.isna(v) else f"{v:.4f}" for v in table[c]] for c in cosines}
+    return table.assign(**shown)
+
+
 def render() -> str:
     """The results part of the README, from the committed files."""
     parts = [
@@ -91,6 +177,7 @@ def render() -> str:
     for name, caption in TABLES.items():
         parts.append(f"{caption}\n\n{(RESULTS / f'{name}.md').read_text()}")
     parts.append(f"![Seconds a slide by stage]({RESULTS.relative_to(REPOSITORY) / 'stage_times.jpg'})\n")
+    parts += speed()
     steps = json.loads((RESULTS / "timing.json").read_text())["steps"].values()
     minutes, gigabytes = sum(s["seconds"] for s in steps) / 60, max(s["peak_mb"] for s in steps) / 1024
     parts.append(
@@ -109,4 +196,5 @@ def readme_with(results: str) -> str:
 
 if __name__ == "__main__":
     collect(build_dir())
+    draw_growth()
     README.write_text(readme_with(render()))

@@ -241,7 +241,7 @@ class Predictor:
         max_seconds: float | None = None,
         mpp: float | tuple[float, float] | None = None,
         block: int = BLOCK,
-        n_readers: int = 2,
+        n_readers: int = 1,
     ) -> Iterator[AnytimeStep]:
         """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
 
@@ -257,7 +257,8 @@ class Predictor:
             max_seconds: Seconds after which no further block is taken.
             mpp: Micrometres per level-0 pixel, where the file does not say or is wrong.
             block: Tiles between two answers; a margin was learned for one block size.
-            n_readers: Threads that read ahead while the encoder runs.
+            n_readers: Threads that read ahead while the encoder runs, a block each and one more: what they
+                have read when the answer is final is lost.
 
         Raises:
             ValueError: A budget is not positive, or the margin is out of range.

@@ -20,10 +20,10 @@ from hdmil_lib.inference.risk import RiskControl, control_risk
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.training.two_stage import Threshold, lipn_mask
 
-MARGINS = (math.inf, 40, 30, 24, 20, 17, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)
+MARGINS = (math.inf, 40, 30, 25, *range(20, 0, -1))
 """From careful to fast; the first one reads everything."""
 
-LOGIT_STEPS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+LOGIT_STEPS = tuple(step / 10 for step in range(-30, 21))
 
 Value = TypeVar("Value")
 

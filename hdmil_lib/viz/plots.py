@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.polynomial import chebyshev
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -250,6 +251,26 @@ def stage_times(seconds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="seconds a slide", xlim=(0, left.max() * 1.25))
     ax.invert_yaxis()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(seconds.columns), borderaxespad=0.2)
+    return ax
+
+
+def cost_growth(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Seconds a slide against its tiles, both logarithmic, with the slope of each line: 1 is proportional.
+
+    Args:
+        table: Index: tiles of the slides; columns: methods; values: seconds.
+        ax: Axes to draw on.
+    """
+    ax = axes_or_new(ax)
+    for i, (name, seconds) in enumerate(table.items()):
+        slope = np.polyfit(np.log(table.index), np.log(seconds), 1)[0]
+        ax.plot(table.index, seconds, marker="osD^v"[i % 5], ms=5, label=f"{name}, slope {slope:.2f}")
+    ax.set(xscale="log", yscale="log", xlabel="tiles of the slide", ylabel="seconds a slide")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(table.index)
+    ax.legend(loc="upper left")
     return ax
 
 
