@@ -46,7 +46,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 COHORT = held_out.COHORT
 KEEP_RATIO, TOLERANCE = 0.3, 0.05
 SIDES = (8_192, 16_384, 24_576, 32_768, 49_152)
-YARDSTICK_SIDE = 8_192
+LARGE, YARDSTICK_SIDE = 32_768, 8_192
 
 
 def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.Queue) -> None:
@@ -65,6 +65,7 @@ def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.
     queue.put(
         {
             "tiles": n_tiles,
+            "repeats": repeats,
             "table": medians.round(4).to_dict(orient="index"),
             "worst excess": round(float((medians["time_ratio"] - medians["keep_ratio"]).iloc[1:].max()), 4),
             "LIPN stage, share of HDMIL†": round(
@@ -83,7 +84,8 @@ def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
     for side in tqdm(sides, desc="slides of rising size"):
         queue = spawn.Queue()
         path = large_slides(COHORT, 1, side)[0]
-        process = spawn.Process(target=measure_slide, args=(path, model, repeats, queue))
+        turns = repeats if side < LARGE else 1  # minutes each
+        process = spawn.Process(target=measure_slide, args=(path, model, turns, queue))
         process.start()
         rows.append(queue.get(timeout=3600))
         process.join()
@@ -168,7 +170,6 @@ def main() -> None:
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "encoder": f"{predictor.encoder.name}, {predictor.encoder.engine} {predictor.encoder.precision}",
         "load_average": round(os.getloadavg()[1], 1),
-        "repeats": args.repeats,
         "tolerance": TOLERANCE,
         "yardsticks": yardsticks(
             large_slides(COHORT, 1, YARDSTICK_SIDE, mpp=0.5)[0], predictor, args.repeats

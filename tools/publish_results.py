@@ -55,9 +55,9 @@ Reading beside encoding, as in use, a further tile takes HDMIL† {ms:.1f} ms an
 decoding a tile takes {grid:.1f} times less CPU than `read_region` where tiles lie on the grid of stored ones,
 {off:.1f} times less off it, with the same pixels ([reading.json](benchmarks/results/reading.json)).
 """
-GUARANTEE = """**Fewer tiles with a guarantee.** Rules learned on {n} held-out synthetic slides of {tiles:.0f} tiles
-so that, with confidence 90 %, at most 5 % of all slides get another label than from all tiles; then tried on
-{m} others ([guarantee.json](benchmarks/results/guarantee.json)).
+GUARANTEE = """**Fewer tiles with a guarantee.** Rules learned on {n} held-out synthetic slides of {tiles:.0f}
+tiles so that, with confidence 90 %, at most 5 % of all slides get another label than from all tiles; then
+tried on {m} others ([guarantee.json](benchmarks/results/guarantee.json)).
 
 """
 PRECISION = """**Bits.** The encoder on a CPU {amx} AMX, over all tiles of `camelyon-mini`
