@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +45,15 @@ RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 COHORT = held_out.COHORT
 KEEP_RATIO, TOLERANCE = 0.3, 0.05
 SIDES = (8_192, 16_384, 24_576, 32_768, 49_152)
-LARGE, YARDSTICK_SIDE = 32_768, 8_192
+LARGE, YARDSTICK_SIDE = 24_576, 8_192
+
+
+def peak_memory_mb(reset: bool = False) -> float:
+    """The most memory that this process held since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.Queue) -> None:
@@ -55,11 +62,11 @@ def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.
     predictor = Predictor.load(model)
     predictor.encoder(np.zeros((32, 256, 256, 3), np.uint8))
     path.read_bytes()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb(reset=True)
     start = time.perf_counter()
     n_tiles = predictor.predict(path, prescreen=False).n_tiles
     in_use = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory_mb()
     medians = stage_medians(time_slides(predictor, [path], repeats, (KEEP_RATIO,)))
     dagger, screened = medians.loc["HDMIL†"], medians.loc["HDMIL"]
     queue.put(
@@ -72,8 +79,8 @@ def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.
                 float(screened[["thumbnail", "lipn"]].sum() / dagger["total"]), 4
             ),
             "HDMIL† in use, s": round(in_use, 2),
-            "memory before, MB": round(before / 1024),
-            "more at the peak, MB": round((peak - before) / 1024),
+            "memory before, MB": round(before),
+            "more at the peak, MB": round(peak - before),
         }
     )
 
@@ -84,7 +91,7 @@ def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
     for side in tqdm(sides, desc="slides of rising size"):
         queue = spawn.Queue()
         path = large_slides(COHORT, 1, side)[0]
-        turns = repeats if side < LARGE else 1  # minutes each
+        turns = repeats if side < LARGE else 1  # these take minutes
         process = spawn.Process(target=measure_slide, args=(path, model, turns, queue))
         process.start()
         rows.append(queue.get(timeout=3600))
@@ -175,7 +182,7 @@ def main() -> None:
             large_slides(COHORT, 1, YARDSTICK_SIDE, mpp=0.5)[0], predictor, args.repeats
         ),
     }
-    print(to_markdown(pd.DataFrame(result["yardsticks"]["rows"]).T))
+    print(to_markdown(pd.DataFrame(result["yardsticks"]["rows"]).T), flush=True)
     result["growth"] = growth(args.sides, model, args.repeats)
     RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
