@@ -21,6 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def peak_memory_mb(reset: bool = False) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.Queue) -> None:
+def measure_slide(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     """One slide in this process alone: seconds by stage, seconds as in use, memory."""
     setup()
     predictor = Predictor.load(model)
@@ -69,33 +70,33 @@ def measure_slide(path: Path, model: Path, repeats: int, queue: multiprocessing.
     peak = peak_memory_mb()
     medians = stage_medians(time_slides(predictor, [path], repeats, (KEEP_RATIO,)))
     dagger, screened = medians.loc["HDMIL†"], medians.loc["HDMIL"]
-    queue.put(
-        {
-            "tiles": n_tiles,
-            "repeats": repeats,
-            "table": medians.round(4).to_dict(orient="index"),
-            "worst excess": round(float((medians["time_ratio"] - medians["keep_ratio"]).iloc[1:].max()), 4),
-            "LIPN stage, share of HDMIL†": round(
-                float(screened[["thumbnail", "lipn"]].sum() / dagger["total"]), 4
-            ),
-            "HDMIL† in use, s": round(in_use, 2),
-            "memory before, MB": round(before),
-            "more at the peak, MB": round(peak - before),
-        }
-    )
+    return {
+        "tiles": n_tiles,
+        "repeats": repeats,
+        "table": medians.round(4).to_dict(orient="index"),
+        "worst excess": round(float((medians["time_ratio"] - medians["keep_ratio"]).iloc[1:].max()), 4),
+        "LIPN stage, share of HDMIL†": round(
+            float(screened[["thumbnail", "lipn"]].sum() / dagger["total"]), 4
+        ),
+        "HDMIL† in use, s": round(in_use, 2),
+        "memory before, MB": round(before),
+        "more at the peak, MB": round(peak - before),
+    }
+
+
+def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function where nothing has run before, so that neither memory nor threads are another's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
     """All slides, and straight lines through what they cost."""
-    rows, spawn = [], multiprocessing.get_context("spawn")
+    rows = []
     for side in tqdm(sides, desc="slides of rising size"):
-        queue = spawn.Queue()
         path = large_slides(COHORT, 1, side)[0]
         turns = repeats if side < LARGE else 1  # these take minutes
-        process = spawn.Process(target=measure_slide, args=(path, model, turns, queue))
-        process.start()
-        rows.append(queue.get(timeout=3600))
-        process.join()
+        rows.append(in_a_process(measure_slide, path, model, turns))
         print(json.dumps(rows[-1], indent=1, ensure_ascii=False), flush=True)
     tiles = [row["tiles"] for row in rows]
     seconds, memory = ([row[key] for row in rows] for key in ("HDMIL† in use, s", "more at the peak, MB"))
@@ -107,8 +108,10 @@ def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
     }
 
 
-def yardsticks(path: Path, predictor: Predictor, repeats: int) -> dict[str, Any]:
+def yardsticks(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     """Seconds a tile of the slide, medians of turns."""
+    setup()
+    predictor = Predictor.load(model)
     network = build_network(ENCODERS["efficientnet_lite0"]).backbone
     with Slide(path) as slide:
         grid = TileGrid.from_slide(slide)
@@ -172,15 +175,14 @@ def main() -> None:
     model = args.model or RESULTS.parents[2] / "build" / "bench_inference"
     if args.model is None:
         held_out.predictors()["hdmil_evidence"].save(model)
-    predictor = Predictor.load(model)
+    slide = large_slides(COHORT, 1, YARDSTICK_SIDE, mpp=0.5)[0]
+    encoder = load_encoder()
     result = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "encoder": f"{predictor.encoder.name}, {predictor.encoder.engine} {predictor.encoder.precision}",
+        "encoder": f"{encoder.name}, {encoder.engine} {encoder.precision}",
         "load_average": round(os.getloadavg()[1], 1),
         "tolerance": TOLERANCE,
-        "yardsticks": yardsticks(
-            large_slides(COHORT, 1, YARDSTICK_SIDE, mpp=0.5)[0], predictor, args.repeats
-        ),
+        "yardsticks": in_a_process(yardsticks, slide, model, args.repeats),
     }
     print(to_markdown(pd.DataFrame(result["yardsticks"]["rows"]).T), flush=True)
     result["growth"] = growth(args.sides, model, args.repeats)
