@@ -177,13 +177,13 @@ def render() -> str:
     for name, caption in TABLES.items():
         parts.append(f"{caption}\n\n{(RESULTS / f'{name}.md').read_text()}")
     parts.append(f"![Seconds a slide by stage]({RESULTS.relative_to(REPOSITORY) / 'stage_times.jpg'})\n")
-    parts += speed()
     steps = json.loads((RESULTS / "timing.json").read_text())["steps"].values()
     minutes, gigabytes = sum(s["seconds"] for s in steps) / 60, max(s["peak_mb"] for s in steps) / 1024
     parts.append(
-        f"That run took {minutes:.0f} minutes on 2 CPU cores, with slides and some networks "
+        f"The run of the tutorial took {minutes:.0f} minutes on 2 CPU cores, with slides and some networks "
         f"left in the cache by an\nearlier one, and {gigabytes:.1f} GB of memory at most.\n"
     )
+    parts += speed()
     return "\n".join(parts)
 
 
