@@ -1,5 +1,7 @@
 """Widgets: a control redraws the figure, and no error is swallowed."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import ipywidgets
@@ -10,6 +12,15 @@ from hdmil_lib.inference.anytime import AnytimeStep
 from hdmil_lib.viz import widgets
 
 PNG = b"\x89PNG"
+
+
+def test_drawing_loads_no_model():
+    """Notebooks draw before they choose how Triton runs, which its import would settle."""
+    code = (
+        "import sys; from hdmil_lib.viz import plots, widgets; print(*{'timm', 'triton'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.split() == []
 
 
 class Grid(SimpleNamespace):

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hdmil_lib.inference.anytime import Trajectory
-from hdmil_lib.inference.risk import RiskControl
 from hdmil_lib.viz.style import BLUE, MUTED, ORANGE, VERMILION, axes_or_new
+
+if TYPE_CHECKING:  # drawing needs no model: its import would take seconds
+    from hdmil_lib.inference.anytime import Trajectory
+    from hdmil_lib.inference.risk import RiskControl
 
 
 def anytime_curves(
-    trajectories: Sequence[Trajectory],
+    trajectories: "Sequence[Trajectory]",
     labels: Sequence[int],
     ax: Axes | None = None,
     *,
@@ -49,7 +52,7 @@ def anytime_curves(
     return ax
 
 
-def risk_curve(control: RiskControl, ax: Axes | None = None) -> Axes:
+def risk_curve(control: "RiskControl", ax: Axes | None = None) -> Axes:
     """Errors of rules against their cost, each with its confidence bound; the one chosen is marked.
 
     Args:

@@ -9,6 +9,7 @@ import io
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
@@ -16,12 +17,14 @@ import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from hdmil_lib.inference.anytime import AnytimeStep
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.tiling import TileGrid
 from hdmil_lib.viz import plots
 from hdmil_lib.viz.overlays import OnGrid
 from hdmil_lib.viz.style import BLUE, MUTED, VERMILION
+
+if TYPE_CHECKING:  # drawing needs no model: its import would take seconds
+    from hdmil_lib.inference.anytime import AnytimeStep
 
 
 class Explorer(w.VBox):
@@ -85,7 +88,7 @@ class LiveSlide(w.VBox):
         ]
         super().__init__([w.HBox(columns), self.status])
 
-    def show(self, step: AnytimeStep) -> None:
+    def show(self, step: "AnytimeStep") -> None:
         """Bring every bar to where a step is."""
         n_read, total = len(step.rows), step.seconds["total"]
         _set_bar(self.tiles, n_read / step.n_tiles, f"{n_read:,} of {step.n_tiles:,}")
@@ -106,7 +109,7 @@ def _set_bar(pair: tuple[w.FloatProgress, w.Label], value: float, text: str) -> 
     pair[0].value, pair[1].value = min(value, 1.0), text
 
 
-def watch(steps: Iterator[AnytimeStep], classes: Sequence[str]) -> AnytimeStep:
+def watch(steps: "Iterator[AnytimeStep]", classes: Sequence[str]) -> "AnytimeStep":
     """Show a slide while it is classified; the notebook's stop button ends it.
 
     Args:
