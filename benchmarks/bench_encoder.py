@@ -108,6 +108,9 @@ def measure_speed(n_tiles: int, rounds: int, cores: int) -> dict:
         "plain loop, network not truncated": plain_loop(full_network()),
         f"hdmil, {encoder.engine} {encoder.precision}": encoder,
         "hdmil, torch fp32": load_encoder(device="cpu", engine="torch", precision="fp32"),
+        "hdmil, torch fp32, compiled": load_encoder(
+            device="cpu", engine="torch", precision="fp32", compiled=True
+        ),
     }
     before = os.getloadavg()[0]
     clock = time.process_time if cores == 1 else time.perf_counter

@@ -73,6 +73,9 @@ def extract(
         Literal["auto", "fp32", "bf16", "int8"],
         typer.Option(help="int8 is the fastest on a CPU; it is fitted to tiles of the first eight slides."),
     ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile the encoder first; for a GPU and many slides.")
+    ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Tiles an encoder call; by default what suits the machine.")
     ] = None,
@@ -84,7 +87,7 @@ def extract(
 
     setup()
     paths = _slide_paths(slides)
-    options = {"precision": precision}
+    options = {"precision": precision, "compiled": compiled}
     if precision == "int8":
         options["calibration"] = calibration_tiles(paths[:8], mpp=mpp)
     report = extract_slides(paths, load_encoder(encoder, **options), out, mpp=mpp, batch_size=batch_size)

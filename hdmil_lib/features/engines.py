@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,8 @@ from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.features.networks import TileNetwork
 
-GPU_CHUNK = 64
-"""Tiles that a GPU computes at a time, while the next ones are copied."""
+CPU_CHUNK, GPU_CHUNK = 32, 64
+"""Tiles that PyTorch computes at a time; a GPU, while the next ones are copied."""
 
 Precision = Literal["fp32", "bf16", "int8"]
 
@@ -28,28 +29,51 @@ class TorchEngine:
     def __init__(self, network: TileNetwork, device: torch.device, precision: Precision):
         self._network = network.to(device, memory_format=torch.channels_last)
         self._device = device
+        self._chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
+        self._compiled = False
         self.precision = precision
 
+    def compile(self, side: int) -> None:
+        """Fuse the network's operations by `torch.compile`, now, for tiles of this side.
+
+        From then on the last chunk is filled up: every other size would be compiled again.
+
+        Raises:
+            HDMILError: There is no compiler that it can use.
+        """
+        self._network = torch.compile(self._network)
+        self._compiled = True
+        try:
+            self(np.zeros((1, side, side, 3), np.uint8))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise HDMILError(
+                "torch.compile failed; it needs a C++ compiler and Python's headers (on Debian "
+                "`apt-get install g++ python3-dev`). Or leave compiled=True out."
+            ) from error
+
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        n = len(tiles)
+        if self._compiled:
+            tiles = np.pad(tiles, ((0, -n % self._chunk), (0, 0), (0, 0), (0, 0)))
         with (
             torch.inference_mode(),
             torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             torch_threads(n_threads()),
         ):
-            run = self._run_on_gpu if self._device.type == "cuda" else self._network
-            return run(torch.from_numpy(tiles)).float().cpu().numpy()
+            chunks = torch.from_numpy(tiles).split(self._chunk)
+            if self._device.type == "cuda":
+                chunks = self._copies(chunks)
+            return torch.cat([self._network(chunk) for chunk in chunks])[:n].float().cpu().numpy()
 
-    def _run_on_gpu(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Chunk by chunk: while the GPU computes one, the next is copied from pinned memory."""
+    def _copies(self, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Chunks on the GPU: while it computes one, the next is copied from pinned memory."""
         computing, copying = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        features = []
-        for chunk in tiles.split(GPU_CHUNK):
+        for chunk in chunks:
             with torch.cuda.stream(copying):
                 on_gpu = chunk.pin_memory().to(self._device, non_blocking=True)
             computing.wait_stream(copying)
             on_gpu.record_stream(computing)
-            features.append(self._network(on_gpu))
-        return torch.cat(features)
+            yield on_gpu
 
 
 class OpenVINOEngine:
