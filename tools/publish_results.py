@@ -180,8 +180,8 @@ def render() -> str:
     steps = json.loads((RESULTS / "timing.json").read_text())["steps"].values()
     minutes, gigabytes = sum(s["seconds"] for s in steps) / 60, max(s["peak_mb"] for s in steps) / 1024
     parts.append(
-        f"The run of the tutorial took {minutes:.0f} minutes on 2 CPU cores, with slides and some networks "
-        f"left in the cache by an\nearlier one, and {gigabytes:.1f} GB of memory at most.\n"
+        f"The run of the tutorial took {minutes:.0f} minutes on 2 CPU cores, from an empty cache, and "
+        f"{gigabytes:.1f} GB of memory at most.\n"
     )
     parts += speed()
     return "\n".join(parts)
