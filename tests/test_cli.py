@@ -39,7 +39,8 @@ def color_encoder():
         yield
 
 
-def load_color_encoder(name, precision="auto", calibration=None):
+def load_color_encoder(name, precision="auto", calibration=None, compiled=False):
+    assert not compiled
     encoder = ColorEncoder()
     if precision == "int8":
         assert calibration.shape == (2 * 9, 256, 256, 3) and calibration.dtype == np.uint8
