@@ -20,8 +20,8 @@ from hdmil_lib.inference.risk import RiskControl, control_risk
 from hdmil_lib.models import DMIN, LIPN
 from hdmil_lib.training.two_stage import Threshold, lipn_mask
 
-MARGINS = (math.inf, 40, 30, 25, *range(20, 0, -1))
-"""From careful to fast; the first one reads everything."""
+MARGINS = (math.inf, *(round(40 / 1.1**step, 2) for step in range(39)))
+"""From careful to fast, in equal ratios down to 1; the first one reads everything."""
 
 LOGIT_STEPS = tuple(step / 10 for step in range(-30, 21))
 
