@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.hdmil-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tables test lab bench samples clean
+.PHONY: help tutorial tables test lab bench samples api clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ bench: $(INSTALLED) ## run the benchmarks, one after the other, into benchmarks/
 samples: $(INSTALLED) ## remake data_samples/ from the code (makes the full cohorts)
 	@$(BIN)/python tools/make_samples.py
 
+api: $(INSTALLED) ## write docs/api/, a page per public module from its docstrings
+	@$(BIN)/python tools/api_pages.py
+
 clean: ## remove what the tasks made here, except the environment and the cache
-	@rm -rf build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf build docs/api .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

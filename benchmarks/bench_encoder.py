@@ -3,16 +3,16 @@
     python benchmarks/bench_encoder.py [--cores N] [--tiles N] [--rounds N]
     python benchmarks/bench_encoder.py --probe FOLDER
 
-Speed: the same decoded tiles of a real slide go through every contender in turns, round after round,
-in one process; medians and best rounds are written to `benchmarks/results/encoder.json`, with the
-smallest cosine of each contender's features to the plain loop's. The plain loop takes one tile at a
-time as torchvision's transforms make it, on the truncated network and on torch's default threads.
-`--cores` pins the process: with one core, CPU seconds are what the work costs, however busy the
-machine; with all cores, wall seconds are what a user waits.
+Speed: all contenders encode the same decoded tiles of a real slide in turns, round after round, in one
+process. Medians and best rounds are written to `benchmarks/results/encoder.json`, with the smallest cosine
+between each contender's features and those of the plain loop. The plain loop takes one tile at a time as
+torchvision's transforms make it, on the truncated network and on torch's default threads. `--cores` pins the
+process: with one core, CPU seconds are what the work costs, however busy the machine; with all cores, wall
+seconds are what a user waits.
 
-Accuracy: `--probe` names a folder with real labelled tiles in `0/` and `1/` (PatchCamelyon). Linear
-probes are fitted on the pooled features of the last block (320-d, hdmil's default) and on those of
-ImageNet's head (1280-d) of the same tiles.
+Accuracy: `--probe` names a folder with real labeled tiles in `0/` and `1/` (PatchCamelyon). Linear probes are
+fitted on the pooled features of the last block (320-d, hdmil's default) and on those of ImageNet's head
+(1280-d) of the same tiles.
 """
 
 import argparse
@@ -34,21 +34,25 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision import transforms
 
-from hdmil_lib.data import sample_slide
-from hdmil_lib.features.encoders import ENCODERS, load_encoder
-from hdmil_lib.features.networks import _lite0_weights, _timm_keys, build_network
+from hdmil_lib.encoders.loading import ENCODERS, load_encoder
+from hdmil_lib.encoders.networks import _lite0_weights, _timm_keys, build_network
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.sample import sample_slide
 
 RESULTS = Path(__file__).resolve().parent / "results" / "encoder.json"
 TARGET_SPEEDUP, TARGET_COSINE = 4.0, 0.999
 
-PROBE_TILES, PROBE_SIDE = 1000, 192  # a class; 96 px at 0.97 um/px enlarged to the encoder's 0.5 um/px
+PROBE_TILES = 1000
+"""Number of tiles per class."""
+
+PROBE_SIDE = 192
+"""Side of the tiles in pixels: 96 px at 0.97 um/px, enlarged to the encoder's 0.5 um/px."""
 
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
 def full_network() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet's head, pooled to 1280-d."""
+    """EfficientNet-Lite0 with ImageNet's head, pooled to 1280 features."""
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     network.load_state_dict(_timm_keys(torch.load(_lite0_weights(), weights_only=True), network))
     network.reset_classifier(0)
@@ -56,7 +60,7 @@ def full_network() -> nn.Module:
 
 
 def plain_loop(network: nn.Module) -> Encode:
-    """The loop of a first script: PIL image, torchvision transform, batch of one, no other setting."""
+    """The loop of a first script: PIL image, torchvision transform, batches of one, default settings."""
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))]
     )
@@ -81,7 +85,7 @@ def real_tiles(n: int) -> np.ndarray:
 def time_in_turns(
     contenders: dict[str, Encode], tiles: np.ndarray, rounds: int, clock: Callable[[], float]
 ) -> dict[str, np.ndarray]:
-    """Seconds of every contender in every round; each round starts with another one."""
+    """Seconds of each contender in each round; each round starts with another contender."""
     seconds = {name: [] for name in contenders}
     names = list(contenders)
     for encode in contenders.values():
@@ -99,7 +103,7 @@ def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def measure_speed(n_tiles: int, rounds: int, cores: int) -> dict:
-    """Speed of every contender; CPU seconds on one core, wall seconds on several."""
+    """Speed of each contender: in CPU seconds on one core, in wall seconds on several."""
     tiles = real_tiles(n_tiles)
     encoder = load_encoder(device="cpu")
     truncated = build_network(ENCODERS["efficientnet_lite0"]).backbone
@@ -141,7 +145,7 @@ def enlarged(path: Path) -> np.ndarray:
 
 
 def measure_probe(folder: Path) -> dict:
-    """AUC of linear probes, mean and sd over 5 folds, on 320-d and 1280-d features of the same tiles."""
+    """AUC of linear probes on 320-d and 1280-d features of the same tiles: mean and sd over 5 folds."""
     paths = [sorted((folder / label).glob("*.jpg"))[:PROBE_TILES] for label in "01"]
     labels = np.repeat([0, 1], [len(p) for p in paths])
     full = full_network().to(memory_format=torch.channels_last)
@@ -165,10 +169,12 @@ def measure_probe(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     available = sorted(os.sched_getaffinity(0))
-    parser.add_argument("--cores", type=int, default=len(available), help="pin the process to that many")
-    parser.add_argument("--tiles", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--probe", type=Path, help="folder with labelled tiles in 0/ and 1/")
+    parser.add_argument(
+        "--cores", type=int, default=len(available), help="number of cores to pin the process to"
+    )
+    parser.add_argument("--tiles", type=int, default=32, help="number of tiles")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds")
+    parser.add_argument("--probe", type=Path, help="folder with labeled tiles in 0/ and 1/")
     args = parser.parse_args()
 
     os.sched_setaffinity(0, available[: args.cores])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.metrics import auc
-from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.bags import Bag
 from hdmil_lib.inference import Predictor
 from hdmil_lib.inference.rules import MARGINS, LearnedRule, learn_margin, learn_thresholds, threshold_ladder
 

@@ -33,12 +33,12 @@ import yardsticks as yard
 from tqdm import tqdm
 
 from hdmil_lib.config import n_threads, setup
-from hdmil_lib.data import large_slides
-from hdmil_lib.evaluation.tables import to_markdown
-from hdmil_lib.evaluation.timing import stage_medians, time_slides, with_keep_ratio
-from hdmil_lib.features.encoders import ENCODERS, Encoder, load_encoder
-from hdmil_lib.features.extraction import calibration_tiles, encode_tiles
-from hdmil_lib.features.networks import build_network
+from hdmil_lib.cohort import large_slides
+from hdmil_lib.reproduce.tables import to_markdown
+from hdmil_lib.reproduce.timing import stage_medians, time_slides, with_keep_ratio
+from hdmil_lib.encoders.loading import ENCODERS, Encoder, load_encoder
+from hdmil_lib.encoders.extraction import calibration_tiles, encode_tiles
+from hdmil_lib.encoders.networks import build_network
 from hdmil_lib.inference import Predictor
 from hdmil_lib.slides import Slide, TileGrid
 

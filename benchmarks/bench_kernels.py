@@ -1,14 +1,14 @@
-"""Is every operator at least as fast as the formula that it replaces? Forward and backward, in one run.
+"""Time every operator against the formula that it replaces, forward and backward.
 
     python benchmarks/bench_kernels.py [--repeats N]
 
-Each operator is timed against its textbook form, both also through `torch.compile`, in turns, after a check
-that results and gradients agree. On a GPU the operator is the Triton kernel, and the floor is the time of
-its bytes and arithmetic at the rates that this device reaches on a copy and a matrix product. Medians, in
-milliseconds, go to `benchmarks/results/kernels.json` with the device's name.
+Each operator and its textbook form are timed in turns, both also with `torch.compile`, after a check that
+their results and gradients agree. On a GPU the operator is the Triton kernel, and the floor is the time that
+its bytes and operations need at the rates that this device reaches for a copy and a matrix product. Medians
+in milliseconds are written to `benchmarks/results/kernels.json` with the name of the device.
 
-The ratio comes with a 95 % interval of the median over turns. Where it holds 1, the two are equal as far as
-this run can tell: a CPU runs the same matrix products either way. `slower` is what no operator should be.
+The ratio has a 95 % interval of the median over turns. If the interval contains 1, the two forms are equal
+within the noise of the run: a CPU runs the same matrix products for both. No operator should be `slower`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.config import setup
-from hdmil_lib.evaluation.tables import to_markdown
+from hdmil_lib.devices import resolve
 from hdmil_lib.kernels import (
     chebyshev_kan,
     cost,
@@ -43,11 +43,13 @@ from hdmil_lib.kernels import (
     tile_preprocess,
     tissue_statistics,
 )
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.kernels.tile_preprocess import StainTransform
 from hdmil_lib.models import LIPN
+from hdmil_lib.reproduce.tables import to_markdown
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
-TOLERANCE = 1e-3  # of the largest number: float32 sums of thousands of terms in another order
+TOLERANCE = 1e-3  # relative to the largest number, for float32 sums of thousands of terms in different orders
 
 
 @dataclass(frozen=True)
@@ -55,37 +57,38 @@ class Case:
     """One operator at one size.
 
     Attributes:
-        name: For the table.
-        arguments: Makes the tensors on a device; floating ones get gradients.
-        textbook: The formula as one would write it.
-        operator: Ours.
-        cost: Of the forward pass.
-        checked: Both forms without their random numbers, to be compared in the place of what is timed.
+        name: Name in the table.
+        arguments: Function that makes the tensors on a device; floating ones get gradients.
+        textbook: Textbook form of the formula.
+        operator: Operator of the library.
+        cost: Cost of the forward pass.
+        checked: Both forms without random numbers, which are compared instead of the timed ones.
     """
 
     name: str
-    arguments: Callable[[str], Sequence[Tensor]]
+    arguments: Callable[[torch.device], Sequence[Tensor]]
     textbook: Callable[..., Tensor]
     operator: Callable[..., Tensor]
     cost: cost.Cost
     checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
 
-def normal(*shapes: Sequence[int]) -> Callable[[str], list[Tensor]]:
-    """Standard normal tensors divided by the square root of their first axis after the rows."""
+def normal(*shapes: Sequence[int]) -> Callable[[torch.device], list[Tensor]]:
+    """Return a function that draws normal tensors, scaled down by the fourth root of their first axis."""
     return lambda device: [torch.randn(*s, device=device) / max(s[0], 1) ** 0.25 for s in shapes]
 
 
-def random_tiles(n: int, side: int = 256) -> Callable[[str], list[Tensor]]:
-    """RGB bytes, (n, side, side, 3)."""
+def random_tiles(n: int, side: int = 256) -> Callable[[torch.device], list[Tensor]]:
+    """Return a function that draws RGB bytes, (n, side, side, 3)."""
     return lambda device: [torch.randint(256, (n, side, side, 3), dtype=torch.uint8, device=device)]
 
 
-STAIN = StainTransform(textbook.IDENTITY, textbook.MIX, (0.0, 0.0, 0.0), textbook.IDENTITY)  # Macenko's
+# A transform of the form that `fit_macenko` returns.
+STAIN = StainTransform(textbook.IDENTITY, textbook.MIX, (0.0, 0.0, 0.0), textbook.IDENTITY)
 
 
 def tile_cases(n: int) -> list[Case]:
-    """Tiles as an encoder reads them, plain and with their stain normalized, and their colors counted."""
+    """Tiles for an encoder, with and without stain normalization, and their color statistics."""
     plain, stained = (cost.tile_preprocess(n, width=4, stain=stain) for stain in (False, True))
     operator = partial(tile_preprocess, mean=textbook.MEAN, std=textbook.STD)
     return [
@@ -106,10 +109,10 @@ def tile_cases(n: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def random_scan(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
-    """One bag, with the step sizes and decays that Mamba starts from."""
+def random_scan(length: int, channels: int, states: int) -> Callable[[torch.device], list[Tensor]]:
+    """Return a function that draws one bag, with the initial step sizes and decays of Mamba."""
 
-    def arguments(device: str) -> list[Tensor]:
+    def arguments(device: torch.device) -> list[Tensor]:
         shapes = ((1, length, channels), (1, length, states), (1, length, states), (channels,))
         inputs, into, out, skip = (torch.randn(s, device=device) for s in shapes)
         steps = 10 ** (-1 - 2 * torch.rand(1, length, channels, device=device))
@@ -120,7 +123,7 @@ def random_scan(length: int, channels: int, states: int) -> Callable[[str], list
 
 
 def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> list[Case]:
-    """A bag through MambaMIL's scan. Not compiled: unrolling 300 steps takes minutes."""
+    """The scan of MambaMIL on one bag, not compiled, since unrolling 300 steps takes minutes."""
     return [
         Case(
             f"selective_scan, L = {length}",
@@ -132,19 +135,26 @@ def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> lis
     ]
 
 
-def random_bags(bag: Sequence[int], logits: Sequence[int], n_bags: int) -> Callable[[str], list[Tensor]]:
-    """Embeddings and logits, a mask that keeps half of the tiles, and bags of one length."""
+def random_bags(bag: Sequence[int], logits: Sequence[int]) -> Callable[[torch.device], list[Tensor]]:
+    """Return a function that draws embeddings, logits, and a mask that keeps half of the tiles."""
+    return lambda device: [*normal(bag, logits)(device), torch.rand(*logits, device=device) < 0.5]
 
-    def arguments(device: str) -> list[Tensor]:
-        kept = torch.rand(*logits, device=device) < 0.5
-        edges = torch.arange(0, bag[0] + 1, bag[0] // n_bags, device=device)
-        return [*normal(bag, logits)(device), kept, edges]
 
-    return arguments
+def bags_case(bag: Sequence[int], logits: Sequence[int], n_bags: int, pool_cost: cost.Cost) -> Case:
+    """Masked pooling of bags of equal lengths."""
+    lengths = [bag[0] // n_bags] * n_bags
+    segments = Segments(lengths, resolve())
+    return Case(
+        f"segment_softmax_pool, {n_bags} masked bags, N = {bag[0]}",
+        random_bags(bag, logits),
+        partial(textbook.pool_bags, lengths=lengths),
+        partial(segment_softmax_pool, segments=segments),
+        pool_cost,
+    )
 
 
 def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branches: int = 2) -> list[Case]:
-    """DMIN's attention: in one pass, in training with dropout; its pooling; its selection."""
+    """The attention of DMIN with its pooling in one pass, with dropout, its pooling, and its selection."""
     bag, logits = (n_tiles, embed_dim), (n_tiles, branches)
     pool_cost = cost.segment_softmax_pool(n_tiles, embed_dim, branches, width=4)
     weights = [
@@ -171,27 +181,23 @@ def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branc
             f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), textbook.pool, segment_softmax_pool,
             pool_cost,
         ),
-        Case(
-            f"segment_softmax_pool, 4 masked bags, N = {n_tiles}", random_bags(bag, logits, 4),
-            textbook.pool_bags, segment_softmax_pool, pool_cost,
-        ),
+        bags_case(bag, logits, 4, pool_cost),
         Case(
             f"gumbel_mask, N = {n_tiles}", normal(logits), textbook.mask,
-            lambda logits: gumbel_mask(logits, temperature=0.7)[1], cost.gumbel_mask(n_tiles, branches),
+            partial(gumbel_mask, temperature=0.7), cost.gumbel_mask(n_tiles, branches),
         ),
         Case(
             f"gumbel_mask, noise, N = {n_tiles}", normal(logits), textbook.mask_with_noise,
-            lambda logits: gumbel_mask(logits, seed=0, temperature=0.7)[1],
-            cost.gumbel_mask(n_tiles, branches),
-            checked=(textbook.mask, lambda logits: gumbel_mask(logits, temperature=0.7)[1]),
+            partial(gumbel_mask, seed=0, temperature=0.7), cost.gumbel_mask(n_tiles, branches),
+            checked=(textbook.mask, partial(gumbel_mask, temperature=0.7)),
         ),
     ]  # fmt: skip
 
 
-def random_s4d(length: int, channels: int, states: int) -> Callable[[str], list[Tensor]]:
-    """One bag, with the parameters that S4D starts from."""
+def random_s4d(length: int, channels: int, states: int) -> Callable[[torch.device], list[Tensor]]:
+    """Return a function that draws one bag, with the initial parameters of S4D."""
 
-    def arguments(device: str) -> list[Tensor]:
+    def arguments(device: torch.device) -> list[Tensor]:
         shapes = ((1, length, channels), (channels, states, 2), (channels,))
         inputs, output, skip = (torch.randn(s, device=device) for s in shapes)
         log_step = math.log(1e-3) + math.log(100) * torch.rand(channels, device=device)
@@ -202,7 +208,7 @@ def random_s4d(length: int, channels: int, states: int) -> Callable[[str], list[
 
 
 def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[Case]:
-    """A bag through S4MIL's layer."""
+    """The layer of S4MIL on one bag."""
     return [
         Case(
             f"s4d_convolution, L = {length}",
@@ -215,7 +221,7 @@ def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[
 
 
 def lipn_case(n_patches: int) -> Case:
-    """The frozen pre-screening network: layer by layer, and as matrix products."""
+    """The frozen pre-screening network, layer by layer and as matrix products."""
     network = LIPN().eval().requires_grad_(False)
     kind = torch.float16 if torch.cuda.is_available() else torch.float32
     packed = network.packed(kind)
@@ -229,7 +235,7 @@ def lipn_case(n_patches: int) -> Case:
 
 
 def cases() -> list[Case]:
-    """All operators at the sizes of the paper."""
+    """Return all operators at the sizes of the paper."""
     return (
         [
             Case(
@@ -254,7 +260,7 @@ def cases() -> list[Case]:
 
 
 def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-    """Output and gradients, for a gradient of ones."""
+    """Return the output and the gradients of its sum."""
     output = function(*arguments)
     leaves = [a for a in arguments if a.requires_grad]
     if not leaves:
@@ -263,7 +269,7 @@ def run(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> list[Te
 
 
 def check_agreement(case: Case, arguments: Sequence[Tensor]) -> None:
-    """Raise where the two forms differ: a fast wrong answer is not timed."""
+    """Exit if the two forms differ."""
     formula, operator = case.checked or (case.textbook, case.operator)
     for ours, wanted in zip(run(operator, arguments), run(formula, arguments), strict=True):
         difference = (ours.float() - wanted.float()).abs().max()
@@ -274,7 +280,7 @@ def check_agreement(case: Case, arguments: Sequence[Tensor]) -> None:
 def times_ms(
     contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int
 ) -> dict[str, list[float]]:
-    """Times of each contender, in turns, each after a call untimed: none pays for caches another emptied."""
+    """Time the contenders in turns, each after an untimed call that fills the caches again."""
     synchronize = torch.cuda.synchronize if arguments[0].is_cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 2):
@@ -284,15 +290,16 @@ def times_ms(
             start = time.perf_counter()
             run(function, arguments)
             synchronize()
-            if repeat >= 2:  # the first two warm up and compile
+            if repeat >= 2:  # the first two turns warm up and compile
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 
 def judge(textbook: list[float], library: list[float]) -> dict[str, float | str]:
-    """Median ratio of a turn, the interval of that median, and what follows from it."""
+    """Return the median ratio over turns, its 95 % interval, and the verdict."""
     ratios = sorted(a / b for a, b in zip(textbook, library, strict=True))
-    outside = max(0, int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5))  # of 95 %, on each side
+    # The ranks of the interval's ends come from the normal approximation of the binomial distribution.
+    outside = max(0, int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5))
     low, high = ratios[outside], ratios[-1 - outside]
     return {
         "ratio": statistics.median(ratios),
@@ -303,11 +310,9 @@ def judge(textbook: list[float], library: list[float]) -> dict[str, float | str]
 
 
 def this_device() -> cost.Device:
-    """What a GPU reaches here, on a copy of 1 GB and a matrix product, rather than what is printed on it."""
-    large, matrix = (
-        torch.empty(2**28, device="cuda"),
-        torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16),
-    )
+    """Measure the rates that this GPU reaches for a copy of 1 GB and for matrix products."""
+    large = torch.empty(2**28, device="cuda")
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     wide = matrix.float()
     rates = {}
     work = {
@@ -326,8 +331,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
     setup()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpu = this_device() if device == "cuda" else None
+    device = resolve()
+    gpu = this_device() if device.type == "cuda" else None
     rows = {}
     for case in cases():
         arguments = [a.requires_grad_(a.is_floating_point()) for a in case.arguments(device)]

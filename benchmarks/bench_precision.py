@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from hdmil_lib.config import setup
-from hdmil_lib.data import load_bags, make_splits, prepare_cohort
+from hdmil_lib.cohort import load_bags, make_splits, prepare_cohort
 from hdmil_lib.evaluation.metrics import auc
-from hdmil_lib.features.encoders import load_encoder
-from hdmil_lib.features.extraction import calibration_tiles
+from hdmil_lib.encoders.loading import load_encoder
+from hdmil_lib.encoders.extraction import calibration_tiles
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.training.crossval import load_fold, run_crossval, run_dir
 from hdmil_lib.training.recipes import RECIPES

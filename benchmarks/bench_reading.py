@@ -1,12 +1,13 @@
-"""What does it cost to read a tile? Stored tiles against OpenSlide, and against the bare decoder.
+"""Measure the time to read a tile from stored tiles, with OpenSlide, and with the decoder alone.
 
     python benchmarks/bench_reading.py [--slide FILE ...] [--repeats N]
 
-CPU time of one thread, in milliseconds a tile of 256 x 256 pixels, of three ways that take turns on the same
-tiles of a slide: `read_region` of OpenSlide; `Slide.read_field` from stored tiles, with nothing decoded
-before; and the decoder alone on the stored tiles under these fields, each once, the limit of any reader.
-Fields lie on the slide's own scale: once on the grid of stored tiles, once off it. Pixels of both readers are
-held equal first. By default a synthetic slide is read; results go to `benchmarks/results/reading.json`.
+The times are CPU time of one thread in milliseconds per tile of 256 x 256 pixels. Three methods take turns
+on the same tiles of a slide: `read_region` of OpenSlide; `Slide.read_field` from stored tiles, none of which
+was decoded before; and the decoder alone, once on each stored tile under these fields, which is the limit of
+any reader. The fields have the scale of the slide; they lie once on the grid of stored tiles and once off it.
+First it is checked that both readers give equal pixels. By default a synthetic slide is read. The results are
+written to `benchmarks/results/reading.json`.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import numpy as np
 import openslide
 
 from hdmil_lib.config import setup
-from hdmil_lib.data import large_slides
 from hdmil_lib.slides import Slide
 from hdmil_lib.slides.stored_tiles import StoredTiles
+from hdmil_lib.synthetic.cohorts import large_slides
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reading.json"
 TILE, MOST = 256, 1_000
@@ -39,12 +40,12 @@ def cpu_ms(read: Callable[[], Iterable], n_tiles: int) -> float:
 
 
 def block_of_tiles(side: int) -> np.ndarray:
-    """Memory that has huge pages, as `StoredTiles` holds its tiles and `encode_blocks` its batches."""
+    """Memory with huge pages, such as `StoredTiles` and `encode_blocks` use."""
     return np.ones((64, side, side, 3), np.uint8)
 
 
 def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
-    """Medians for fields that start `offset` pixels off the grid of stored tiles."""
+    """Median times for fields that start `offset` pixels off the grid of stored tiles."""
     with Slide(path, reader="stored") as slide:
         width, height = slide.dimensions
         mpp = slide.mpp[0]
@@ -79,7 +80,7 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
 
     for mine, reference in zip(by_stored(), by_openslide(), strict=True):
         if not (mine == reference).all():
-            raise SystemExit(f"{path}: the readers differ")
+            raise SystemExit(f"{path}: the readers give different pixels")
     ways = {"openslide": by_openslide, "stored": by_stored, "decoder": by_decoder}
     times = {name: [] for name in ways}
     for _ in range(repeats):
@@ -96,7 +97,9 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slide", type=Path, nargs="+", default=[], help="slides beside the synthetic one")
+    parser.add_argument(
+        "--slide", type=Path, nargs="+", default=[], help="further slides, after the synthetic one"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     setup()

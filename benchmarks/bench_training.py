@@ -28,15 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from hdmil_lib.config import setup
-from hdmil_lib.data import Split, load_bags, make_splits, prepare_cohort
-from hdmil_lib.evaluation.tables import to_markdown
+from hdmil_lib.cohort import Split, load_bags, make_splits, prepare_cohort
+from hdmil_lib.reproduce.tables import to_markdown
 from hdmil_lib.models import MILModel, build_model
 from hdmil_lib.training.crossval import run_crossval
 from hdmil_lib.training.losses import bag_loss
-from hdmil_lib.training.ragged import RaggedBags
+from hdmil_lib.batches import RaggedBags
 from hdmil_lib.training.recipes import RECIPES, Recipe
 from hdmil_lib.training.runs import runs_table
-from hdmil_lib.training.scores import auc
+from hdmil_lib.evaluation.metrics import auc
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
 COHORT, FOLDS, WORKERS = "camelyon-mini", 5, 2

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hdmil_lib.data import Cohort, load_bags, prepare_cohort
-from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.cohort import Cohort, load_bags, prepare_cohort
+from hdmil_lib.bags import Bag
 from hdmil_lib.inference import Predictor, best_fold
-from hdmil_lib.slides.synthesis import PRESETS
+from hdmil_lib.synthetic.synthesis import PRESETS
 from hdmil_lib.training.crossval import run_crossval, run_dir
 from hdmil_lib.training.recipes import RECIPES
 

@@ -22,14 +22,14 @@ import torch
 from tqdm.auto import tqdm
 
 from hdmil_lib.config import setup
-from hdmil_lib.data import Cohort, load_bags, make_splits, prepare_cohort
-from hdmil_lib.evaluation.keep_ratio import attention_scores, lipn_scores, score_rankings, tumor_share
-from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.cohort import Cohort, load_bags, make_splits, prepare_cohort
+from hdmil_lib.reproduce.keep_ratio import attention_scores, lipn_scores, score_rankings, tumor_share
+from hdmil_lib.bags import Bag
 from hdmil_lib.models import LIPN
 from hdmil_lib.training.crossval import load_dmin, run_crossval, run_dir
-from hdmil_lib.training.ragged import RaggedBags
+from hdmil_lib.batches import RaggedBags
 from hdmil_lib.training.recipes import RECIPES
-from hdmil_lib.training.trainer import TrainSettings, train_lipn
+from hdmil_lib.training.fit import TrainSettings, train_lipn
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lipn_targets.json"
 FOLDS = 5

@@ -1,4 +1,4 @@
-"""Where things are kept, how large a run is, and the seeds: everything read from the environment."""
+"""Settings read from the environment: folders, sizes, threads; and the seeds of all generators."""
 
 import os
 import random
@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Config:
-    """One run's surroundings.
+    """Settings of one run.
 
     Attributes:
-        fast: Sizes are small (`HDMIL_FAST=1`); code paths are the same.
-        seed: Seed given to every generator by `setup`.
+        fast: Whether sizes are small (`HDMIL_FAST=1`); the code paths are the same.
+        seed: Seed that `setup` gave to every generator.
         cache: Folder of slides, bags and trained models (`HDMIL_CACHE`).
         build: Folder of executed notebooks, tables and figures (`HDMIL_BUILD`).
     """
@@ -33,29 +31,43 @@ def is_fast() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder for slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`."""
+    """Folder of slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`."""
     return Path(os.environ.get("HDMIL_CACHE", Path.home() / ".cache" / "hdmil")).expanduser()
 
 
 def build_dir() -> Path:
-    """Folder for executed notebooks, tables and figures: `HDMIL_BUILD`, or `build/` in the repository."""
-    return Path(os.environ.get("HDMIL_BUILD", Path(__file__).resolve().parent.parent / "build"))
+    """Folder of executed notebooks, tables and figures.
+
+    This is `HDMIL_BUILD` or, without that variable, `build/` in the checkout that contains this package. For
+    a package outside a checkout it is `build/` in the current working directory.
+    """
+    named = os.environ.get("HDMIL_BUILD")
+    return Path(named) if named is not None else (_checkout() or Path.cwd()) / "build"
+
+
+def _checkout() -> Path | None:
+    """Folder of the repository that this package is run from, or None where it is installed."""
+    folder = Path(__file__).resolve().parent.parent
+    is_checkout = (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir()
+    return folder if is_checkout else None
 
 
 def interprets_triton() -> bool:
-    """Whether this process runs Triton kernels in the interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
+    """Whether this process runs Triton kernels in the interpreter on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def n_threads() -> int:
-    """Threads for heavy work: every core of the process, or as many as `OMP_NUM_THREADS` allows."""
+    """Number of threads for heavy work: `OMP_NUM_THREADS`, or the number of cores of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(os.environ.get("OMP_NUM_THREADS", cores))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators."""
-    import torch  # takes seconds, which `hdmil --help` need not wait for
+    """Seed the global generators of Python, NumPy and PyTorch."""
+    # Imported here, since they take seconds that `import hdmil_lib` and `hdmil --help` must not take.
+    import numpy as np
+    import torch
 
     random.seed(seed)
     np.random.seed(seed)
@@ -64,7 +76,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let PyTorch have so many threads for a while."""
+    """Set PyTorch's number of threads within a `with` block."""
     import torch
 
     before = torch.get_num_threads()
@@ -76,10 +88,10 @@ def torch_threads(number: int) -> Iterator[None]:
 
 
 def setup(seed: int = 0) -> Config:
-    """Seed all generators, keep torch to one thread, and return where and how large this run is.
+    """Seed all generators, give PyTorch one thread, and return the settings of this run.
 
-    One thread: bags are small, and two threads fighting for a busy core are far slower than one.
-    Encoders raise the number for themselves.
+    Bags are small, and two threads that compete for a busy core are far slower than one. Encoders raise the
+    number of threads while they run.
     """
     import torch
 

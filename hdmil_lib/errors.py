@@ -1,4 +1,7 @@
-"""Errors a user can act on: each message names the file, what is wrong and what to do."""
+"""Errors that a user can act on: each message names the file, what is wrong and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class HDMILError(Exception):
@@ -6,7 +9,7 @@ class HDMILError(Exception):
 
 
 class SlideError(HDMILError):
-    """A slide cannot be opened, lacks its scale, or holds nothing to tile."""
+    """A slide cannot be opened, lacks its scale, or contains no tissue to tile."""
 
 
 class BagError(HDMILError):
@@ -19,3 +22,9 @@ class CohortError(HDMILError):
 
 class CheckpointError(HDMILError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a message about an unknown name: " (did you mean 'abmil'?)", or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

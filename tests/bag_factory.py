@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hdmil_lib.data import Cohort, Split
-from hdmil_lib.features.bagstore import Bag, write_bag
+from hdmil_lib.cohort import Cohort, Split
+from hdmil_lib.bags import Bag, write_bag
 
 DIM = 16
 ATTRS = {"encoder": "test", "weights_hash": "0123abcd", "precision": "fp32"}

@@ -1,4 +1,4 @@
-"""Small slides with known content, for the tests of everything that reads slides."""
+"""Small slides with known content, for all tests that read slides."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import pyvips
 import tifffile
 
 INK = np.array([130, 60, 150], np.uint8)
-"""A saturated purple that the tissue mask takes for tissue."""
+"""A saturated purple, which `tissue_mask` takes for tissue."""
 
 
 def write_slide(
@@ -23,9 +23,10 @@ def write_slide(
     tile: int = 64,
     compression: str = "packbits",
 ) -> Path:
-    """Write RGB pixels (h, w, 3) as a lossless tiled TIFF; `mpp` None stores 72 dpi, as image editors do.
+    """Write RGB pixels (h, w, 3) as a tiled TIFF, by default without loss.
 
-    The pyramid halves, rounding sizes down, until a level fits in one TIFF tile.
+    An `mpp` of None stores 72 dpi, as image editors do. The levels halve, with sizes rounded down, until one
+    fits into a TIFF tile.
     """
     per_mm = [72 / 25.4] * 2 if mpp is None else [1000 / m for m in mpp]
     image = pyvips.Image.new_from_array(pixels).copy(xres=per_mm[0], yres=per_mm[1], interpretation="srgb")
@@ -59,7 +60,7 @@ def paint_disc(
 
 
 def find_ink(pixels: np.ndarray, mpp: float) -> tuple[float, float]:
-    """Center of mass (x, y) in um of what is not white, from the top-left corner of the pixels."""
+    """Center of mass (x, y) of everything that is not white, in um from the top-left corner."""
     weight = 255.0 - pixels[..., 1]
     x = (np.arange(pixels.shape[1]) + 0.5) * mpp
     y = (np.arange(pixels.shape[0]) + 0.5) * mpp
@@ -68,7 +69,7 @@ def find_ink(pixels: np.ndarray, mpp: float) -> tuple[float, float]:
 
 @contextmanager
 def slide_properties(changes: dict[str, str | None]):
-    """Within the block OpenSlide reports these properties; None removes one."""
+    """Let OpenSlide report these properties within the block; None removes a property."""
     stored = openslide.OpenSlide.properties.fget
 
     def changed(slide):
@@ -80,7 +81,7 @@ def slide_properties(changes: dict[str, str | None]):
 
 
 def bounds_properties(x: int, y: int, width: int, height: int) -> dict[str, str]:
-    """The properties with which scanners report the scanned part of a slide."""
+    """The properties in which scanners store the scanned part of a slide."""
     return {
         "openslide.bounds-x": str(x),
         "openslide.bounds-y": str(y),

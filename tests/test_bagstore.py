@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.errors import BagError
-from hdmil_lib.features.bagstore import (
+from hdmil_lib.bags import (
     TRIDENT_ATTRS,
     Bag,
     bag_info,

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from hdmil_lib.errors import CohortError
-from hdmil_lib.evaluation.claims import CLAIMS, judge_claims
-from hdmil_lib.evaluation.tables import save_table
+from hdmil_lib.reproduce.claims import CLAIMS, judge_claims
+from hdmil_lib.reproduce.tables import save_table
 
 AS_CLAIMED = {
     "max": 0.4,
@@ -44,7 +44,8 @@ def test_effects_without_noise_hold():
     found, judged = outcomes(predictions(AS_CLAIMED | {"hdmil": 1.5}), margin=0.2)
     assert found == dict.fromkeys(CLAIMS, "holds")
     assert judged["holds"].all()
-    assert (judged["low"] <= judged["difference"]).all() and (judged["difference"] <= judged["high"]).all()
+    assert (judged["low"] <= judged["difference"]).all()
+    assert (judged["difference"] <= judged["high"]).all()
 
 
 def test_effects_turned_round_do_not_hold():
@@ -79,10 +80,12 @@ def test_the_same_predictions_lose_nothing_and_are_no_better():
 
 def test_the_best_is_held_against_the_best_of_the_others():
     judged = judge_claims(predictions(), ["best"]).iloc[0]
-    assert "HDMIL†: AUC" in judged["numbers"] and ", HDMIL: AUC" in judged["numbers"]
+    assert "HDMIL†: AUC" in judged["numbers"]
+    assert ", HDMIL: AUC" in judged["numbers"]
     assert "best of 5 others" in judged["judged by"]
     alone = judge_claims(predictions({"hdmil_dagger": 3.0, "max": 0.4}), ["best"]).iloc[0]
-    assert alone["outcome"] == "holds" and "Max-Pooling" in alone["numbers"]
+    assert alone["outcome"] == "holds"
+    assert "Max-Pooling" in alone["numbers"]
 
 
 def test_tumor_recall_is_held_against_the_share_of_tiles_kept():
@@ -105,7 +108,7 @@ def test_claims_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil, claims, message",
+    ("spoil", "claims", "message"),
     [
         (lambda t: t[t["method"] != "dmin_linear"], ["cka"], "claim 'cka' needs method dmin_linear"),
         (lambda t: t.drop(columns="tumor_recall"), ["keeps_tumor"], "no tumor_recall.*add_mask_scores"),

@@ -14,7 +14,7 @@ from slide_factory import write_slide
 from typer.testing import CliRunner
 
 from hdmil_lib.cli import app
-from hdmil_lib.features.bagstore import read_bag, write_bag
+from hdmil_lib.bags import read_bag, write_bag
 
 N_SLIDES = 12
 
@@ -178,14 +178,14 @@ def test_calibrate_writes_the_rules_that_held_out_slides_allow(work, tmp_path):
 
 
 def test_samples_names_what_it_prepared(monkeypatch, work):
-    from hdmil_lib.data import Cohort
+    from hdmil_lib.cohort import Cohort
 
     cohort = Cohort.from_csv(work / "cohort.csv", bag_dir=work / "bags")
     asked = []
     monkeypatch.setattr(
-        "hdmil_lib.data.prepare_cohort", lambda name, fast: asked.append((name, fast)) or cohort
+        "hdmil_lib.cohort.prepare_cohort", lambda name, fast: asked.append((name, fast)) or cohort
     )
-    monkeypatch.setattr("hdmil_lib.data.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
+    monkeypatch.setattr("hdmil_lib.cohort.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
     text = hdmil("samples", "--cohort", "nsclc-mini", "--fast")
     assert asked == [("nsclc-mini", True)]
     assert "synthetic" in text and str(work / "bags") in text and "CMU-1" in text

@@ -1,4 +1,4 @@
-"""Composed slides: the caller's tiles lie where the layout says, at the slide's scale."""
+"""The tiles of a composed slide lie where the layout puts them, at the scale of the slide."""
 
 import cv2
 import numpy as np
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.errors import SlideError
-from hdmil_lib.slides.composition import compose_slide
-from hdmil_lib.slides.synthesis import truth_path, tumor_share
+from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.synthetic.composition import compose_slide
+from hdmil_lib.synthetic.truth import tile_labels, truth_path, tumor_share
 
 GRAY = {"a": 60, "b": 120, "c": 180}
 TILES = {name: [np.full((32, 32, 3), value, np.uint8)] for name, value in GRAY.items()}
@@ -47,8 +48,12 @@ def test_fields_and_truth_follow_the_layout(tmp_path_factory, layout, mpp):
 
 def test_truth_of_a_composed_slide_gives_shares(tmp_path):
     path, classes = compose_slide(tmp_path / "s.tif", TILES, [["a", "b"], ["b", "b"]], tile_mpp=2.0)
-    share = tumor_share(truth_path(path), np.array([[0, 0]]), value=classes.index("a") + 1)
+    value = classes.index("a") + 1
+    share = tumor_share(truth_path(path), np.array([[0, 0]]), value=value)
     assert share == pytest.approx([0.25])  # 4 fields of 64 um make one tile of 128 um
+    with Slide(path) as slide:
+        grid = TileGrid.from_slide(slide, min_tissue=0)
+    assert tile_labels(path, grid, value=value) == pytest.approx([0.25])
 
 
 def test_every_tile_is_used_before_one_repeats(tmp_path):
@@ -59,7 +64,7 @@ def test_every_tile_is_used_before_one_repeats(tmp_path):
     assert sorted(np.rint(centers / 20) * 20) == list(range(20, 240, 20))
 
 
-def test_the_seed_decides(tmp_path):
+def test_the_seed_determines_the_order(tmp_path):
     tiles = {"a": [np.full((16, 16, 3), v, np.uint8) for v in range(20, 240, 20)]}
     layout = np.full((4, 4), "a")
     files = [
@@ -70,7 +75,7 @@ def test_the_seed_decides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tiles, layout, problem",
+    ("tiles", "layout", "problem"),
     [
         (TILES, [["a", "d"]], "'d'"),
         ({"a": []}, [["a"]], "no tiles"),
@@ -89,7 +94,7 @@ def test_bad_tiles_name_the_problem_and_leave_nothing(tmp_path, tiles, layout, p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_a_class_is_the_same_as_a_mapping(tmp_path):
+def test_a_folder_per_class_is_the_same_as_a_mapping(tmp_path):
     for name, tiles in TILES.items():
         (tmp_path / "tiles" / name).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / "tiles" / name / "1.png"), tiles[0])
@@ -109,6 +114,6 @@ def test_real_tiles_keep_their_content(tmp_path, real_data):
     with openslide.OpenSlide(path) as slide:
         assert slide.dimensions == (559, 372)  # 3 x 2 fields of 96 px * 0.97 um at 0.5 um/px
         field = np.asarray(slide.read_region((0, 0), 0, (186, 186)))[..., :3].mean((0, 1))
-        # The field is one of the class's own tiles: its mean color survives resizing and JPEG.
+        # The field shows one tile of its class: the mean color survives resizing and JPEG.
         means = np.array([tile.mean((0, 1)) for tile in originals["0"]])
         assert np.abs(means - field).max(1).min() < 1.5

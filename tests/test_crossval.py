@@ -11,14 +11,14 @@ from bag_factory import make_bags, make_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdmil_lib.data import read_splits
+from hdmil_lib.cohort import read_splits
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
 from hdmil_lib.models import MODELS
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import load_dmin, load_fold, run_crossval, run_dir
-from hdmil_lib.training.methods import METHODS
+from hdmil_lib.methods import METHODS
 from hdmil_lib.training.recipes import RECIPES
-from hdmil_lib.training.trainer import TrainSettings
+from hdmil_lib.training.fit import TrainSettings
 from hdmil_lib.training.two_stage import two_stage
 
 FEW = TrainSettings(learning_rate=3e-3, epochs=2, min_epochs=0)

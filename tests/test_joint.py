@@ -17,8 +17,8 @@ from hdmil_lib.models import LIPN, build_model
 from hdmil_lib.training import joint, trainer
 from hdmil_lib.training.joint import fine_tune
 from hdmil_lib.training.losses import lipn_loss
-from hdmil_lib.training.ragged import RaggedBags
-from hdmil_lib.training.trainer import TrainSettings, predict_two_stage, train_lipn, train_model
+from hdmil_lib.batches import RaggedBags
+from hdmil_lib.training.fit import TrainSettings, predict_two_stage, train_lipn, train_model
 from hdmil_lib.training.two_stage import calibrate_thresholds, lipn_mask
 
 SHORT = TrainSettings(learning_rate=1e-3, epochs=4, min_epochs=4, patience=4, seed=3, batch_size=2)

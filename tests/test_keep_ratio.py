@@ -10,9 +10,9 @@ from bag_factory import DIM, make_bag, make_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdmil_lib.data import read_splits
+from hdmil_lib.cohort import read_splits
 from hdmil_lib.errors import CohortError
-from hdmil_lib.evaluation.keep_ratio import (
+from hdmil_lib.reproduce.keep_ratio import (
     KEEP_RATIOS,
     attention_scores,
     lipn_scores,
@@ -24,11 +24,11 @@ from hdmil_lib.evaluation.keep_ratio import (
     tumor_share,
 )
 from hdmil_lib.evaluation.metrics import auc, tumor_recall
-from hdmil_lib.features.bagstore import read_tile_labels, write_bag
+from hdmil_lib.bags import read_tile_labels, write_bag
 from hdmil_lib.models import LIPN, build_model
 from hdmil_lib.models.ragged import cumulative
 from hdmil_lib.training.crossval import load_fold, run_crossval
-from hdmil_lib.training.ragged import RaggedBags
+from hdmil_lib.batches import RaggedBags
 from hdmil_lib.training.recipes import RECIPES
 
 LENGTHS = (12, 7, 15, 9, 1, 20)

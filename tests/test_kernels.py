@@ -1,4 +1,4 @@
-"""The operators against float64 restatements written another way: loops, numpy, scipy, acos and cos."""
+"""The operators against independent float64 implementations: loops, NumPy, SciPy, acos and cos."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,15 @@ from hdmil_lib.kernels import (
     segment_softmax_pool,
 )
 from hdmil_lib.kernels.random import bits, draw_seed, logistic
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.dmin import union
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
 
 
 def draw(seed, *shapes, scale=1.0):
-    """float64 tensors that require gradients."""
+    """Draw float64 tensors that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (scale * torch.randn(s, generator=generator, dtype=torch.float64)).requires_grad_() for s in shapes
@@ -35,7 +37,7 @@ def draw(seed, *shapes, scale=1.0):
 
 
 def chebyshev_by_angles(inputs, coefficients):
-    """T_k(x) = cos(k acos x), all terms of the double sum at once."""
+    """Evaluate T_k(x) = cos(k acos x), all terms of the double sum at once."""
     angle = np.arccos(np.tanh(inputs))
     basis = np.cos(angle[:, :, None] * np.arange(coefficients.shape[2]))
     return np.einsum("bqk,qok->bo", basis, coefficients)
@@ -46,7 +48,7 @@ def chebyshev_by_angles(inputs, coefficients):
 def test_chebyshev_kan_equals_the_angle_form(seed, batch, inputs, outputs, degree):
     x, omega = draw(seed, (batch, inputs), (inputs, outputs, degree + 1))
     expected = chebyshev_by_angles(x.detach().numpy(), omega.detach().numpy())
-    # acos loses half of float64's digits near +-1; tanh of a large input gets there.
+    # acos loses half of the digits of float64 near +-1, the value of tanh for large inputs.
     np.testing.assert_allclose(chebyshev_kan(x, omega).detach(), expected, atol=1e-7)
 
 
@@ -62,10 +64,10 @@ def test_chebyshev_kan_gradients(degree):
 
 
 def test_chebyshev_kan_is_bounded_by_its_coefficients_at_saturated_inputs():
-    """|T_k| <= 1 on [-1, 1]; in float32 the recurrence must not drift away at the ends."""
+    """|T_k| <= 1 on [-1, 1]; in float32 the recurrence must not drift at the ends of the interval."""
     omega = torch.rand(8, 1, 17)
     values = chebyshev_kan(torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4])[:, None].expand(-1, 8), omega)
-    # 8 x 17 terms, each rounded to about 1e-7.
+    # The sum has 8 x 17 terms, each rounded to about 1e-7.
     assert (values.abs() <= omega.sum() * (1 + 1e-5)).all()
     assert values[-1].item() == pytest.approx(omega.sum().item(), rel=1e-5)
 
@@ -95,10 +97,10 @@ def test_gated_attention_gradients():
 
 
 def test_gated_attention_drops_each_factor_on_its_own():
-    """A hidden unit survives where both factors do: (1 - p)^2 of them, scaled by 1 / (1 - p)^2."""
+    """A hidden unit is kept if both of its factors are, a share (1 - p)^2 that is scaled by 1 / (1 - p)^2."""
     one = torch.ones(1)
     many = torch.ones(4000, 1)
-    # Large weights: tanh and sigmoid are both 1, so that a score is 0 or the scale.
+    # With large weights, tanh and sigmoid are both 1, so that a score is 0 or the scale.
     weights = (50 * one[None], one, 50 * one[None], one, one[None], 0 * one)
     scores = gated_attention(many, *weights, dropout=0.25, seed=0)
     assert scores.unique().tolist() == pytest.approx([0.0, 1 / 0.75**2])
@@ -110,7 +112,7 @@ def test_gated_attention_drops_each_factor_on_its_own():
 
 
 def pool_by_loops(embeddings, logits, mask):
-    """Each branch alone: softmax of the kept tiles, or the best tile where none is kept."""
+    """Pool each branch by itself: softmax over the kept tiles, or the best tile if none is kept."""
     pooled = []
     for branch in range(logits.shape[1]):
         kept = [j for j in range(len(logits)) if mask[j, branch]]
@@ -140,7 +142,7 @@ def test_pooling_without_a_mask_keeps_every_tile():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_pooling_does_not_overflow(masked):
-    """exp(1e4) is infinite in any format; the published formula divides infinity by infinity."""
+    """exp(1e4) is infinite in any format, and the published formula divides infinity by infinity."""
     embeddings = torch.randn(6, 3, requires_grad=True)
     logits = torch.tensor([1e4, 1e4, -1e4, 0.0, 5e3, 1e4])[:, None].repeat(1, 2).requires_grad_()
     mask = torch.tensor([[0, 1], [0, 0], [1, 0], [1, 0], [0, 1], [0, 0]]).float() if masked else None
@@ -153,7 +155,7 @@ def test_pooling_does_not_overflow(masked):
 
 
 def test_pooling_ignores_dropped_tiles_of_any_size():
-    """The largest logit is that of the kept tiles: a huge dropped one must not push them to zero."""
+    """The largest logit is taken over the kept tiles: a large dropped one must not reduce them to zero."""
     embeddings = torch.randn(3, 2)
     pooled = segment_softmax_pool(
         embeddings, torch.tensor([[1e4], [0.0], [0.0]]), torch.tensor([[0], [1], [1]])
@@ -162,7 +164,7 @@ def test_pooling_ignores_dropped_tiles_of_any_size():
 
 
 def test_pooling_of_an_empty_branch_takes_its_best_tile():
-    """Also for the gradient of the mask: exp(A_j - A_best) (F_j - F_best)."""
+    """The best tile also gives the gradient of the mask, exp(A_j - A_best) (F_j - F_best)."""
     embeddings, logits = torch.randn(5, 3), torch.tensor([[0.0, 4], [3, 1], [4, 2], [1, 0], [2, 3]])
     mask = torch.tensor([[0.0, 1], [0, 0], [0, 0], [0, 0], [0, 1]], requires_grad=True)
     pooled = segment_softmax_pool(embeddings, logits, mask)
@@ -175,7 +177,7 @@ def test_pooling_of_an_empty_branch_takes_its_best_tile():
 
 
 def test_pooling_gradients():
-    """All inputs, the mask included; each branch keeps its largest logit, where no bound applies."""
+    """All gradients, with that of the mask; each branch keeps its largest logit, so no bound applies."""
     embeddings, logits = draw(4, (5, 3), (5, 2))
     mask = torch.zeros(5, 2, dtype=torch.float64).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
     mask[0] = 1
@@ -183,7 +185,7 @@ def test_pooling_gradients():
 
 
 def test_pooling_passes_gradients_to_the_mask_as_the_equation_says():
-    """dE/dM_j = exp(A_j) (F_j - E) / sum_s exp(A_s) M_s, for kept and dropped tiles alike."""
+    """dE/dM_j = exp(A_j) (F_j - E) / sum_s exp(A_s) M_s for kept and dropped tiles."""
     embeddings, logits = draw(5, (6, 3), (6, 1))
     mask = torch.ones(6, 1, dtype=torch.float64)
     mask[logits.argmin()] = 0
@@ -202,7 +204,7 @@ def test_pooling_bounds_the_gradient_of_a_dropped_tile_above_all_kept_ones():
     embeddings = torch.tensor([[1.0], [0.0]])
     mask = torch.tensor([[0.0], [1.0]], requires_grad=True)
     segment_softmax_pool(embeddings, torch.tensor([[50.0], [0.0]]), mask).sum().backward()
-    assert mask.grad[0].item() == pytest.approx(1.0)  # e^50 without the bound
+    assert mask.grad[0].item() == pytest.approx(1.0)  # it is e^50 without the bound
 
 
 # Gumbel mask
@@ -210,39 +212,54 @@ def test_pooling_bounds_the_gradient_of_a_dropped_tile_above_all_kept_ones():
 
 @few
 @given(seeds, st.integers(1, 20), st.integers(1, 4), st.floats(0.1, 5), st.floats(0.05, 0.95))
-def test_gumbel_mask_binarizes_and_counts_the_union_of_all_branches(
-    seed, n, branches, temperature, threshold
-):
+def test_gumbel_mask_binarizes_the_noisy_sigmoid(seed, n, branches, temperature, threshold):
     (logits,) = draw(seed, (n, branches))
-    mask, keep_ratio = gumbel_mask(logits, seed=seed, temperature=temperature, threshold=threshold)
+    mask = gumbel_mask(logits, seed=seed, temperature=temperature, threshold=threshold)
     soft = expit((logits + logistic(seed, logits)).detach().numpy() / temperature)
-    expected = soft > threshold
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    np.testing.assert_array_equal(mask.detach(), expected)
-    assert keep_ratio.item() == pytest.approx(sum(any(row) for row in expected) / n, abs=1e-12)
-
-
-def test_keep_ratio_counts_a_tile_that_only_the_third_branch_keeps():
-    logits = torch.tensor([[-1.0, -1, 1], [-1, -1, -1], [1, -1, 1], [-1, -1, -1]])
-    assert gumbel_mask(logits)[1].item() == 0.5
+    np.testing.assert_array_equal(mask.detach(), soft > threshold)
 
 
 @few
 @given(seeds, st.floats(0.3, 3))
 def test_gumbel_mask_has_the_gradient_of_the_sigmoid(seed, temperature):
     logits, upstream = draw(seed, (7, 2), (7, 2))
-    mask, _ = gumbel_mask(logits, seed=seed, temperature=temperature)
+    mask = gumbel_mask(logits, seed=seed, temperature=temperature)
     (mask * upstream.detach()).sum().backward()
     soft = expit((logits + logistic(seed, logits)).detach().numpy() / temperature)
     expected = upstream.detach().numpy() * soft * (1 - soft) / temperature
     np.testing.assert_allclose(logits.grad, expected, rtol=1e-10, atol=1e-14)
 
 
+def test_gumbel_mask_without_noise_thresholds_the_sigmoid_alone():
+    """At gamma = 0.5 the temperature has no effect; at other thresholds, evaluation uses temperature 1."""
+    logits = torch.tensor([[-0.1], [0.1], [1.0], [2.0]])
+    assert gumbel_mask(logits).flatten().tolist() == [0, 1, 1, 1]
+    assert gumbel_mask(logits, threshold=float(expit(1.5))).flatten().tolist() == [0, 0, 0, 1]
+
+
+# Keep ratio: DMIN's union of the branches of a mask
+
+
+@few
+@given(seeds, st.integers(1, 20), st.integers(1, 4), st.floats(0.1, 5), st.floats(0.05, 0.95))
+def test_keep_ratio_counts_the_union_of_all_branches(seed, n, branches, temperature, threshold):
+    (logits,) = draw(seed, (n, branches))
+    mask = gumbel_mask(logits, seed=seed, temperature=temperature, threshold=threshold)
+    kept = sum(any(row) for row in mask.tolist())
+    assert union(mask).mean().item() == pytest.approx(kept / n, abs=1e-12)
+
+
+def test_keep_ratio_counts_a_tile_that_only_the_third_branch_keeps():
+    logits = torch.tensor([[-1.0, -1, 1], [-1, -1, -1], [1, -1, 1], [-1, -1, -1]])
+    assert union(gumbel_mask(logits)).mean().item() == 0.5
+
+
 def test_keep_ratio_moves_a_branch_only_where_no_other_branch_keeps_the_tile():
     """d r~ / dM_c^j = 1/N prod_{o != c} (1 - M_o^j), through the straight-through mask."""
     (logits,) = draw(6, (30, 3))
-    mask, keep_ratio = gumbel_mask(logits)
-    keep_ratio.backward()
+    mask = gumbel_mask(logits)
+    union(mask).mean().backward()
     hard, soft = mask.detach().numpy(), expit(logits.detach().numpy())
     expected = np.zeros((30, 3))
     for j in range(30):
@@ -254,20 +271,13 @@ def test_keep_ratio_moves_a_branch_only_where_no_other_branch_keeps_the_tile():
     assert (expected > 0).any()
 
 
-def test_gumbel_mask_without_noise_thresholds_the_sigmoid_alone():
-    """At gamma = 0.5 the temperature changes nothing; elsewhere evaluation uses none."""
-    logits = torch.tensor([[-0.1], [0.1], [1.0], [2.0]])
-    assert gumbel_mask(logits)[0].flatten().tolist() == [0, 1, 1, 1]
-    assert gumbel_mask(logits, threshold=float(expit(1.5)))[0].flatten().tolist() == [0, 0, 0, 1]
-
-
 # Random numbers
 
 
 def test_noise_is_the_difference_of_two_gumbel_variables():
     noise = logistic(0, torch.empty(20_000, dtype=torch.float64)).numpy()
     gumbel = np.random.default_rng(0).gumbel(size=(2, 20_000))
-    # p-values of a fixed draw; a wrong scale of 5 % falls below 1e-3.
+    # The draw is fixed; if the scale is wrong by 5 %, the p-values fall below 1e-3.
     assert kstest(noise, "logistic").pvalue > 0.01
     assert ks_2samp(noise, gumbel[0] - gumbel[1]).pvalue > 0.01
     assert logistic(1, torch.empty(1_000_000)).abs().max() < 17
@@ -279,7 +289,7 @@ def test_bits_are_uniform_and_differ_between_places_and_seeds(seed):
     other = bits(seed + 1, (2**16,)).numpy().view(np.uint32)
     for part in (words & 0xFF, words >> 24, (words ^ other) & 0xFF, (words[1:] ^ words[:-1]) >> 24):
         assert chisquare(np.bincount(part, minlength=256)).pvalue > 1e-3
-    assert len(np.unique(words)) == 2**16  # a hash that loses nothing
+    assert len(np.unique(words)) == 2**16  # no two positions have the same hash
     assert abs(np.corrcoef(words[1:], words[:-1])[0, 1]) < 0.02
 
 
@@ -288,7 +298,7 @@ def test_a_seed_is_drawn_from_the_generator():
     assert first == second != draw_seed(torch.Generator().manual_seed(4))
 
 
-# Ragged bags
+# Bags of different lengths
 
 
 @few
@@ -297,10 +307,11 @@ def test_ragged_bags_are_pooled_as_if_alone(seed, lengths, masked):
     n = sum(lengths)
     arguments = attention_arguments(seed, n, 3, 4, 2)
     mask = (torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)) < 0.5) if masked else None
-    edges = torch.tensor([0, *lengths]).cumsum(0)
-    pooled, logits = gated_attention_pool(*arguments, mask, edges)
-    torch.testing.assert_close(pooled, segment_softmax_pool(arguments[0], logits, mask, edges))
-    for bag, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    pooled, logits = gated_attention_pool(*arguments, mask, Segments(lengths))
+    torch.testing.assert_close(pooled, segment_softmax_pool(arguments[0], logits, mask, Segments(lengths)))
+    end = 0
+    for bag, length in enumerate(lengths):
+        start, end = end, end + length
         part = None if mask is None else mask[start:end]
         alone, scores = gated_attention_pool(arguments[0][start:end], *arguments[1:], part)
         torch.testing.assert_close(pooled[bag], alone)
@@ -310,21 +321,30 @@ def test_ragged_bags_are_pooled_as_if_alone(seed, lengths, masked):
 
 def test_gradients_of_ragged_bags():
     arguments = attention_arguments(7, 6, 3, 2, 2)
-    edges = torch.tensor([0, 2, 2, 6])
-    assert gradcheck(lambda *a: gated_attention_pool(*a, None, edges, dropout=0.3, seed=2), arguments)
+    segments = Segments((2, 0, 4))
+    assert gradcheck(lambda *a: gated_attention_pool(*a, None, segments, dropout=0.3, seed=2), arguments)
 
 
-@pytest.mark.parametrize("edges", [[0, 3], [1, 5], [0, 4, 2, 5], [0], [[0, 5]], [0.0, 5.0]])
-def test_segments_that_do_not_cover_the_tiles_are_refused(edges):
-    embeddings, logits = torch.randn(5, 3), torch.randn(5, 2)
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        segment_softmax_pool(embeddings, logits, None, torch.tensor(edges))
+@few
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_segments_describe_bags_of_these_lengths(lengths):
+    segments = Segments(lengths)
+    numbers = [bag for bag, length in enumerate(lengths) for _ in range(length)]
+    assert segments.lengths == tuple(lengths)
+    assert segments.offsets.tolist() == [sum(lengths[:bag]) for bag in range(len(lengths) + 1)]
+    assert segments.offsets.dtype == torch.int64
+    assert (segments.n_bags, segments.n_tiles) == (len(lengths), sum(lengths))
+    assert segments.longest == max(lengths)
+    assert segments.bag.tolist() == numbers
+    assert Segments.from_offsets(segments.offsets.int()).lengths == segments.lengths
 
 
 # Bad input
 
 F, A = torch.randn(5, 3), torch.randn(5, 2)
 WEIGHTS = [torch.randn(s) for s in ((4, 3), (4,), (4, 3), (4,), (2, 4), (2,))]
+BAGS = Segments((2, 0, 3))
+assert BAGS.n_tiles == len(F)  # cached here: in Python 3.11 the lock of `cached_property` breaks a graph
 
 
 @pytest.mark.parametrize(
@@ -361,11 +381,13 @@ def test_bad_input_is_refused_by_name(message, call):
         (gumbel_mask, (A,), {"seed": 3, "temperature": 0.7}),
         (gated_attention, (F, *WEIGHTS), {"dropout": 0.25, "seed": 3}),
         (segment_softmax_pool, (F, A, (A > 0).float()), {}),
+        (segment_softmax_pool, (F, A), {"segments": BAGS}),
         (gated_attention_pool, (F, *WEIGHTS), {}),
+        (gated_attention_pool, (F, *WEIGHTS), {"segments": BAGS}),
     ],
 )
 def test_compiled_without_a_break(operator, arguments, options):
-    """Forward and backward."""
+    """Outputs and gradients equal those of eager mode."""
     leaves = [a.clone().requires_grad_() for a in arguments]
     compiled = torch.compile(lambda *a: operator(*a, **options), fullgraph=True)(*leaves)
     eager = operator(*leaves, **options)
@@ -374,13 +396,13 @@ def test_compiled_without_a_break(operator, arguments, options):
     grads = [torch.autograd.grad(x.square().sum(), leaves, materialize_grads=True) for x in (ours, wanted)]
     largest = max(reference.norm() for reference in grads[1])
     for mine, reference in zip(*grads, strict=True):
-        # Both are float32 sums in another order: small entries cancel, and a gradient may be zero (that of
-        # the bias of a softmax), so that norms are what is held, as in tests/kernels.
+        # Both are float32 sums in different orders. Small entries cancel, and a gradient may be zero (that of
+        # the bias of a softmax), so norms are compared, as in tests/kernels.
         assert (mine - reference).norm() <= 2e-5 * reference.norm().clamp(min=largest / 10)
 
 
 def test_operators_follow_autocast():
-    """As `linear` does: in bfloat16, whatever the types that come in."""
+    """Like `linear`, they compute in bfloat16, whatever the types of their arguments."""
     with torch.autocast("cpu", torch.bfloat16):
         pooled, logits = gated_attention_pool(F, *[w.bfloat16() for w in WEIGHTS])
     assert pooled.dtype == logits.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Every tensor of every operator, spoiled in every way: an error that names it, never a wrong number."""
+"""Every tensor of every operator, made invalid in every way, gives an error that names it."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from hdmil_lib.kernels import (
     tissue_statistics,
 )
 from hdmil_lib.kernels.lipn_forward.reference import LAYERS
+from hdmil_lib.kernels.segments import Segments
 
 N, E, H, C = 5, 4, 3, 2
-BAGS = torch.tensor([0, 2, N])
 TILES = torch.randint(256, (2, 6, 5, 3), dtype=torch.uint8)
 ATTENTION = {
     "embeddings": torch.randn(N, E),
@@ -30,7 +30,7 @@ ATTENTION = {
     "score_weight": torch.randn(C, H),
     "score_bias": torch.randn(C),
 }
-POOLING = {"mask": (torch.rand(N, C) < 0.5).float(), "cu_seqlens": BAGS}
+POOLING = {"mask": (torch.rand(N, C) < 0.5).float(), "segments": Segments((2, N - 2))}
 OPERATORS = {
     chebyshev_kan: {"inputs": torch.randn(N, 6), "coefficients": torch.randn(6, C, 4)},
     gated_attention: ATTENTION,
@@ -67,14 +67,12 @@ SPOILED = {
     "array": lambda t: t.numpy(),
     "list": lambda t: t.tolist(),
 }
-
-
-ALLOWED = {("mask", "type"), ("mask", "integers"), ("cu_seqlens", "integers")}  # these are converted
-ALONE = {gumbel_mask, tile_preprocess, tissue_statistics}  # no other tensor has a type, a device or a size
+ALLOWED = {("mask", "type"), ("mask", "integers")}  # these are converted
+ALONE = {gumbel_mask, tile_preprocess, tissue_statistics}  # there is no other tensor to disagree with
 
 
 def spoiled():
-    """(operator, argument, way) for each tensor that an operator must refuse."""
+    """Yield (operator, argument, way) for each tensor that an operator must refuse."""
     for operator, given in OPERATORS.items():
         for name, value in given.items():
             for way in SPOILED if isinstance(value, torch.Tensor) else ():
@@ -83,7 +81,7 @@ def spoiled():
                     yield pytest.param(operator, name, way, id=f"{operator.__name__}-{name}-{way}")
 
 
-@pytest.mark.parametrize(("operator", "name", "way"), spoiled())
+@pytest.mark.parametrize(("operator", "name", "way"), list(spoiled()))
 def test_a_spoiled_tensor_is_named(operator, name, way):
     arguments = OPERATORS[operator]
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
@@ -104,13 +102,34 @@ def test_spoiled_patches_are_named(way):
         lipn_forward(SPOILED[way](LIPN_PATCHES), LIPN_WEIGHTS)
 
 
+@pytest.mark.parametrize("lengths", [[], [-1, 6], [4, -2, 3]])
+def test_segments_of_impossible_lengths_are_refused(lengths):
+    with pytest.raises(ValueError, match="lengths"):
+        Segments(lengths)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[1, 5], [-1, 5], [0, 4, 2, 5], [0], [], [[0, 5]], [0.0, 5.0], [False, True]]
+)
+def test_segments_of_impossible_offsets_are_refused(offsets):
+    with pytest.raises(ValueError, match=r"offsets|lengths"):
+        Segments.from_offsets(torch.tensor(offsets))
+
+
 @pytest.mark.parametrize("operator", [segment_softmax_pool, gated_attention_pool])
 @pytest.mark.parametrize(
-    "edges", [[0, 3], [0, 6], [1, 5], [-1, 5], [0, 4, 2, 5], [0], [], [[0, 5]], [0.0, 5.0], [False, True]]
+    ("message", "segments"),
+    {
+        "segments covers 3 tiles": Segments([3]),
+        "segments covers 6 tiles": Segments([2, 4]),
+        "segments is on meta": Segments([2, N - 2], "meta"),
+        "segments is a Tensor": torch.tensor([0, 2, N]),
+        "segments is a list": [2, N - 2],
+    }.items(),
 )
-def test_bags_that_do_not_cover_the_tiles_are_named(operator, edges):
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        operator(**OPERATORS[operator] | {"cu_seqlens": torch.tensor(edges)})
+def test_segments_that_do_not_fit_the_tiles_are_named(operator, message, segments):
+    with pytest.raises(ValueError, match=message):
+        operator(**OPERATORS[operator] | {"segments": segments})
 
 
 @pytest.mark.parametrize("operator", [*OPERATORS, lipn_forward])

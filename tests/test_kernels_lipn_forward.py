@@ -1,4 +1,4 @@
-"""The frozen LIPN as matrix products: equal to its convolutions, and strict about its input."""
+"""The frozen LIPN as matrix products equals its convolutions and refuses invalid arguments."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hdmil_lib.models import LIPN
 
 
 def network(n_classes=2, seed=0):
-    """In evaluation, with statistics and scales as after training."""
+    """Make a LIPN in evaluation mode, with statistics and scales as after training."""
     torch.manual_seed(seed)
     lipn = LIPN(n_classes)
     for layer in lipn.modules():

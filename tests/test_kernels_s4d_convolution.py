@@ -1,4 +1,4 @@
-"""s4d_convolution against the recurrence of its states, a direct convolution, and numerical derivatives."""
+"""s4d_convolution against its recurrence, a direct convolution, and numerical derivatives."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def draw(batch, length, channels, states, seed=0, dtype=torch.float64):
 
 
 def complex_states(log_step, decay_log, frequency, output):
-    """dt, A and C as complex numpy arrays."""
+    """Return dt, A and C as NumPy arrays, the latter two complex."""
     step, rates = np.exp(log_step)[:, None], -np.exp(decay_log) + 1j * frequency
     return step, rates, output[..., 0] + 1j * output[..., 1]
 
 
 def by_recurrence(inputs, log_step, decay_log, frequency, output, skip):
-    """Zero-order hold, one tile after the other, with both members of every conjugate pair."""
+    """Apply the zero-order hold tile by tile, with both members of every conjugate pair."""
     step, rates, weights = complex_states(log_step, decay_log, frequency, output)
     rates, weights = (np.concatenate([z, z.conj()], 1) for z in (rates, weights))
     kept = np.exp(step * rates)
@@ -52,7 +52,7 @@ def by_recurrence(inputs, log_step, decay_log, frequency, output, skip):
 
 
 def by_convolution(inputs, log_step, decay_log, frequency, output, skip):
-    """K from its formula, and numpy's sum of products."""
+    """Compute K by its formula and convolve with NumPy."""
     step, rates, weights = complex_states(log_step, decay_log, frequency, output)
     length = inputs.shape[1]
     powers = np.exp((step * rates)[..., None] * np.arange(length))
@@ -73,7 +73,7 @@ def test_the_output_is_that_of_the_state_space_model(oracle, seed, batch, length
 
 
 def test_one_real_state_is_an_exponential_average():
-    """A = -1, C = 1/2: K_l = (1 - exp(-dt)) exp(-dt l), which sums to 1."""
+    """For A = -1 and C = 1/2, K_l = (1 - exp(-dt)) exp(-dt l), which sums to 1."""
     ones, zero = torch.ones(1, 200, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     half, step = torch.stack([zero + 0.5, zero], 2), torch.full((1,), 0.1, dtype=torch.float64)
     output = s4d_convolution(ones, step.log(), zero, zero, half, zero[0])
@@ -94,7 +94,7 @@ def test_gradients(length):
 
 
 def test_short_steps_keep_their_digits():
-    """exp(dt A) - 1 in float32 would keep four of seven digits at dt = 0.001."""
+    """Computed directly in float32, exp(dt A) - 1 would have four correct digits of seven at dt = 0.001."""
     arguments = draw(1, 1, 5, 1)
     parameters = [arguments[name].detach() for name in ("log_step", "decay_log", "frequency", "output")]
     parameters[0] -= 8
@@ -112,7 +112,7 @@ def test_short_numbers_are_computed_in_float32(dtype):
     torch.testing.assert_close(output, expected.to(dtype))
 
 
-@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_no_tiles(batch, length):
     output = s4d_convolution(**draw(batch, length, 3, 4))
     assert output.shape == (batch, length, 3)
@@ -141,7 +141,7 @@ def test_the_compiled_operator_equals_the_eager_one():
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("inputs", torch.zeros(5, 3)),
         ("inputs", torch.zeros(1, 5, 3, dtype=torch.int64)),

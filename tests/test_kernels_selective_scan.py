@@ -1,4 +1,4 @@
-"""selective_scan against a loop over single numbers, closed forms, and numerical derivatives."""
+"""selective_scan against a loop over scalars, closed forms, and numerical derivatives."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def draw(batch, length, channels, states, seed=0, dtype=torch.float64):
 
 
 def by_impulses(inputs, steps, decay, input_matrix, output_matrix, skip):
-    """What each input leaves at each later tile: decayed over the steps in between, and read out there."""
+    """Sum the contributions of each input to all later outputs, decayed over the steps in between."""
     outputs = skip * inputs
     for b, t, d in np.ndindex(inputs.shape):
         for i in range(t + 1):
@@ -71,7 +71,7 @@ def test_gradients(length):
 
 
 def test_states_that_are_forgotten_at_once():
-    """exp(delta A) underflows to 0: the output is that of the tile alone, and gradients are finite."""
+    """If exp(delta A) underflows to 0, the output depends on its own tile only; gradients are finite."""
     arguments = draw(1, 50, 2, 3, dtype=torch.float32)
     arguments["decay"] = torch.full((2, 3), -1e6, requires_grad=True)
     output = selective_scan(**arguments)
@@ -82,7 +82,7 @@ def test_states_that_are_forgotten_at_once():
     assert all(a.grad.isfinite().all() for a in arguments.values())
 
 
-@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_no_tiles(batch, length):
     output = selective_scan(**draw(batch, length, 3, 4))
     assert output.shape == (batch, length, 3)
@@ -110,7 +110,7 @@ def test_the_compiled_operator_equals_the_eager_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("inputs", torch.zeros(5, 3)),
         ("inputs", torch.zeros(1, 5, 3, dtype=torch.int64)),

@@ -1,4 +1,4 @@
-"""tile_preprocess and its stain fits against numpy in float64, and on pixels of known stains."""
+"""tile_preprocess and its stain fits against NumPy in float64, and on pixels of known stains."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from hdmil_lib.kernels import tile_preprocess
 from hdmil_lib.kernels.tile_preprocess import StainTransform, fit_macenko, fit_reinhard, stain_vectors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PLAIN = dict(mean=(0, 0, 0), std=(1 / 255,) * 3)  # leaves pixels as they are
-# Two scanners: columns are the optical densities of hematoxylin and eosin (near Ruifrok & Johnston 2001).
+PLAIN = dict(mean=(0, 0, 0), std=(1 / 255,) * 3)  # does not change pixels
+# Two scanners; columns are optical densities of hematoxylin and eosin, similar to Ruifrok & Johnston 2001.
 PURPLE = np.array([[0.65, 0.07], [0.70, 0.99], [0.29, 0.11]])
 BROWNISH = np.array([[0.55, 0.20], [0.76, 0.85], [0.35, 0.48]])
 
@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 
 
 def stained_pixels(stains, strengths=(1.5, 0.9), n=40_000, background=0.4, seed=0):
-    """Some pixels of one stain alone, some of both, some of none: rounded to bytes."""
+    """Draw pixels with one stain, with both, and with none, rounded to bytes."""
     rng = np.random.default_rng(seed)
     amounts = rng.uniform(0, 1, (n, 2)) * strengths
     amounts[: n // 5, 0], amounts[n // 5 : 2 * n // 5, 1] = 0, 0
@@ -33,7 +33,7 @@ def angle_degrees(a, b):
 
 
 def normalized(pixels, stain):
-    """(n, 3) through the operator, pixels in and out."""
+    """Apply the operator to pixels (n, 3) and return pixels (n, 3)."""
     tiles = torch.from_numpy(pixels)[None, None]
     return tile_preprocess(tiles, **PLAIN, stain=stain)[0, :, 0].T.double().numpy()
 
@@ -46,13 +46,14 @@ def normalized(pixels, stain):
 def test_each_channel_is_normalized(dtype, channels_last):
     tiles = draw(2, 5, 7)
     ours = tile_preprocess(tiles, MEAN, STD, dtype=dtype, channels_last=channels_last)
-    assert ours.dtype == dtype and ours.shape == (2, 3, 5, 7)
+    assert ours.dtype == dtype
+    assert ours.shape == (2, 3, 5, 7)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert ours.is_contiguous(memory_format=layout)
     for b in range(2):
         for c in range(3):
             expected = (tiles[b, ..., c].numpy() / 255.0 - MEAN[c]) / STD[c]
-            # half of the last bit of the type, of numbers below 4
+            # The error is half of the last bit of the type, for numbers below 4.
             np.testing.assert_allclose(ours[b, c].double(), expected, atol=2 * torch.finfo(dtype).eps)
 
 
@@ -82,7 +83,7 @@ def test_the_compiled_operator_equals_the_eager_one(fit, channels_last):
 def test_known_stains_are_found(stains, background):
     found, strengths = stain_vectors(stained_pixels(stains, background=background))
     for column in range(2):
-        # Rounding to bytes moves the angles of pale pixels; percentiles reach a little into the wedge.
+        # Rounding to bytes changes the angles of pale pixels, and percentiles lie slightly inside the wedge.
         assert angle_degrees(found[:, column], stains[:, column]) < 2.0
     np.testing.assert_allclose(np.linalg.norm(found, axis=0), 1)
     np.testing.assert_allclose(strengths, (1.5, 0.9), rtol=0.05)
@@ -95,7 +96,7 @@ def test_the_order_of_pixels_and_their_shape_do_not_matter():
 
 
 def test_macenko_pixel_by_pixel():
-    """Unmix the source, scale, mix in the target: one pixel after the other."""
+    """Unmix with the source stains, scale, and mix with the target stains, pixel by pixel."""
     pixels, target = stained_pixels(PURPLE), stained_pixels(BROWNISH, (0.8, 1.2), seed=1)
     (source, strengths), (wanted, wanted_strengths) = stain_vectors(pixels), stain_vectors(target)
     ours = normalized(draw(50).numpy(), fit_macenko(pixels, target))
@@ -104,12 +105,12 @@ def test_macenko_pixel_by_pixel():
         amounts = np.linalg.lstsq(source, density, rcond=None)[0]
         density = wanted @ [a * t / s for a, s, t in zip(amounts, strengths, wanted_strengths, strict=True)]
         expected = [min(max(256 * np.exp(-d) - 1, 0), 255) for d in density]
-        # float32, of 255
+        # Errors are those of float32 for numbers up to 255.
         np.testing.assert_allclose(result, expected, atol=1e-3)
 
 
 def test_reinhard_pixel_by_pixel():
-    """The published chain: RGB, LMS, log10, l-alpha-beta, mean and standard deviation, and back."""
+    """The published sequence: RGB, LMS, log10, l-alpha-beta, mean and standard deviation, and back."""
     to_lms = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
     to_lab = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ [[1, 1, 1], [1, 1, -2], [1, -1, 0]]
 
@@ -124,12 +125,12 @@ def test_reinhard_pixel_by_pixel():
     for pixel, result in zip(draw(50).numpy(), ours, strict=True):
         moved = (lab(pixel) - source.mean(0)) / source.std(0) * wanted.std(0) + wanted.mean(0)
         rgb = np.linalg.inv(to_lms) @ 10 ** (np.linalg.inv(to_lab) @ moved)
-        # float32, of 255; the way back from LMS has coefficients of about 4
+        # Errors are those of float32 for numbers up to 255, times coefficients of about 4 from LMS to RGB.
         np.testing.assert_allclose(result, np.clip(256 * rgb - 1, 0, 255), atol=5e-3)
 
 
 def test_macenko_takes_one_scanner_to_the_other():
-    """The same tissue, stained both ways: the first becomes the second."""
+    """If the same tissue is stained in both ways, the first image becomes the second."""
     pixels, target = stained_pixels(PURPLE, (1.5, 0.9)), stained_pixels(BROWNISH, (1.0, 1.2))
     before = np.abs(pixels.astype(float) - target).mean()
     after = np.abs(normalized(pixels, fit_macenko(pixels, target)) - target).mean()
@@ -145,7 +146,7 @@ def test_reinhard_gives_stained_pixels_the_mean_color_of_the_target():
 @pytest.mark.parametrize("fit", [fit_macenko, fit_reinhard])
 def test_a_slide_fitted_to_itself_stays_as_it_is(fit):
     pixels = stained_pixels(PURPLE)
-    # Densities are two-dimensional up to rounding to bytes, which macenko takes out.
+    # Densities are two-dimensional except for the rounding to bytes, which Macenko's method removes.
     np.testing.assert_allclose(normalized(pixels, fit(pixels, pixels)), pixels, atol=1.5)
 
 
@@ -154,7 +155,9 @@ def test_black_and_white_stay_between_0_and_255(fit):
     stain = fit(stained_pixels(PURPLE), stained_pixels(BROWNISH))
     corners = np.array(np.meshgrid([0, 255], [0, 255], [0, 255])).reshape(3, -1).T.astype(np.uint8)
     result = normalized(corners, stain)
-    assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 255
+    assert np.isfinite(result).all()
+    assert result.min() >= 0
+    assert result.max() <= 255
 
 
 @pytest.mark.parametrize("fit", [fit_macenko, fit_reinhard])
@@ -164,7 +167,7 @@ def test_a_blank_tile_is_refused(fit):
         fit(blank, tissue)
     with pytest.raises(ValueError, match="target has no tissue"):
         fit(tissue, blank)
-    # normalizing one is defined, and it stays white
+    # A blank tile can be normalized, and stays white.
     assert normalized(blank[0], fit(tissue, tissue)).min() > 245
 
 
@@ -185,11 +188,11 @@ def test_fits_take_tensors_and_refuse_other_numbers():
         fit_reinhard(pixels, pixels[:, :2])
 
 
-# What is refused
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    ("name", "change"),
     [
         ("tiles", dict(tiles=draw(1, 4, 4).float())),
         ("tiles", dict(tiles=draw(4, 4))),
@@ -212,6 +215,7 @@ def test_a_bad_argument_is_named(name, change, monkeypatch):
 
 def test_the_numbers_of_a_stain_end_with_the_way_back():
     stain = fit_reinhard(stained_pixels(PURPLE), stained_pixels(BROWNISH))
-    assert isinstance(stain, StainTransform) and hash(stain)
+    assert isinstance(stain, StainTransform)
+    assert hash(stain)
     space, back = (np.reshape(stain.numbers()[i : i + 9], (3, 3)) for i in (0, 21))
     np.testing.assert_allclose(space @ back, np.eye(3), atol=1e-12)

@@ -1,4 +1,4 @@
-"""tissue_statistics against OpenCV on every color there is, and against colorsys."""
+"""tissue_statistics against OpenCV for all colors, and against colorsys."""
 
 import colorsys
 from fractions import Fraction
@@ -30,12 +30,13 @@ def test_they_are_the_textbook_definition_up_to_rounding():
         h, s, v = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
         ours = [x.item() for x in hsv(*torch.tensor([[red], [green], [blue]], dtype=torch.uint8))]
         difference = [abs(a - b) for a, b in zip(ours, (180 * h, 255 * s, 255 * v), strict=True)]
-        # a rounded reciprocal in 12 bits, and the rounding of the result
-        assert min(difference[0], 180 - difference[0]) < 0.6 and max(difference[1:]) < 0.6
+        # The error comes from a reciprocal rounded to 12 bits and from the rounding of the result.
+        assert min(difference[0], 180 - difference[0]) < 0.6
+        assert max(difference[1:]) < 0.6
 
 
 def test_no_quotient_is_near_a_half():
-    """So that the kernel may divide in float32: half a unit is more than 8 of its roundings away."""
+    """The kernel may divide in float32, since half-integers are more than 8 rounding errors away."""
     divisors = torch.arange(1, 256, dtype=torch.int32)
     for number in (255 * 4096, 30 * 4096):
         quotients = [Fraction(number, d) for d in divisors.tolist()]
@@ -56,7 +57,8 @@ def test_counts_are_those_of_a_loop_over_the_pixels_of_opencv(bins):
             tissue[n] += s > 100
     np.testing.assert_array_equal(ours.histogram, expected)
     np.testing.assert_array_equal(ours.tissue_share, (tissue / 600).astype(np.float32))
-    assert ours.histogram.dtype == torch.int64 and ours.tissue_share.dtype == torch.float32
+    assert ours.histogram.dtype == torch.int64
+    assert ours.tissue_share.dtype == torch.float32
 
 
 def test_bins_are_those_of_opencv_s_histogram():
@@ -72,7 +74,8 @@ def test_bins_are_those_of_opencv_s_histogram():
 def test_white_black_and_gray_have_no_hue_and_are_no_tissue():
     tiles = torch.tensor([255, 0, 128], dtype=torch.uint8)[:, None, None, None].expand(3, 4, 4, 3)
     histogram, share = tissue_statistics(tiles)
-    assert (histogram[:, :2, 0] == 16).all() and not share.any()
+    assert (histogram[:, :2, 0] == 16).all()
+    assert not share.any()
     assert histogram[:, 2].argmax(1).tolist() == [15, 0, 8]
 
 
@@ -97,7 +100,7 @@ def test_the_compiled_operator_equals_the_eager_one():
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    ("name", "change"),
     [
         ("tiles", dict(tiles=draw(1, 4, 4).float())),
         ("tiles", dict(tiles=draw(1, 4, 4).numpy())),

@@ -16,14 +16,14 @@ from sklearn.metrics import roc_auc_score
 from hdmil_lib.errors import CheckpointError
 from hdmil_lib.models import LIPN, build_model
 from hdmil_lib.models.ragged import cumulative
-from hdmil_lib.training.lipn_targets import (
+from hdmil_lib.training.lipn import (
     evidence_loss,
     evidence_targets,
     lipn_targets,
     turn_patches,
 )
-from hdmil_lib.training.ragged import RaggedBags
-from hdmil_lib.training.trainer import TrainSettings, train_lipn, train_model
+from hdmil_lib.batches import RaggedBags
+from hdmil_lib.training.fit import TrainSettings, train_lipn, train_model
 
 SMALL_DMIN = {"embed_dim": 16, "attention_dim": 8, "degree": 4}
 SHORT = TrainSettings(learning_rate=3e-3, epochs=4, min_epochs=4, patience=4, batch_size=4)

@@ -11,7 +11,7 @@ from scipy.special import expit, softmax
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.models import ABMIL, DMIN, MODELS, MaxPooling, MeanPooling, build_model
 from hdmil_lib.training.losses import bag_loss
-from hdmil_lib.training.ragged import RaggedBags
+from hdmil_lib.batches import RaggedBags
 
 SMALL = {"embed_dim": 8}
 OPTIONS = dict.fromkeys(MODELS, SMALL) | {"dsmil": {}}

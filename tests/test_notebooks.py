@@ -67,7 +67,8 @@ def append(path: Path, *cells) -> None:
 def test_run_leaves_a_whole_copy_and_skips_it_until_something_changes(course, tmp_path):
     path, out = tool.find(["00"])[0], tmp_path / "out"
     first = tool.execute(path, out)
-    assert first.error is None and not first.skipped
+    assert first.error is None
+    assert not first.skipped
     cells = nbformat.read(out / path.name, as_version=4).cells
     assert cells[3].outputs[0].text == "1\n"
     assert tool.execute(path, out).skipped
@@ -80,7 +81,9 @@ def test_a_failing_cell_is_named_and_leaves_no_copy(course, tmp_path):
     path, out = tool.find(["01"])[0], tmp_path / "out"
     append(path, new_code_cell("wrong = 1 / 0"))
     run = tool.execute(path, out)
-    assert "cell 5 of 6" in run.error and "wrong = 1 / 0" in run.error and "ZeroDivisionError" in run.error
+    assert "cell 5 of 6" in run.error
+    assert "wrong = 1 / 0" in run.error
+    assert "ZeroDivisionError" in run.error
     assert [file.name for file in out.iterdir()] == ["01_slides_and_tiling.failed.ipynb"]
 
 
@@ -115,7 +118,7 @@ def test_navigation_links_the_neighbours_at_head_and_foot(course):
 
 
 @pytest.mark.parametrize(
-    "cells, fault",
+    ("cells", "fault"),
     [
         ([new_code_cell("\n".join(["x = 1"] * 26))], "longest code cell: 26"),
         ([new_code_cell("\n".join(["x = 1"] * 7)) for _ in range(5)], "median code lines: 7"),

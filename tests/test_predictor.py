@@ -11,7 +11,7 @@ from predictor_factory import CONFIG, ColorEncoder, make_predictor, write_textur
 from slide_factory import damage_tile, write_slide
 
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
-from hdmil_lib.features.extraction import extract_slide
+from hdmil_lib.encoders.extraction import extract_slide
 from hdmil_lib.inference import Predictor, prescreen
 from hdmil_lib.models import LIPN
 from hdmil_lib.slides import Slide, TileGrid

@@ -1,4 +1,4 @@
-"""Pyramids: what goes in as rows comes out through OpenSlide, whole or not at all."""
+"""OpenSlide reads from a pyramid what was written to it; the file is complete or absent."""
 
 import numpy as np
 import openslide
@@ -7,11 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.errors import SlideError
-from hdmil_lib.slides.pyramid import write_pyramid
+from hdmil_lib.synthetic.pyramid import write_pyramid
 
 
 def smooth_image(width: int, height: int) -> np.ndarray:
-    """A picture that JPEG keeps well: slow waves, different in every channel."""
+    """A picture that JPEG preserves well: slow waves, different in every channel."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     waves = [np.sin(x / 37 + c) + np.cos(y / 53 - c) for c in range(3)]
     return np.rint(128 + 40 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -28,7 +28,7 @@ def cut(image: np.ndarray, height: int) -> list[np.ndarray]:
     strip=st.integers(1, 700),
     mpp=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)),
 )
-@example(width=17, height=17, strip=1, mpp=(1.0, 0.20038019326075177))  # the ratio of 32-bit integers
+@example(width=17, height=17, strip=1, mpp=(1.0, 0.20038019326075177))  # needs a ratio of 32-bit integers
 def test_openslide_reads_back_what_was_written(tmp_path_factory, width, height, strip, mpp):
     image = smooth_image(width, height)
     path = write_pyramid(tmp_path_factory.mktemp("p") / "a.tif", cut(image, strip), width, height, mpp)
@@ -39,7 +39,7 @@ def test_openslide_reads_back_what_was_written(tmp_path_factory, width, height, 
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(mpp[0], rel=1e-5)
         assert float(slide.properties["openslide.mpp-y"]) == pytest.approx(mpp[1], rel=1e-5)
         read = np.asarray(slide.read_region((0, 0), 0, (width, height)))[..., :3]
-        # JPEG at quality 85 with halved chroma: a few gray levels on a smooth picture.
+        # JPEG at quality 85 with halved chroma has errors of a few gray levels on a smooth picture.
         assert np.abs(read.astype(int) - image).mean() < 3
 
 
@@ -67,7 +67,7 @@ def test_bytes_depend_on_the_rows_and_not_on_the_strips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "strips, problem",
+    ("strips", "problem"),
     [
         ([np.zeros((100, 64, 3), np.uint8)], "100 rows"),
         ([np.zeros((200, 64, 3), np.uint8)], "200 rows"),
@@ -91,7 +91,8 @@ def test_a_failing_source_leaves_the_old_slide_alone(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_pyramid(path, rows(), 64, 128, 0.5)
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_memory_does_not_grow_with_the_height(tmp_path):

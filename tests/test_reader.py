@@ -1,4 +1,4 @@
-"""Slides are read at the right place and scale, and bad files end in one clear error."""
+"""Slides are read at the right position and scale, and bad files raise one clear error."""
 
 import math
 import tempfile
@@ -67,13 +67,13 @@ def test_no_mpp_asks_for_it(tmp_path, noise):
 # Geometry
 
 
-def test_what_a_slide_knows(tmp_path, noise):
+def test_properties_of_a_slide(tmp_path, noise):
     with Slide(write_slide(tmp_path / "case 7.tif", noise, tile=16)) as slide:
         assert (slide.name, slide.vendor) == ("case 7", "generic-tiff")
         assert slide.dimensions == (403, 301)
         assert slide.bounds == (0, 0, 403, 301)
         assert len(slide.levels) == 6
-        # 403 -> 201 -> 100 loses a column each time it halves, but a pixel still is 2^level pixels wide.
+        # 403 -> 201 -> 100 loses a column at each step, but a pixel is still 2^level pixels wide.
         assert [level.downsample_x for level in slide.levels] == [1, 2, 4, 8, 16, 32]
         assert [level.downsample_y for level in slide.levels] == [1, 2, 4, 8, 16, 32]
 
@@ -107,7 +107,7 @@ def test_a_field_shows_a_disc_where_it_is(mpp_x, aspect, center, corner, odd, fi
             side = math.ceil(230 / field_mpp)
             x, y = (c / m for c, m in zip(corner, slide.mpp, strict=True))
             found = find_ink(slide.read_field(x, y, (side, side), field_mpp), field_mpp)
-    # Resampling is symmetric, so far less than half a pixel: the rest is rounding of colors to uint8.
+    # Resampling is symmetric, so the error is far below half a pixel: it comes from rounding colors to uint8.
     expected = (center[0] - corner[0], center[1] - corner[1])
     assert found == pytest.approx(expected, abs=0.05 * max(field_mpp, *mpp))
 
@@ -143,7 +143,7 @@ def test_a_thumbnail_shows_a_disc_where_it_is(mpp_x, aspect, center, offset, thu
 
 def test_stored_pixels_come_back_untouched(tmp_path, noise):
     with Slide(write_slide(tmp_path / "a.tif", noise, (0.5, 0.5))) as slide:
-        for mpp in (0.5, 0.500_001, 0.499_999):  # a millionth is no reason to resample
+        for mpp in (0.5, 0.500_001, 0.499_999):  # a millionth does not require resampling
             assert np.array_equal(slide.read_field(37, 21, (256, 200), mpp), noise[21:221, 37:293])
 
 
@@ -152,7 +152,8 @@ def test_outside_of_the_slide_is_white(tmp_path, noise):
         field = slide.read_field(-10, 291, (20, 20), 0.5)
         assert field.flags.writeable  # torch.from_numpy warns otherwise
         assert np.array_equal(field[:10, 10:], noise[291:, :10] // 2)
-        assert (field[:, :10] == 255).all() and (field[10:] == 255).all()
+        assert (field[:, :10] == 255).all()
+        assert (field[10:] == 255).all()
         assert (slide.read_field(5000.5, -5000.5, (8, 9), 0.7) == 255).all()
 
 
@@ -165,7 +166,7 @@ def test_neighboring_fields_join_without_a_seam(tmp_path, noise):
 
 @pytest.fixture
 def regions(monkeypatch) -> list[tuple[int, tuple[int, int]]]:
-    """(level, size) of all that is read from files."""
+    """(level, size) of every region that is read from a file."""
     read = []
     read_region = openslide.OpenSlide.read_region
 
@@ -181,7 +182,7 @@ def test_a_field_comes_from_the_coarsest_sufficient_level(tmp_path, noise, regio
     with Slide(write_slide(tmp_path / "a.tif", noise, (0.25, 0.25), tile=16)) as slide:
         for mpp in (0.1, 0.25, 0.4, 0.499, 0.6, 1.0, 100.0):
             slide.read_field(0, 0, (2, 2), mpp)
-    # 0.499 comes from 0.5: half a percent coarser is as good as exact.
+    # 0.499 is read from 0.5: half a percent coarser is close enough.
     assert [level for level, _ in regions] == [0, 0, 0, 1, 1, 2, 5]
 
 

@@ -195,10 +195,12 @@ def test_slides_needed_are_the_fewest_that_pass(errors, epsilon, delta):
 def test_too_few_slides_say_how_many_it_takes(procedure):
     options = {"epsilon": 0.05, "delta": 0.1, "procedure": procedure}
     result = control([1, 1, 3], 40, **options)
-    assert result.index is None and not result.certified.any()
+    assert result.index is None
+    assert not result.certified.any()
     assert f"not achievable with 40 slides; it takes {result.needed_slides}" in str(result)
     enough = control([1, 1, 3], result.needed_slides, **options)
-    assert enough.index is not None and enough.needed_slides == result.needed_slides
+    assert enough.index is not None
+    assert enough.needed_slides == result.needed_slides
     assert f"rule {enough.index}, which errs on 1 of {enough.n_slides} slides" in str(enough)
     assert control([1, 1, 3], result.needed_slides - 1, **options).index is None
 

@@ -13,7 +13,7 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.models.ragged import cumulative
 from hdmil_lib.models.smt import SMT, best_share, grid_positions, regions
 from hdmil_lib.training.losses import bag_loss
-from hdmil_lib.training.trainer import TrainSettings, train_model
+from hdmil_lib.training.fit import TrainSettings, train_model
 
 
 def small_smt(n_classes=2, seed=0, **options):

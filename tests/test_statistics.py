@@ -144,7 +144,8 @@ def test_identical_methods_do_not_differ():
 def test_delong_has_no_answer_where_placements_do_not_vary():
     labels = np.array([0, 0, 1, 1])
     test = delong(labels, labels, 1 - labels)
-    assert test.value == 1 and np.isnan(test[1:]).all()
+    assert test.value == 1
+    assert np.isnan(test[1:]).all()
 
 
 def test_delong_needs_two_slides_of_each_class():
@@ -231,7 +232,8 @@ def test_bootstrap_takes_three_classes_and_keeps_folds_apart():
     slides = align_methods(three_classes(a=0.3))
     p = slides.probabilities["a"]
     interval = auc_interval(slides.labels, p, n_resamples=200)
-    assert interval.value == auc(slides.labels, p) and interval.low < interval.value < interval.high
+    assert interval.value == auc(slides.labels, p)
+    assert interval.low < interval.value < interval.high
     labels, folds, score = np.array([0, 1] * 20), np.repeat([0, 1], 20), np.tile([0.1, 0.2], 20)
     score[20:] += 0.5
     assert auc_interval(labels, two_columns(score), folds=folds) == (1, 1, 1)
@@ -309,7 +311,8 @@ def test_score_table_repeats_each_score():
     assert row["balanced_accuracy"] == balanced_accuracy_score(labels, predicted)
     assert row["f1"] == f1_score(labels, predicted, average="macro")
     assert row["difference"] == pytest.approx(row["auc"] - reference["auc"])
-    assert row["p_holm"] == pytest.approx(2 * row["p"]) and row["p"] < scores.loc["abmil", "p"]
+    assert row["p_holm"] == pytest.approx(2 * row["p"])
+    assert row["p"] < scores.loc["abmil", "p"]
     assert reference[["difference", "p", "p_holm"]].isna().all()
 
 
@@ -327,7 +330,8 @@ def test_repeated_cases_and_more_classes_are_permuted():
     assert test.p == paired_permutation(
         slides.labels, slides.probabilities["other"], slides.probabilities["hdmil"], **options
     )
-    assert test.low <= test.value <= test.high < 0 and test.p < 0.05
+    assert test.low <= test.value <= test.high < 0
+    assert test.p < 0.05
     table = predictions(max=0.6, hdmil=1.5)
     cases = {slide: f"case {i // 4}" for i, slide in enumerate(table["slide_id"].unique())}
     by_case, by_slide = (score_table(table, cases=c, n_resamples=200).loc["max"] for c in (cases, None))
@@ -341,10 +345,8 @@ def test_format_scores_prints_titles_percent_and_p():
     text = format_scores(score_table(predictions(max=0.3, hdmil=2.5), n_resamples=100))
     assert text.index.tolist() == ["Max-Pooling", "HDMIL"]
     assert text.loc["HDMIL", ["difference of AUC", "p", "p (Holm)"]].tolist() == ["-"] * 3
-    assert (
-        text.loc["Max-Pooling", "difference of AUC"].startswith("-")
-        and text.loc["Max-Pooling", "p"][0] in "<0"
-    )
+    assert text.loc["Max-Pooling", "difference of AUC"].startswith("-")
+    assert text.loc["Max-Pooling", "p"][0] in "<0"
     assert [format_p(p) for p in (np.nan, 0.0004, 0.0312, 1.0)] == ["-", "<0.001", "0.031", "1.000"]
 
 

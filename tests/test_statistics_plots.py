@@ -1,4 +1,4 @@
-"""What the figures of the statistics say: places, labels, marks. How they look was looked at."""
+"""What the figures of the statistics say: places, labels, marks. Their looks were checked by eye."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hdmil_lib.viz.statistics import SOURCES, auc_intervals, reliability_plot, score_against_keep_ratio
+from hdmil_lib.viz.scores import SOURCES, auc_intervals, reliability_plot, score_against_keep_ratio
 from hdmil_lib.viz.style import use_style
 
 matplotlib.use("Agg")
@@ -21,7 +21,7 @@ def style():
 
 
 def predictions(methods=("hdmil", "max")):
-    """Forty slides at 0.2 and 0.8, of which as many come true."""
+    """Forty slides with probabilities of 0.2 and 0.8, and labels that agree with them exactly."""
     label = np.concatenate([np.arange(20) < 4, np.arange(20) < 16]).astype(int)
     p = np.repeat([0.2, 0.8], 20)
     columns = {"fold": 0, "label": label, "p_0": 1 - p, "p_1": p, "slide_id": [f"s{i}" for i in range(40)]}
@@ -62,15 +62,18 @@ def test_draws_on_the_axes_it_is_given_and_labels_them(name):
     figure, (left, right) = plt.subplots(1, 2)
     assert DRAW[name](right) is right
     figure.canvas.draw()
-    assert not left.has_data() and plt.get_fignums() == [figure.number]
-    assert right.get_xlabel() and (right.get_ylabel() or name == "intervals")
+    assert not left.has_data()
+    assert plt.get_fignums() == [figure.number]
+    assert right.get_xlabel()
+    assert right.get_ylabel() or name == "intervals"
     assert DRAW[name](None).figure is not figure
 
 
 def test_calibrated_probabilities_lie_on_the_diagonal():
     ax = reliability_plot(predictions(), bins=2)
     x, y = ax.lines[1].get_data()
-    assert x == pytest.approx([0.2, 0.8]) and y == pytest.approx(x)
+    assert x == pytest.approx([0.2, 0.8])
+    assert y == pytest.approx(x)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == ["HDMIL: ECE 0.0 %", "Max-Pooling: ECE 0.0 %"]
     low, high = ax.collections[0].get_segments()[0][:, 1]
@@ -89,7 +92,8 @@ def test_intervals_are_ordered_and_marked():
     assert [text.get_text() for text in ax.texts] == ["0.200", "reference", "<0.001 *", "p (Holm)"]
     reference, dagger, hdmil, worst = ax.lines
     assert reference.get_xdata()[0] == hdmil.get_xdata()[0] == 0.9
-    assert dagger.get_markerfacecolor() == "white" and worst.get_markerfacecolor() == worst.get_color()
+    assert dagger.get_markerfacecolor() == "white"
+    assert worst.get_markerfacecolor() == worst.get_color()
     assert ax.get_ylim()[0] > ax.get_ylim()[1], "the best is on top"
 
 
@@ -104,7 +108,8 @@ def test_ratios_run_from_all_tiles_down():
     ax.figure.canvas.draw()
     shown = {label.get_text() for label in ax.get_xticklabels()}
     assert shown == {"5 %", "10 %", "30 %", "60 %", "100 %"}
-    assert ax.get_xlim()[0] > 1 > ax.get_xlim()[1] and ax.get_xscale() == "log"
+    assert ax.get_xlim()[0] > 1 > ax.get_xlim()[1]
+    assert ax.get_xscale() == "log"
     assert ax.lines[0].get_ydata()[-1] == pytest.approx(0.91)
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert np.ptp(band[ax.collections[0].get_paths()[0].vertices[:, 0] == 1]) == pytest.approx(

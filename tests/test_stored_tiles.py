@@ -1,4 +1,4 @@
-"""Stored tiles are read as OpenSlide reads them, each is decoded once, and a damaged one harms no other."""
+"""Stored tiles have the pixels of OpenSlide, each is decoded once, and a damaged one affects no other."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,12 +15,12 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, stored_tiles
 from hdmil_lib.slides.stored_tiles import StoredTiles
 
-SIZE = (300, 420)  # no multiple of a tile
+SIZE = (300, 420)  # not a multiple of the tile size
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    """Blobs of color, rough enough that a wrong place shows."""
+    """Blobs of color, rough enough to reveal a wrong position."""
     noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 10, SIZE[0] // 10, 3), np.uint8)
     return cv2.resize(noise, SIZE, interpolation=cv2.INTER_CUBIC)
 
@@ -31,7 +31,7 @@ def path(tmp_path_factory, pixels):
 
 
 def openslide_pixels(path, level, left, top, width, height):
-    """What OpenSlide has there, on white; the place is a whole number of level-0 pixels."""
+    """Pixels that OpenSlide reads, on white, from a position in whole level-0 pixels."""
     with openslide.OpenSlide(path) as slide:
         scale = round(slide.level_downsamples[level])
         region = np.array(slide.read_region((left * scale, top * scale), level, (width, height)))
@@ -59,21 +59,23 @@ def test_left_of_and_above_the_slide_it_is_white(path):
         inside = slide._stored.read(0, 0, 0, 50, 60)
         around = slide._stored.read(0, -10, -20, 60, 80)
     assert (around[20:, 10:] == inside).all()
-    assert (around[:20] == 255).all() and (around[:, :10] == 255).all()
+    assert (around[:20] == 255).all()
+    assert (around[:, :10] == 255).all()
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.61, 1.0, 1.7])
 def test_fields_and_thumbnails_do_not_depend_on_the_reader(path, mpp):
     with Slide(path) as stored, Slide(path, reader="openslide") as reference:
-        assert stored._stored is not None and reference._stored is None
+        assert stored._stored is not None
+        assert reference._stored is None
         fields = [s.read_field(33.5, 71.25, (96, 80), mpp).astype(int) for s in (stored, reference)]
-        # Levels of odd size: OpenSlide starts up to a pixel earlier, and the filter rounds otherwise.
+        # On levels of odd size OpenSlide starts up to a pixel earlier, and the filter rounds differently.
         assert np.abs(fields[0] - fields[1]).max() <= (0 if mpp < 1 else 3)
         assert np.abs(np.subtract(*[s.thumbnail(mpp).astype(int) for s in (stored, reference)])).max() <= 3
 
 
 def aperio(path, pixels):
-    """An Aperio slide of JPEG 2000 tiles in RGB."""
+    """Write an Aperio slide with JPEG 2000 tiles in RGB."""
     tifffile.imwrite(
         path,
         pixels,
@@ -90,9 +92,10 @@ def aperio(path, pixels):
 def test_jpeg_2000_of_aperio(tmp_path, pixels):
     path = aperio(tmp_path / "a.svs", pixels)
     with Slide(path, reader="stored") as slide:
-        assert slide.vendor == "aperio" and slide.mpp == (0.5, 0.5)
+        assert slide.vendor == "aperio"
+        assert slide.mpp == (0.5, 0.5)
         mine = slide.read_field(37, 91, (200, 220), 0.5)
-    # Two decoders of an irreversible transform may round differently.
+    # Two decoders of a lossy transform may round differently.
     difference = np.abs(mine.astype(int) - openslide_pixels(path, 0, 37, 91, 200, 220))
     assert difference.max() <= 2
 
@@ -128,7 +131,7 @@ def test_memory_is_bounded(path, monkeypatch):
 
 
 def test_threads_read_the_same_pixels(path, monkeypatch):
-    """Few tiles are held, so that threads let go of, and fill again, what others have just decoded."""
+    """Few tiles are kept, so that threads drop and refill tiles that others have just decoded."""
     monkeypatch.setattr(stored_tiles, "ROWS_HELD", 1)
     monkeypatch.setattr(stored_tiles, "MOST_THREADS", 2)
     boxes = [(0, x, y, 90, 70) for x in range(0, 300, 41) for y in range(0, 420, 37)]
@@ -137,18 +140,19 @@ def test_threads_read_the_same_pixels(path, monkeypatch):
             assert (region == openslide_pixels(path, *box)).all()
 
 
-def test_a_field_is_written_where_asked(path):
+def test_a_field_is_written_to_the_given_array(path):
     box = (0, 280, 400, 90, 70)  # partly beyond the slide
     with Slide(path) as slide:
         for mpp in (0.5, 0.61):
             memory = np.full((70, 90, 3), 7, np.uint8)
             field = slide.read_field(280, 400, (90, 70), mpp, memory)
-            assert field is memory and (field == slide.read_field(280, 400, (90, 70), mpp)).all()
+            assert field is memory
+            assert (field == slide.read_field(280, 400, (90, 70), mpp)).all()
         assert (slide._stored.read(*box, np.full((70, 90, 3), 7, np.uint8)) == slide._stored.read(*box)).all()
 
 
 @pytest.mark.parametrize("how", ["garbage", "cut off"])
-def test_a_damaged_tile_is_named_and_harms_no_other(tmp_path, path, how):
+def test_a_damaged_tile_is_named_and_affects_no_other(tmp_path, path, how):
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         offset, size = page.dataoffsets[6], page.databytecounts[6]  # second row, second column of 64
@@ -173,7 +177,8 @@ def test_a_tile_that_the_file_does_not_store_is_white(tmp_path, pixels):
         file.pages[0].tags["TileByteCounts"].overwrite(counts)
     with Slide(path, reader="stored") as slide:
         field = slide.read_field(0, 0, (256, 128), 0.5)
-    assert (field[:, :128] == 255).all() and (field[:, 128:] != 255).any()
+    assert (field[:, :128] == 255).all()
+    assert (field[:, 128:] != 255).any()
 
 
 def test_the_real_slide(real_data):

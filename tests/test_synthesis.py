@@ -1,4 +1,4 @@
-"""Synthetic slides: a seed decides every byte, the truth lies where the tumor was painted."""
+"""The seed of a synthetic slide determines every byte, and the truth mask shows where tumor was painted."""
 
 import tracemalloc
 from dataclasses import replace
@@ -12,31 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.errors import CohortError, SlideError
-from hdmil_lib.slides.anatomy import Anatomy, Recipe
-from hdmil_lib.slides.histology import Painter
-from hdmil_lib.slides.synthesis import (
-    PRESETS,
-    plan_cohort,
-    slide_painter,
-    synthesize_cohort,
-    synthesize_slide,
-    truth_path,
-    tumor_share,
-)
+from hdmil_lib.synthetic.anatomy import Anatomy, SlideContent
+from hdmil_lib.synthetic.drawing import plan_cohort, slide_painter, synthesize_cohort, synthesize_slide
+from hdmil_lib.synthetic.histology import Painter
+from hdmil_lib.synthetic.presets import PRESETS
+from hdmil_lib.synthetic.truth import truth_path, tumor_share
 
 TINY = {name: replace(preset, tiles=(6, 9)) for name, preset in PRESETS.items()}
 
 
 def test_the_picture_does_not_depend_on_the_strips():
-    painter = Painter(Recipe(tumor_share=0.1), 700, 900, 0.5, seed=3)
+    painter = Painter(SlideContent(tumor_share=0.1), 700, 900, 0.5, seed=3)
     pictures = [np.concatenate(list(painter.strips(height))) for height in (61, 512, 2000)]
     assert pictures[0].shape == (900, 700, 3)
-    assert (pictures[0] == pictures[1]).all() and (pictures[0] == pictures[2]).all()
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] == pictures[2]).all()
 
 
 def test_a_slide_of_60000_pixels_is_painted_in_bounded_memory():
     tracemalloc.start()
-    painter = Painter(Recipe(tumor_share=0.05), 60_000, 60_000, 0.5, seed=0)
+    painter = Painter(SlideContent(tumor_share=0.05), 60_000, 60_000, 0.5, seed=0)
     strip = next(painter.strips())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -45,7 +40,7 @@ def test_a_slide_of_60000_pixels_is_painted_in_bounded_memory():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_seed_decides_every_byte(tmp_path, name):
+def test_the_seed_determines_every_byte(tmp_path, name):
     preset = TINY[name]
     first, again, other = (
         synthesize_slide(tmp_path / f"{i}.tif", preset, preset.classes[1], seed)
@@ -60,7 +55,8 @@ def test_openslide_reads_scale_levels_and_size(tmp_path):
     with openslide.OpenSlide(path) as slide:
         assert slide.properties["openslide.vendor"] == "generic-tiff"
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.47, rel=1e-5)
-        assert slide.dimensions == (832, 640) and slide.level_count >= 4
+        assert slide.dimensions == (832, 640)
+        assert slide.level_count >= 4
     truth = cv2.imread(str(truth_path(path)), cv2.IMREAD_UNCHANGED)
     assert truth.shape == (38, 49)  # 300.8 x 391.04 um in whole pixels of 8 um
     assert not truth.any()
@@ -68,53 +64,53 @@ def test_openslide_reads_scale_levels_and_size(tmp_path):
 
 @settings(max_examples=10, deadline=None)
 @given(share=st.floats(0.005, 0.6), seed=st.integers(0, 10_000))
-def test_tumor_covers_the_share_of_tissue_that_was_asked(share, seed):
-    anatomy = Anatomy(Recipe(tumor_share=share), (1800.0, 1800.0), seed)
+def test_tumor_covers_the_requested_share_of_the_tissue(share, seed):
+    anatomy = Anatomy(SlideContent(tumor_share=share), (1800.0, 1800.0), seed)
     points = np.arange(2, 1800, 4, dtype=np.float32)
     grid = np.meshgrid(points, points)
     covered = (anatomy.tumor_level(*grid) > 0).sum() / (anatomy.outline > 0).sum() * 16 / anatomy.pitch**2
-    # The map is drawn at 8 um and its borders are warped: a fifth, or a few pixels of a small focus.
+    # The map has pixels of 8 um and warped borders: errors of a fifth, or of a few pixels of a small focus.
     assert covered == pytest.approx(share, rel=0.2, abs=0.002)
 
 
 def tissue_of(other_share, seed=0):
-    recipe = Recipe("lung", 0.5, "solid", "glands", other_share)
+    content = SlideContent("lung", 0.5, "solid", "glands", other_share)
     points = np.arange(0, 1800, 8, dtype=np.float32)
-    return Anatomy(recipe, (1800.0, 1800.0), seed).at(*np.meshgrid(points, points))["tissue"]
+    return Anatomy(content, (1800.0, 1800.0), seed).at(*np.meshgrid(points, points))["tissue"]
 
 
-def test_a_mixed_tumor_is_of_both_arrangements():
+def test_a_mixed_tumor_has_both_architectures():
     shares = []
     for seed in range(4):
         own, mixed, other = (tissue_of(share, seed) for share in (0.0, 0.4, 1.0))
         differ = own != other
         assert ((mixed == own) | (mixed == other)).all()
         shares.append((mixed == other)[differ].mean())
-    # A smooth field with two or three patches across a slide: its share spreads around what was asked.
+    # The field is smooth, with two or three patches across a slide: its share varies around the set value.
     assert np.mean(shares) == pytest.approx(0.4, abs=0.15)
-    recipe = Recipe("lung", 0.5, "solid", "glands", 0.0)
-    plain = Anatomy(replace(recipe, other=None), (1800.0, 1800.0), 0)
+    content = SlideContent("lung", 0.5, "solid", "glands", 0.0)
+    plain = Anatomy(replace(content, other=None), (1800.0, 1800.0), 0)
     points = np.meshgrid(*[np.arange(0, 1800, 8, dtype=np.float32)] * 2)
     assert (plain.at(*points)["tissue"] == tissue_of(0.0)).all()
 
 
 def test_truth_marks_what_the_tumor_changes():
-    """The same slide painted with and without its tumor differs inside the mask, and only there."""
-    recipe = Recipe(tumor_share=0.15, grade=0.9)
+    """A slide painted with and without its tumor differs inside the mask and nowhere else."""
+    content = SlideContent(tumor_share=0.15, grade=0.9)
     with_tumor, without = (
-        Painter(r, 1536, 1536, 0.5, seed=2) for r in (recipe, replace(recipe, tumor_share=0.0))
+        Painter(c, 1536, 1536, 0.5, seed=2) for c in (content, replace(content, tumor_share=0.0))
     )
     truth = with_tumor.truth()
     pictures = [np.concatenate(list(p.strips())).astype(int) for p in (with_tumor, without)]
     changed = np.abs(pictures[0] - pictures[1]).max(-1).reshape(96, 16, 96, 16).mean((1, 3)) > 8
-    near = cv2.dilate(truth.astype(np.uint8), np.ones((5, 5))) > 0  # nuclei reach over the border
+    near = cv2.dilate(truth.astype(np.uint8), np.ones((5, 5))) > 0  # nuclei reach across the border
     assert truth.sum() > 200
     assert (changed & ~near).sum() == 0
     assert changed[truth].mean() > 0.8
 
 
-def test_normal_and_tumor_slides_share_their_looks():
-    """Color tells the labels apart hardly better than chance: stain varies more than content."""
+def test_normal_and_tumor_slides_have_similar_colors():
+    """Color hardly separates the classes: the stain varies more than the content."""
     preset = replace(PRESETS["camelyon-mini"], tiles=(6, 8))
     means = {}
     for label in preset.classes:
@@ -145,7 +141,9 @@ def test_a_cohort_is_drawn_once_and_resumed(tmp_path):
 def test_plans_have_the_size_the_classes_and_whole_cases(name, n, seed):
     preset = PRESETS[name]
     plan = plan_cohort(preset, n, seed)
-    assert len(plan) == n and plan.slide_id.is_unique and plan.seed.is_unique
+    assert len(plan) == n
+    assert plan.slide_id.is_unique
+    assert plan.seed.is_unique
     assert (plan.groupby("case_id").label.nunique() == 1).all()
     assert plan.groupby("case_id").size().max() <= 2
     share = plan.groupby("case_id").label.first().value_counts(normalize=True)
@@ -161,7 +159,8 @@ def test_tumor_share_counts_the_pixels_of_each_tile(tmp_path_factory, data, rows
     cv2.imwrite(str(path), mask.astype(np.uint8) * 255)
     tiles = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
     shares = tumor_share(path, np.array(tiles, dtype=int).reshape(-1, 2))
-    assert shares.dtype == np.float32 and shares.shape == (len(tiles),)
+    assert shares.dtype == np.float32
+    assert shares.shape == (len(tiles),)
     for (row, col), share in zip(tiles, shares, strict=True):
         window = mask[16 * row : 16 * row + 16, 16 * col : 16 * col + 16]
         assert share == pytest.approx(window.sum() / 256)

@@ -6,14 +6,14 @@ import pytest
 from bag_factory import make_bags, make_cohort
 
 from hdmil_lib.errors import CohortError
-from hdmil_lib.evaluation import tables
-from hdmil_lib.evaluation.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
-from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
-from hdmil_lib.features.bagstore import write_bag
+from hdmil_lib.reproduce import tables
+from hdmil_lib.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
+from hdmil_lib.reproduce.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
+from hdmil_lib.bags import write_bag
 from hdmil_lib.inference import Predictor
 from hdmil_lib.training.crossval import run_crossval
 from hdmil_lib.training.recipes import Recipe
-from hdmil_lib.training.trainer import TrainSettings
+from hdmil_lib.training.fit import TrainSettings
 
 
 def predictions(methods, folds=2, **columns):
@@ -102,8 +102,10 @@ def test_table3_orders_components_as_they_are_added():
 
 
 def test_the_papers_tables_are_complete():
-    assert PAPER_TABLE1.shape == (39, 3) and PAPER_TABLE1.notna().all(axis=None)
-    assert PAPER_TABLE3.shape == (12, 2) and PAPER_TABLE3.notna().all(axis=None)
+    assert PAPER_TABLE1.shape == (39, 3)
+    assert PAPER_TABLE1.notna().all(axis=None)
+    assert PAPER_TABLE3.shape == (12, 2)
+    assert PAPER_TABLE3.notna().all(axis=None)
     stages = PAPER_TABLE2.loc["Camelyon16", ["lipn", "crop", "features", "dmin"]].sum(axis=1)
     # the paper rounds every stage to 0.01 s
     np.testing.assert_allclose(stages, PAPER_TABLE2.loc["Camelyon16", "total"], atol=0.021)
@@ -177,5 +179,7 @@ def test_a_method_that_opens_its_own_tiles_gets_the_seconds_of_that_share():
         {"keep_ratio": [1.0, 0.64, 0.3], "total": [22.0, 15.0, 7.0]}, ["HDMIL†", "HDMIL", "b"]
     )
     assert tables._seconds(None, 0.29, medians) == 7.0
-    assert np.isnan(tables._seconds(None, 0.4, medians)) and np.isnan(tables._seconds("joint", 0.3, medians))
-    assert tables._seconds(None, 1.0, medians) == 22.0 and tables._seconds("lipn", 0.3, medians) == 15.0
+    assert np.isnan(tables._seconds(None, 0.4, medians))
+    assert np.isnan(tables._seconds("joint", 0.3, medians))
+    assert tables._seconds(None, 1.0, medians) == 22.0
+    assert tables._seconds("lipn", 0.3, medians) == 15.0

@@ -1,4 +1,4 @@
-"""A tile and its patch show the same tissue: row i is the same square of the slide everywhere."""
+"""A tile and its patch show the same tissue: row i is the same square of the slide in all arrays."""
 
 import math
 import tempfile
@@ -29,7 +29,7 @@ inside_a_tile = st.floats(RADIUS_UM + 10, TILE_UM - RADIUS_UM - 10)  # a patch p
     pyramid=st.booleans(),
 )
 def test_tile_and_patch_show_the_same_place(mpp_x, aspect, offset, odd, rowcol, place, pyramid):
-    """A disc put somewhere in tile (row, col) is found there, in the tile and in its patch."""
+    """A disc painted in tile (row, col) is found at its place, both in the tile and in its patch."""
     mpp = (mpp_x, mpp_x * aspect)
     extent = [math.ceil(n * TILE_UM / m) + o + 1 for n, m, o in zip((3, 2), mpp, odd, strict=True)]
     size = [e + o + 3 for e, o in zip(extent, offset, strict=True)]
@@ -45,19 +45,20 @@ def test_tile_and_patch_show_the_same_place(mpp_x, aspect, offset, odd, rowcol, 
             i = grid.rowcol.tolist().index(list(rowcol))
             tile, patch = grid.read_tile(slide, i), grid.patches[i]
 
-    assert grid.shape == (2, 3) and len(grid) == 6
-    assert tile.shape == (256, 256, 3) and patch.shape == (16, 16, 3)
-    # Patches lie exactly on the grid; the rest is rounding of colors (a tenth of a pixel is 0.8 um).
+    assert grid.shape == (2, 3)
+    assert len(grid) == 6
+    assert tile.shape == (256, 256, 3)
+    assert patch.shape == (16, 16, 3)
+    # Patches lie exactly on the grid; the error comes from rounding colors (a tenth of a pixel is 0.8 um).
     assert find_ink(patch, 8.0) == pytest.approx(place, abs=0.4)
-    # Tiles start on whole level-0 pixels: half a pixel of rounding, and as much as above.
+    # Tiles start on whole level-0 pixels, which adds up to half a pixel.
     assert find_ink(tile, 0.5) == pytest.approx(place, abs=0.5 * max(mpp) + 0.025)
-    # Elsewhere there is nothing.
     others = np.delete(grid.patches, i, axis=0)
     assert (others == 255).all()
 
 
 def checkerboard(tmp_path, mpp=(0.5, 0.5), **kwargs) -> Path:
-    """3 x 4 tiles and a remainder; tiles with even row + col are full of ink."""
+    """A slide of 3 x 4 tiles and a remainder, in which tiles with even row + col are full of ink."""
     tile_w, tile_h = (round(TILE_UM / m) for m in mpp)
     pixels = np.full((3 * tile_h + 11, 4 * tile_w + 17, 3), 255, np.uint8)
     for row in range(3):
@@ -68,7 +69,7 @@ def checkerboard(tmp_path, mpp=(0.5, 0.5), **kwargs) -> Path:
 
 
 @pytest.mark.parametrize("mpp", [(0.5, 0.5), (0.25, 0.5), (1.0, 1.0)])
-def test_row_i_is_the_same_tile_everywhere(tmp_path, mpp):
+def test_row_i_is_the_same_tile_in_all_arrays(tmp_path, mpp):
     with Slide(checkerboard(tmp_path, mpp)) as slide:
         grid = TileGrid.from_slide(slide)
         assert grid.rowcol.tolist() == [[0, 0], [0, 2], [1, 1], [1, 3], [2, 0], [2, 2]]
@@ -77,14 +78,14 @@ def test_row_i_is_the_same_tile_everywhere(tmp_path, mpp):
         assert np.array_equal(grid.coords, grid.rowcol[:, ::-1] * grid.tile_size_level0)
         assert grid.coords.dtype == grid.rowcol.dtype == np.int64
         for i, (row, col) in enumerate(grid.rowcol):
-            # The rim may be resampled together with the white neighbor.
+            # At the rim, resampling may mix in the white neighbor.
             assert (grid.read_tile(slide, i)[4:-4, 4:-4] == INK - row - col).all()
             assert (grid.patches[i] == INK - row - col).all()
             y, x = 16 * row, 16 * col
             assert np.array_equal(grid.patches[i], grid.thumbnail[y : y + 16, x : x + 16])
 
 
-def test_the_mask_decides_which_tiles_stay(tmp_path):
+def test_the_mask_determines_which_tiles_are_kept(tmp_path):
     with Slide(checkerboard(tmp_path)) as slide:
         grid = TileGrid.from_slide(slide, min_tissue=0.25)
         assert np.array_equal(grid.tissue, tissue_mask(grid.thumbnail, 8.0))
@@ -142,8 +143,8 @@ def test_real_slide(real_data):
         assert 35 <= len(grid) <= 45
         tiles = np.stack([grid.read_tile(slide, i) for i in range(len(grid))])
     cells = tiles.reshape(len(grid), 16, 16, 16, 16, 3).mean((2, 4))
-    # A tile averaged to 8 um/px is its patch, up to the half pixel by which coordinates are rounded:
-    # shifted by one patch pixel the difference is several times larger.
+    # A tile averaged to 8 um/px equals its patch, except that coordinates are rounded by up to half a pixel.
+    # With a shift of one patch pixel the difference is several times larger.
     difference = np.abs(cells - grid.patches).mean()
     shifted = np.abs(cells[:, :, 1:] - grid.patches[:, :, :-1]).mean()
     assert difference < 1.5

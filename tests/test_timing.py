@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from predictor_factory import make_predictor, write_textured_slide
 
-from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
+from hdmil_lib.reproduce.timing import STAGES, stage_medians, time_slides
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tissue is found where it is, and a blank slide has none."""
+"""Tissue is found where it lies, and a blank slide has none."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_no_tissue_on_a_blank_slide():
 
 
 def test_all_of_a_picture_full_of_tissue():
-    """Dark epithelium beside pale stroma: Otsu alone would take the stroma for background."""
+    """Next to dark epithelium, Otsu's threshold alone would take pale stroma for background."""
     rng = np.random.default_rng(0)
     picture = np.empty((150, 200, 3))
     picture[:, :100], picture[:, 100:] = (150, 90, 160), (235, 190, 215)
@@ -42,9 +42,10 @@ def test_a_disc_is_found_whole(center, radius):
     thumbnail = disc(center, radius)
     truth = thumbnail[..., 1] < 160  # more than half ink
     mask = tissue_mask(thumbnail, UM)
-    # Threshold, median and closing may move the rim by one pixel.
+    # Threshold, median and closing may shift the rim by one pixel.
     rim = 2 * np.pi * radius / UM
-    assert mask.shape == truth.shape and mask.dtype == bool
+    assert mask.shape == truth.shape
+    assert mask.dtype == bool
     assert np.logical_xor(mask, truth).sum() <= rim
 
 

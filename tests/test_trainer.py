@@ -17,7 +17,7 @@ from hdmil_lib.errors import BagError, CheckpointError, HDMILError
 from hdmil_lib.models import LIPN, build_model
 from hdmil_lib.training import trainer
 from hdmil_lib.training.losses import LIPNLossWeights
-from hdmil_lib.training.trainer import TrainSettings, train_lipn, train_model
+from hdmil_lib.training.fit import TrainSettings, train_lipn, train_model
 from hdmil_lib.training.two_stage import calibrate_thresholds, two_stage
 
 SHORT = TrainSettings(learning_rate=3e-3, epochs=4, min_epochs=4, patience=4, seed=3)

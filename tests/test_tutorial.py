@@ -37,7 +37,8 @@ def test_leaves_tables_figures_model_and_timing_and_resumes(tmp_path, monkeypatc
     tutorial_steps.run(hdmil_lib.setup(seed=0))
     pd.testing.assert_frame_equal(pd.read_csv(build / "tables" / "timings.csv"), before)
     first, second = json.loads((build / "timing.json").read_text())
-    assert list(first["steps"]) == list(second["steps"]) and len(first["steps"]) == 5
+    assert list(first["steps"]) == list(second["steps"])
+    assert len(first["steps"]) == 5
     assert sum(step["seconds"] for step in second["steps"].values()) < sum(
         step["seconds"] for step in first["steps"].values()
     )
@@ -50,7 +51,8 @@ def test_a_failed_step_is_not_recorded_as_done(tmp_path):
     with pytest.raises(ZeroDivisionError), steps.step("bad"):
         1 / 0  # noqa: B018
     (run,) = json.loads((tmp_path / "timing.json").read_text())
-    assert list(run["steps"]) == ["good"] and run["steps"]["good"]["peak_mb"] > 0
+    assert list(run["steps"]) == ["good"]
+    assert run["steps"]["good"]["peak_mb"] > 0
 
 
 def test_a_failed_notebook_ends_the_job(tmp_path, monkeypatch):

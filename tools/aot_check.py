@@ -1,11 +1,11 @@
-"""Compile every kernel for GPUs that need not be there, and refuse what would be slow or not run.
+"""Compile every kernel for GPUs that need not be present, and refuse kernels that would be slow or fail.
 
-    python tools/aot_check.py [--targets sm_90 ...] [--modules hdmil_lib.kernels.chebyshev_kan.triton ...]
+    python tools/aot_check.py [--targets sm_90 ...] [--modules hdmil_lib.kernels.chebyshev_kan.gpu ...]
 
-A variant fails on a register spill, on more shared memory than the target has, on a `tl.dot` without a
-matrix instruction, and on an error that the compiler prints (some of them it does not raise). Compiled
-kernels are cached by Triton, so a second run takes seconds; those with an error leave the cache, which
-keeps no messages.
+A variant fails if it spills registers, if it needs more shared memory than the target has, if a `tl.dot`
+did not become a matrix instruction, or if the compiler printed an error (it does not raise all of them).
+Triton caches compiled kernels, so a second run takes seconds; kernels with an error are removed from the
+cache, which does not store messages.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from hdmil_lib.kernels.variants import Variant
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what Triton calls it, and the shared memory a program can have, in bytes."""
+    """A GPU as Triton names it, its shared memory per program in bytes, its matrix instructions (a regex)."""
 
     backend: str
     arch: str | int
@@ -48,7 +48,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a variant."""
+    """Result of the compilation of a variant: registers per thread, bytes spilled and shared, and faults."""
 
     name: str
     registers: int
@@ -63,20 +63,20 @@ class Report:
 
 
 def kernel_modules() -> list[str]:
-    """Modules of `hdmil_lib.kernels` that hold Triton kernels."""
+    """Return the modules of `hdmil_lib.kernels` with Triton kernels."""
     folders = pkgutil.iter_modules(hdmil_lib.kernels.__path__, "hdmil_lib.kernels.")
-    names = [f"{folder.name}.triton" for folder in folders if folder.ispkg]
+    names = [f"{folder.name}.gpu" for folder in folders if folder.ispkg]
     return [name for name in names if importlib.util.find_spec(name)]
 
 
 def variants(modules: list[str]) -> Iterator[Variant]:
-    """All that these modules say they launch."""
+    """Return all variants that these modules launch."""
     for name in modules:
         yield from importlib.import_module(name).variants()
 
 
 def compile_variant(variant: Variant, target: Target):
-    """Triton's compiled kernel, binaries and metadata, and what the compiler wrote to stderr."""
+    """Return Triton's compiled kernel, and what the compiler wrote to stderr."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -94,7 +94,7 @@ def compile_variant(variant: Variant, target: Target):
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     stderr = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        os.dup2(said.fileno(), 2)  # the compiler is no Python, and knows no sys.stderr
+        os.dup2(said.fileno(), 2)  # the compiler is not Python and does not use sys.stderr
         try:
             kernel = compile(source, target=gpu, options={"num_warps": variant.num_warps})
         finally:
@@ -140,7 +140,7 @@ def _amd_usage(kernel, _target: Target) -> tuple[int, int]:
 
 
 def _nvidia_usage(kernel, target: Target) -> tuple[int, int]:
-    """Registers a thread, and bytes of spill stores and loads, as ptxas counts them."""
+    """Return the registers per thread and the bytes of spill stores and loads that ptxas reports."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = re.search(r"\.target (\S+)", kernel.asm["ptx"]).group(1).split(",")[0]
@@ -154,7 +154,7 @@ def _nvidia_usage(kernel, target: Target) -> tuple[int, int]:
 
 
 def check_target(name: str, modules: list[str]) -> bool:
-    """Compile for one target in this process, a line a variant; whether all passed."""
+    """Compile for one target in this process, print one line per variant, and return whether all passed."""
     passed = True
     for variant in variants(modules):
         report = inspect(variant, TARGETS[name])
@@ -164,7 +164,7 @@ def check_target(name: str, modules: list[str]) -> bool:
 
 
 def check_in_subprocess(name: str, modules: list[str]) -> tuple[bool, str]:
-    """The same in a process of its own, which a compiler that dies takes with it."""
+    """Run `check_target` in a process of its own, since the compiler may crash; return its output too."""
     command = [sys.executable, __file__, "--here", "--targets", name, "--modules", *modules]
     done = subprocess.run(command, capture_output=True, text=True)
     passed = done.returncode == 0 and "error:" not in done.stderr.lower()
@@ -175,7 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--modules", nargs="+", default=kernel_modules(), help="modules with `variants()`")
-    parser.add_argument("--here", action="store_true", help="in this process")
+    parser.add_argument("--here", action="store_true", help="run in this process")
     arguments = parser.parse_args()
     if arguments.here:
         return int(not all([check_target(name, arguments.modules) for name in arguments.targets]))

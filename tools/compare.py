@@ -17,18 +17,18 @@ import numpy as np
 import pandas as pd
 
 from hdmil_lib.config import setup
-from hdmil_lib.data import Cohort, load_bags, prepare_cohort
-from hdmil_lib.evaluation.claims import judge_claims
-from hdmil_lib.evaluation.keep_ratio import score_by_keep_ratio
+from hdmil_lib.cohort import Cohort, load_bags, prepare_cohort
+from hdmil_lib.reproduce.claims import judge_claims
+from hdmil_lib.reproduce.keep_ratio import score_by_keep_ratio
 from hdmil_lib.evaluation.statistics import format_scores, score_table
-from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table3
-from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.training.checkpoint import write_json
+from hdmil_lib.reproduce.tables import add_mask_scores, save_table, table1, table3
+from hdmil_lib.bags import Bag
+from hdmil_lib.storage import write_json
 from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.training.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
+from hdmil_lib.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
 from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.training.runs import save_runs
-from hdmil_lib.viz.statistics import auc_intervals, score_against_keep_ratio
+from hdmil_lib.viz.scores import auc_intervals, score_against_keep_ratio
 from hdmil_lib.viz.style import use_style
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

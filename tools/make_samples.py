@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hdmil_lib.data import DEFAULT_ENCODER, SAMPLES, Cohort, load_bags, prepare_cohort
-from hdmil_lib.features.bagstore import bag_info, read_bag, read_tile_labels, write_bag
+from hdmil_lib.cohort import DEFAULT_ENCODER, SAMPLES, Cohort, load_bags, prepare_cohort
+from hdmil_lib.bags import bag_info, read_bag, read_tile_labels, write_bag
 from hdmil_lib.inference import Predictor, best_fold
 from hdmil_lib.training.crossval import run_crossval, run_dir
 from hdmil_lib.training.recipes import RECIPES
@@ -26,7 +26,7 @@ LIMIT_MB = 16
 README = """# Sample bags and model
 
 `{name}` holds bags of {n} synthetic slides ({classes}; {tiles:,} tiles, {size:.1f} MB): drawn by
-`hdmil_lib.slides.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained on
+`hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained on
 the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
 slides or training. `make samples` makes them: of every class of the full cohort, the slides with the fewest
 tiles; of the cross-validation, the fold of lowest validation loss.

@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from hdmil_lib.config import build_dir
-from hdmil_lib.evaluation.tables import to_markdown
+from hdmil_lib.reproduce.tables import to_markdown
 from hdmil_lib.viz.plots import cost_growth, use_style
 
 REPOSITORY = Path(__file__).resolve().parent.parent

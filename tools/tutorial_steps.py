@@ -15,15 +15,15 @@ import psutil
 
 import notebooks
 from hdmil_lib.config import Config
-from hdmil_lib.data import Cohort, large_slides, load_bags, prepare_cohort
+from hdmil_lib.cohort import Cohort, large_slides, load_bags, prepare_cohort
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.evaluation.metrics import fold_scores
-from hdmil_lib.evaluation.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
-from hdmil_lib.evaluation.timing import STAGES, stage_medians, time_slides
+from hdmil_lib.reproduce.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
+from hdmil_lib.reproduce.timing import STAGES, stage_medians, time_slides
 from hdmil_lib.inference import Predictor, best_fold
-from hdmil_lib.slides.synthesis import truth_path, tumor_share
+from hdmil_lib.synthetic.synthesis import truth_path, tumor_share
 from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.training.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
+from hdmil_lib.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
 from hdmil_lib.training.recipes import RECIPES
 from hdmil_lib.viz import plots
 

@@ -1,4 +1,6 @@
-"""The formulas that the operators replace, as one would write them; `bench_kernels.py` times both."""
+"""The formulas that the operators replace, in their textbook form; `bench_kernels.py` times both."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,14 +12,14 @@ MIX = ((0.9, 0.2, -0.1), (0.05, 1.1, 0.02), (-0.2, 0.1, 0.8))
 
 
 def chebyshev(inputs: Tensor, coefficients: Tensor) -> Tensor:
-    # 1 - 1e-6: the derivative of arccos is infinite at 1, where float32 rounds tanh of large inputs to.
+    # The limit is 1 - 1e-6 because float32 rounds tanh of large inputs to 1, where arccos has no derivative.
     angle = inputs.tanh().clamp(-1 + 1e-6, 1 - 1e-6).arccos()
     degrees = torch.arange(coefficients.shape[2], device=inputs.device)
     return torch.einsum("bqk,qok->bo", (angle[..., None] * degrees).cos(), coefficients)
 
 
 def chebyshev_as_published(inputs: Tensor, coefficients: Tensor) -> Tensor:
-    """As the first Chebyshev-KAN layers have it: the arccosine of every input once for each degree."""
+    """The form of the first Chebyshev-KAN layers: the arccosine of every input for each degree."""
     degrees = torch.arange(coefficients.shape[2], device=inputs.device)
     x = inputs.tanh().clamp(-1 + 1e-6, 1 - 1e-6)[..., None].expand(-1, -1, len(degrees))
     return torch.einsum("bqk,qok->bo", (x.arccos() * degrees).cos(), coefficients)
@@ -34,7 +36,7 @@ def macenko(tiles: Tensor) -> Tensor:
 
 
 def histogram(tiles: Tensor, bins: int = 16) -> Tensor:
-    """In the fixed point of OpenCV: in floats, ties would fall into other bins."""
+    """Count in the fixed-point arithmetic of OpenCV; in floats, ties would fall into other bins."""
     red, green, blue = tiles.flatten(1, 2).int().unbind(2)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
@@ -78,10 +80,10 @@ def pool(embeddings: Tensor, logits: Tensor) -> Tensor:
     return torch.softmax(logits, 0).T @ embeddings
 
 
-def pool_bags(embeddings: Tensor, logits: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Bag after bag, over the kept tiles."""
-    lengths, pooled = cu_seqlens.diff().tolist(), []
-    for f, a, m in zip(*(x.split(lengths) for x in (embeddings, logits, mask)), strict=True):
+def pool_bags(embeddings: Tensor, logits: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Pool the kept tiles of one bag after another."""
+    bags, pooled = [x.split(list(lengths)) for x in (embeddings, logits, mask)], []
+    for f, a, m in zip(*bags, strict=True):
         weights = (a - a.amax(0)).exp() * m
         pooled.append((weights / weights.sum(0)).T @ f)
     return torch.stack(pooled)
@@ -89,12 +91,11 @@ def pool_bags(embeddings: Tensor, logits: Tensor, mask: Tensor, cu_seqlens: Tens
 
 def mask(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
     soft = torch.sigmoid((logits + noise) / 0.7)
-    mask = (soft > 0.5).float() - soft.detach() + soft
-    return (1 - torch.prod(1 - mask, 1)).mean()
+    return (soft > 0.5).float() - soft.detach() + soft
 
 
 def mask_with_noise(logits: Tensor) -> Tensor:
-    """Two Gumbel variables, kept from the logarithm of zero."""
+    """Draw two Gumbel variables; 1e-10 avoids the logarithm of zero."""
     first, second = (-(-(torch.rand_like(logits) + 1e-10).log() + 1e-10).log() for _ in range(2))
     return mask(logits, first - second)
 

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import norm, permutation_test, rankdata
 
 from hdmil_lib.errors import CohortError
-from hdmil_lib.training.scores import auc
+from hdmil_lib.evaluation.metrics import auc
 
 
 class Interval(NamedTuple):

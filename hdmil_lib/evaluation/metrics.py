@@ -5,9 +5,31 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hdmil_lib.training.scores import auc
+from hdmil_lib.errors import CohortError
 
-__all__ = ["accuracy", "auc", "fold_scores", "keep_ratio", "mean_sd", "summarize", "tumor_recall"]
+
+def auc(labels: np.ndarray | Sequence[int], probabilities: np.ndarray) -> float:
+    """Area under the ROC curve: of class 1 for two classes, the mean of one against the rest for more.
+
+    Args:
+        labels: Class indices (S,).
+        probabilities: Class probabilities (S, C).
+
+    Raises:
+        CohortError: A class has no slide, so that its curve does not exist.
+    """
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    n_classes = probabilities.shape[1]
+    absent = sorted(set(range(n_classes)) - set(labels.tolist()))
+    if absent:
+        raise CohortError(
+            f"no AUC: none of the {len(labels)} slides has class {', '.join(map(str, absent))}; "
+            "score a part that holds every class"
+        )
+    columns = [1] if n_classes == 2 else range(n_classes)
+    return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in columns]))
 
 
 def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:

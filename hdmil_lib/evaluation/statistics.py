@@ -11,34 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import balanced_accuracy_score, f1_score
-
 from hdmil_lib.errors import CohortError
 from hdmil_lib.evaluation.auc_tests import Difference, Interval, auc_interval, delong, paired_permutation
-from hdmil_lib.evaluation.calibration import brier_score, expected_calibration_error, reliability
-from hdmil_lib.evaluation.metrics import accuracy
+from hdmil_lib.evaluation.reliability import brier_score, expected_calibration_error, reliability
+from hdmil_lib.evaluation.metrics import accuracy, fold_scores
 from hdmil_lib.evaluation.out_of_fold import OutOfFold, align_methods
-from hdmil_lib.training.methods import METHODS
-
-__all__ = [
-    "SIGNIFICANT",
-    "Difference",
-    "Interval",
-    "OutOfFold",
-    "align_methods",
-    "auc_interval",
-    "brier_score",
-    "compare",
-    "delong",
-    "expected_calibration_error",
-    "format_p",
-    "format_scores",
-    "holm",
-    "paired_permutation",
-    "reliability",
-    "score_table",
-    "title",
-]
+from hdmil_lib.methods import title
 
 SIGNIFICANT = 0.05
 """Adjusted p values below it are marked in tables and figures."""
@@ -133,6 +111,8 @@ def score_table(
 
 
 def _slide_scores(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> dict[str, float]:
+    from sklearn.metrics import balanced_accuracy_score, f1_score  # takes a second to import
+
     predicted = probabilities.argmax(axis=1)
     return {
         "accuracy": accuracy(labels, probabilities),
@@ -141,6 +121,53 @@ def _slide_scores(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> d
         "ece": expected_calibration_error(labels, probabilities, bins=bins),
         "brier": brier_score(labels, probabilities),
     }
+
+
+def summary_table(
+    predictions: pd.DataFrame,
+    cases: Mapping[str, str] | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The scores that a user asks for first, in percent, by the titles of the methods.
+
+    Args:
+        predictions: Predictions of `cross_validate`.
+        cases: Case by slide_id, for cases of several slides.
+        level: Confidence level of the intervals.
+        n_resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        `AUC` and `ACC`, means over folds; `AUC low` and `AUC high`, the bootstrap interval of that mean over
+        test slides, drawn by case; `tiles read`.
+
+    Raises:
+        CohortError: A fold's test slides miss a class, or the methods were not tested on the same slides.
+    """
+    slides = align_methods(predictions, cases)
+    means = fold_scores(predictions).groupby("method")[["accuracy", "keep_ratio"]].mean()
+    rows = {}
+    for method, probabilities in slides.probabilities.items():
+        interval = auc_interval(
+            slides.labels,
+            probabilities,
+            folds=slides.folds,
+            cases=slides.cases,
+            level=level,
+            n_resamples=n_resamples,
+            seed=seed,
+        )
+        rows[title(method)] = {
+            "AUC": 100 * interval.value,
+            "AUC low": 100 * interval.low,
+            "AUC high": 100 * interval.high,
+            "ACC": 100 * means.loc[method, "accuracy"],
+            "tiles read": 100 * means.loc[method, "keep_ratio"],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def format_scores(scores: pd.DataFrame) -> pd.DataFrame:
@@ -165,11 +192,6 @@ def format_scores(scores: pd.DataFrame) -> pd.DataFrame:
     text["p"] = [format_p(p) for p in scores["p"]]
     text["p (Holm)"] = [format_p(p) for p in scores["p_holm"]]
     return text
-
-
-def title(method: str) -> str:
-    """The name of a method of `METHODS` as the tables print it; another name as it is."""
-    return METHODS[method].title if method in METHODS else method
 
 
 def format_p(p: float) -> str:

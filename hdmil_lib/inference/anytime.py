@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdmil_lib.bags import Bag
+from hdmil_lib.encoders.extraction import encode_blocks
 from hdmil_lib.errors import SlideError
-from hdmil_lib.features.encoders import Encoder
-from hdmil_lib.features.extraction import encode_blocks
-from hdmil_lib.inference.prescreen import prescreen
-from hdmil_lib.inference.stages import stage
-from hdmil_lib.models import DMIN, LIPN
+from hdmil_lib.inference.prediction import stage
+from hdmil_lib.inference.slides import check_bag
+from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
 
 BLOCK = 32
@@ -35,21 +35,18 @@ class RunningDMIN:
 
     For each branch it holds the highest logit of a kept tile, the sums of exp(A - highest) and of
     exp(A - highest) F over kept tiles, and the tile of highest attention, which stands in where the branch
-    keeps none: so many numbers, however many tiles come.
+    keeps none. Its memory does not grow with the number of tiles.
 
     Args:
         dmin: The classifier, in evaluation mode.
     """
 
     def __init__(self, dmin: DMIN):
-        c, e = dmin.n_classes, dmin.settings.embed_dim
+        c, e, device = dmin.n_classes, dmin.settings.embed_dim, dmin.feature_mean.device
         self.dmin, self.n_tiles = dmin, 0
-        self._highest, self._weight, self._sum = (
-            torch.full((c,), -torch.inf),
-            torch.zeros(c),
-            torch.zeros(c, e),
-        )
-        self._best, self._best_tile = torch.full((c,), -torch.inf), torch.zeros(c, e)
+        self._highest = torch.full((c,), -torch.inf, device=device)
+        self._weight, self._sum = torch.zeros(c, device=device), torch.zeros(c, e, device=device)
+        self._best, self._best_tile = self._highest.clone(), self._sum.clone()
 
     @torch.inference_mode()
     def update(self, features: Tensor) -> Tensor:
@@ -75,7 +72,7 @@ class RunningDMIN:
 
     @property
     def probabilities(self) -> Tensor:
-        """Of the classes, (C,), by what was seen so far."""
+        """Class probabilities by the tiles seen so far, (C,)."""
         empty = (self._weight == 0)[:, None]
         pooled = torch.where(empty, self._best_tile, self._sum / self._weight.clamp(min=1e-30)[:, None])
         with torch.inference_mode():
@@ -87,11 +84,11 @@ class AnytimeStep:
     """The answer on a slide after a block of tiles.
 
     Attributes:
-        rows: Tiles read so far, in the order in which they were, int64 (n,).
-        n_tiles: Tiles of the slide.
-        probabilities: Of the classes, float32 (C,).
-        seconds: Since the slide was opened: "total", and "thumbnail", "lipn", "crop", "features" and "dmin"
-            as in `Prediction`; "crop" is of all reading threads, which run beside the encoder.
+        rows: Tiles read so far, in the order in which they were read, int64 (n,).
+        n_tiles: Number of tiles of the slide.
+        probabilities: Class probabilities, float32 (C,).
+        seconds: Seconds since the slide was opened: "total", and "thumbnail", "lipn", "crop", "features" and
+            "dmin" as in `Prediction`; "crop" adds up all reading threads, which run beside the encoder.
         end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
     """
 
@@ -102,40 +99,61 @@ class AnytimeStep:
     end: str | None
 
 
-def read_until(
+def stream(
+    model: HDMIL,
     slide_path: str | Path,
-    encoder: Encoder,
-    lipn: LIPN,
-    dmin: DMIN,
     *,
-    margin: float,
-    max_tiles: int | None,
-    max_seconds: float | None,
-    mpp: float | tuple[float, float] | None,
-    block: int,
-    n_readers: int,
+    margin: float | None = None,
+    max_tiles: int | None = None,
+    max_seconds: float | None = None,
+    mpp: float | tuple[float, float] | None = None,
+    block: int = BLOCK,
+    n_readers: int = 1,
 ) -> Iterator[AnytimeStep]:
-    """Answers on a slide, tile by tile; see `Predictor.anytime`. Budgets are checked at once.
+    """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
+
+    It ends when the lead of the first class over the second, in log odds, reaches the margin times the
+    share of tiles that is left, when a budget is spent, or with the last tile. Close the iterator, or
+    leave its loop, to stop at any time. A damaged tile is left out. Budgets are checked at once.
+
+    Args:
+        model: The model; put into evaluation mode.
+        slide_path: The slide file.
+        margin: Margin in log odds, more than 0; infinite to read everything. By default the model's, which
+            `rules.learn_margin` finds; where there is none, everything is read.
+        max_tiles: Largest number of tiles to read.
+        max_seconds: Seconds after which no further block is taken.
+        mpp: Micrometers per level-0 pixel, where the file does not say or is wrong.
+        block: Tiles between two answers; a margin was learned for one block size.
+        n_readers: Number of threads that read ahead while the encoder runs, one block each and one more; what
+            they have read when the answer is final is lost.
 
     Raises:
         ValueError: A budget is not positive, or the margin is out of range.
+        SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
+        CheckpointError: The model does not know its encoder, or the encoder has changed.
     """
     for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
         if budget is not None and budget <= 0:
             raise ValueError(f"{name} is {budget}, expected more than 0")
+    margin = float(model.margin) if margin is None else margin
     if not margin > 0:
         raise ValueError(f"margin is {margin}, expected more than 0")
+    model.eval()
+    encoder, info = model.encoder, model.known_info
 
     def steps() -> Iterator[AnytimeStep]:
-        start, seconds = time.perf_counter(), {}
+        start, seconds = time.perf_counter(), dict[str, float]()
         with Slide(slide_path, mpp) as slide:
             with stage(seconds, "thumbnail"):
-                grid = TileGrid.from_slide(slide)
+                grid = TileGrid.from_slide(
+                    slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
+                )
             with stage(seconds, "lipn"):
-                order = np.argsort(-prescreen(lipn, grid.patches)[1].max(axis=1), kind="stable")[:max_tiles]
+                order = np.argsort(-lipn_scores(model, grid.patches), kind="stable")[:max_tiles]
             # Within a block in the order of the file, where neighbors share stored tiles.
             rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
-            running, n_read = RunningDMIN(dmin), 0
+            running, n_read = RunningDMIN(model.dmin), 0
             options = dict(batch_size=block, n_readers=n_readers, strict=False, seconds=seconds)
             with closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks:
                 for features in blocks:
@@ -143,10 +161,10 @@ def read_until(
                     features = features[~np.isnan(features).all(axis=1)]
                     with stage(seconds, "dmin"):
                         if len(features):
-                            running.update(torch.from_numpy(features))
+                            running.update(torch.from_numpy(features).to(model.device))
                         if running.n_tiles == 0:
                             continue
-                        probabilities = running.probabilities.numpy()
+                        probabilities = running.probabilities.cpu().numpy()
                     spent = time.perf_counter() - start
                     ends = {
                         "all tiles": n_read == len(grid),
@@ -164,13 +182,20 @@ def read_until(
     return steps()
 
 
+@torch.inference_mode()
+def lipn_scores(model: HDMIL, patches: np.ndarray) -> np.ndarray:
+    """What ranks tiles, high first: the highest sigmoid of LIPN over branches, float32 (N,)."""
+    logits = model.lipn_logits(torch.from_numpy(patches).to(model.device))
+    return logits.sigmoid().amax(1).cpu().numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """How the answer on one slide grew.
 
     Attributes:
-        n_read: Tiles read after each block, int64 (T,).
-        probabilities: After each block, float32 (T, C).
+        n_read: Number of tiles read after each block, int64 (T,).
+        probabilities: Class probabilities after each block, float32 (T, C).
     """
 
     n_read: np.ndarray
@@ -186,9 +211,9 @@ def may_stop(probabilities: np.ndarray, share_read: np.ndarray | float, margin: 
     """Whether the lead reaches the margin times the share of tiles that is left.
 
     Args:
-        probabilities: (..., C).
-        share_read: (...), to 1, where it may always stop.
-        margin: More than 0; infinite to read everything.
+        probabilities: Class probabilities, (..., C).
+        share_read: Share of the tiles read, (...), at most 1, where reading may always stop.
+        margin: Margin in log odds, more than 0; infinite to read everything.
     """
     left = 1 - np.asarray(share_read)
     return (left <= 0) | (lead(probabilities) >= margin * np.maximum(left, 1e-12))
@@ -200,16 +225,24 @@ def lead(probabilities: np.ndarray) -> np.ndarray:
     return np.diff(np.log(first_two.clip(min=1e-37)))[..., 0]
 
 
-def trajectory(dmin: DMIN, features: Tensor, scores: np.ndarray, block: int = BLOCK) -> Trajectory:
-    """The answers that anytime prediction would have given on a bag.
+def trajectory(model: HDMIL, bag: Bag, block: int = BLOCK) -> Trajectory:
+    """How `stream` would go on a slide whose bag is stored: what `rules.learn_margin` learns from.
 
     Args:
-        dmin: Classifier, in evaluation mode.
-        features: (N, D).
-        scores: What ranks the tiles, high first: LIPN's highest score over branches, (N,).
+        model: The model; put into evaluation mode.
+        bag: Bag of the slide.
         block: Tiles between two answers.
+
+    Raises:
+        BagError: The bag is of another encoder, or has no patches.
+        CheckpointError: The model does not know its encoder.
     """
-    running, order = RunningDMIN(dmin), torch.from_numpy(np.argsort(-scores, kind="stable"))
-    answers = [running.update(features[rows]).numpy() for rows in order.split(block)]
+    model.eval()
+    check_bag(model, bag)
+    order = torch.from_numpy(np.argsort(-lipn_scores(model, bag.known_patches), kind="stable"))
+    features = torch.from_numpy(np.asarray(bag.features, np.float32))
+    running = RunningDMIN(model.dmin)
+    blocks = [features[rows].to(model.device) for rows in order.split(block)]
+    answers = [running.update(rows).cpu().numpy() for rows in blocks]
     n_read = np.minimum(np.arange(1, len(answers) + 1) * block, len(features))
     return Trajectory(n_read, np.stack(answers))

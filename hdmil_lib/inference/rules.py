@@ -12,13 +12,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from scipy.special import expit, logit
 
-from hdmil_lib.features.bagstore import Bag
+from hdmil_lib.bags import Bag
 from hdmil_lib.inference.anytime import Trajectory
 from hdmil_lib.inference.risk import RiskControl, control_risk
-from hdmil_lib.models import DMIN, LIPN
-from hdmil_lib.training.two_stage import Threshold, lipn_mask
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models import HDMIL
+from hdmil_lib.models.lipn import keep_mask
+
+Thresholds = tuple[float, ...]
 
 MARGINS = (math.inf, *(round(40 / 1.1**step, 2) for step in range(39)))
 """From careful to fast, in equal ratios down to 1; the first one reads everything."""
@@ -53,10 +55,10 @@ def learn_margin(
     """The margin of least cost at which anytime prediction may stop.
 
     Args:
-        trajectories: Of held-out slides.
+        trajectories: How the answer grows on each held-out slide.
         margins: Candidates, falling: the test goes from careful to fast and ends at the first that fails.
         labels: True class indices to be met; by default the label that all tiles lead to.
-        options: Of `control_risk`: `epsilon`, `delta`, `procedure`.
+        **options: `epsilon`, `delta` and `procedure` of `control_risk`.
 
     Raises:
         ValueError: No trajectories, margins that do not fall, or numbers out of range.
@@ -72,51 +74,55 @@ def learn_margin(
     return _learn(margins, said, shares, _truth(labels, dagger), read_all=math.inf, options=options)
 
 
-def threshold_ladder(thresholds: Sequence[float]) -> list[tuple[float, ...]]:
+def threshold_ladder(thresholds: Sequence[float]) -> list[Thresholds]:
     """Candidates around a model's thresholds that depend on no slide: all tiles, then ever fewer.
 
     Each threshold is moved along the logit, from 3 below to 2 above; where that is 0 or 1, it stays.
     """
+    from scipy.special import expit, logit
+
     logits = logit(np.asarray(thresholds, float))
     return [(0.0,) * len(logits)] + [tuple(expit(logits + step).tolist()) for step in LOGIT_STEPS]
 
 
 def learn_thresholds(
-    dmin: DMIN,
-    lipn: LIPN,
+    model: HDMIL,
     bags: Sequence[Bag],
-    candidates: Sequence[Threshold],
+    candidates: Sequence[Thresholds] | None = None,
     *,
     labels: Sequence[int] | None = None,
     **options: Any,
-) -> LearnedRule[Threshold]:
+) -> LearnedRule[Thresholds]:
     """The thresholds of least cost with which LIPN may choose the tiles that are read.
 
     Args:
-        dmin: Classifier, in evaluation mode.
-        lipn: Pre-screening network, in evaluation mode.
-        bags: Of held-out slides.
-        candidates: From careful to fast, fixed before a look at these slides, such as `threshold_ladder`;
-            the test ends at the first that fails.
+        model: The model; its own thresholds are not used, only those that training chose.
+        bags: Bags of held-out slides.
+        candidates: Thresholds from careful to fast, fixed before a look at these slides; the test ends at the
+            first that fails. By default `threshold_ladder` around those that training chose.
         labels: True class indices to be met; by default the label that all tiles lead to.
-        options: Of `control_risk`: `epsilon`, `delta`, `procedure`.
+        **options: `epsilon`, `delta` and `procedure` of `control_risk`.
 
     Raises:
-        ValueError: No bags or candidates, or numbers out of range.
+        ValueError: There are no bags or candidates, or numbers are out of range.
     """
+    if candidates is None:
+        candidates = threshold_ladder(model.trained_thresholds.tolist())
     if not bags or not candidates:
         raise ValueError("bags or candidates are empty: thresholds are learned on held-out slides")
     shape = len(bags), len(candidates)
     said, shares, dagger = np.empty(shape, int), np.empty(shape), np.empty(len(bags), int)
+    model.eval()
     with torch.inference_mode():
         for i, bag in enumerate(bags):
-            features = torch.as_tensor(bag.features).float()
-            logits = lipn(torch.as_tensor(bag.patches))
-            dagger[i] = dmin(features).logits.argmax()
-            for j, threshold in enumerate(candidates):
-                kept = lipn_mask(logits, threshold).any(1)
-                said[i, j], shares[i, j] = dmin(features[kept]).logits.argmax(), kept.float().mean()
-    read_all = (0.0,) * lipn.n_classes
+            features = torch.as_tensor(bag.features).float().to(model.device)
+            logits = model.lipn_logits(torch.as_tensor(bag.known_patches).to(model.device))
+            one_bag = Segments([len(bag)], model.device)
+            dagger[i] = model.dmin(features).logits.argmax()
+            for j, thresholds in enumerate(candidates):
+                kept = keep_mask(logits, torch.tensor(thresholds), one_bag).any(1)
+                said[i, j], shares[i, j] = model.dmin(features[kept]).logits.argmax(), kept.float().mean()
+    read_all = (0.0,) * model.n_classes
     return _learn(candidates, said, shares, _truth(labels, dagger), read_all=read_all, options=options)
 
 

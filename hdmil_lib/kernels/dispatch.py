@@ -1,9 +1,9 @@
-"""Which code runs an operator, and what it accepts: shared by all operators."""
+"""Which code runs an operator and which arguments it accepts, shared by all operators."""
 
 import importlib.util
 from collections.abc import Callable
 from functools import wraps
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 def use_triton(backend: Backend, inputs: Tensor) -> bool:
-    """Whether the Triton kernel runs: with "auto" on a GPU, except for float64, else as asked.
+    """Return whether to run the Triton kernel, which "auto" does on a GPU unless the inputs are float64.
 
     Raises:
-        ValueError: There is no such backend, or Triton cannot run here.
+        ValueError: The backend does not exist, or Triton cannot run here.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
@@ -40,20 +40,21 @@ def use_triton(backend: Backend, inputs: Tensor) -> bool:
 
 
 def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Hold tensors to their shapes, and to one floating type and one device.
+    """Check that tensors have the expected shapes, one floating type and one device.
 
     Args:
-        arguments: Name -> (tensor, its axes as letters, such as "N E"); a `None` is skipped. The first one
-            sets type and device, and the first to have a letter sets that size.
+        arguments: For each argument its tensor and its axes, such as "N E" or "D S 2". A number is a fixed
+            size; a name stands for the size of the first axis that has it. The first tensor sets the type
+            and the device. Arguments that are `None` are skipped.
 
     Returns:
-        Letter -> size.
+        The size of each named axis.
 
     Raises:
-        ValueError: An argument disagrees; the message names it.
+        ValueError: An argument has another shape, type or device; the message names it.
     """
     sizes: dict[str, int] = {}
-    owner: dict[str, str] = {}
+    source: dict[str, str] = {}
     first = next(iter(arguments))
     model = arguments[first][0]
     for name, (tensor, axes) in arguments.items():
@@ -68,58 +69,80 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
             raise ValueError(
                 f"{name} is on {tensor.device}, but {first} is on {model.device}: move one of them"
             )
-        letters = axes.split()
-        if tensor.ndim != len(letters):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(letters)})")
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(letters)}) with "
-                    f"{letter} = {sizes[letter]} as in {owner[letter]}"
-                )
-            owner.setdefault(letter, name)
+        if tensor.ndim != len(axes.split()):
+            raise _wrong_shape(name, tensor, axes)
+        for axis, size in zip(axes.split(), tensor.shape, strict=True):
+            wanted = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            if size != wanted:
+                reason = "" if axis.isdigit() else f" with {axis} = {wanted} as in {source[axis]}"
+                raise _wrong_shape(name, tensor, axes, reason)
+            source.setdefault(axis, name)
     return sizes
 
 
-def check_tensor(name: str, value: object, axes: str) -> None:
-    """Raise ValueError where a value is no tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor ({', '.join(axes.split())})")
-
-
-def check_tiles(tiles: Tensor) -> None:
-    """Hold `tiles` to RGB bytes.
+def check_bytes(name: str, value: object, axes: str) -> None:
+    """Check that an argument is a uint8 tensor with these axes, which are written as for `check`.
 
     Raises:
-        ValueError: It is no uint8 tensor (B, H, W, 3).
+        ValueError: It is not; the message names the argument.
     """
-    if not isinstance(tiles, Tensor):
-        raise ValueError(f"tiles is a {type(tiles).__name__}, expected a uint8 tensor (B, H, W, 3)")
-    if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
-        raise ValueError(f"tiles is {tiles.dtype} {tuple(tiles.shape)}, expected torch.uint8 (B, H, W, 3)")
+    check_tensor(name, value, axes)
+    fixed = [(place, int(axis)) for place, axis in enumerate(axes.split()) if axis.isdigit()]
+    fits = value.ndim == len(axes.split()) and all(value.shape[place] == size for place, size in fixed)
+    if value.dtype != torch.uint8 or not fits:
+        raise ValueError(
+            f"{name} is {value.dtype} of shape {tuple(value.shape)}, expected torch.uint8 {_shape(axes)}"
+        )
+
+
+def check_tensor(name: str, value: object, axes: str) -> None:
+    """Raise a ValueError if an argument is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor {_shape(axes)}")
+
+
+def _wrong_shape(name: str, tensor: Tensor, axes: str, reason: str = "") -> ValueError:
+    return ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {_shape(axes)}{reason}")
+
+
+def _shape(axes: str) -> str:
+    """Write axes as a shape, for messages: "N E" becomes "(N, E)"."""
+    names = axes.split()
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
 def same_type(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, all floating tensors in its type, as `linear` takes them; otherwise as they are."""
-    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
-    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
+    """Return tensors in the type that autocast gives to `linear`, or unchanged where autocast is off."""
+    kind = _autocasting(tensors)
+    return list(tensors) if kind is None else [_cast(t, torch.get_autocast_dtype(kind)) for t in tensors]
 
 
 def in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Under autocast, an operator in float32, as PyTorch runs its cumulative sums: rounded decays drift."""
+    """Decorate an operator that computes in float32 under autocast, since rounded decays accumulate errors.
 
-    def widened(value: object) -> object:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    PyTorch treats its cumulative sums in the same way.
+    """
 
     @wraps(operator)
     def run(*values, **named) -> Tensor:
-        kinds = {v.device.type for v in (*values, *named.values()) if isinstance(v, Tensor)}
-        if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+        kind = _autocasting((*values, *named.values()))
+        if kind is None:
             return operator(*values, **named)
         with torch.autocast(kind, enabled=False):
-            return operator(*map(widened, values), **{name: widened(v) for name, v in named.items()})
+            wide = [_cast(value, torch.float32) for value in values]
+            return operator(*wide, **{name: _cast(value, torch.float32) for name, value in named.items()})
 
     return run
+
+
+def _autocasting(values: tuple[Any, ...]) -> str | None:
+    """Return the device type of the tensors among these values if autocast is on for it, else `None`."""
+    kinds = {value.device.type for value in values if isinstance(value, Tensor)}
+    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+        return None
+    return kind
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return floating tensors in this type and everything else unchanged."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

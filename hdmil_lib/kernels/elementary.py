@@ -1,4 +1,4 @@
-"""Elementary functions that several Triton kernels share."""
+"""Elementary functions shared by several Triton kernels."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh, which Triton's interpreter lacks."""
+    """Return the hyperbolic tangent, which Triton's interpreter lacks."""
     return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit
 def random_bits(place, key):
-    """The 32 bits that `kernels.random.bits` has at a place, for the key of a seed."""
+    """Return the 32 bits of `kernels.random.bits` at a position, for the key of a seed."""
     words = (place ^ key).to(tl.uint32, bitcast=True)
     words = (words ^ (words >> 16)) * 0x21F0AAAD
     words = (words ^ (words >> 15)) * 0x735A2D97

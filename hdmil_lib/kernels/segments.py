@@ -1,51 +1,130 @@
-"""Bags of any length, one after the other: where each starts, and how a grid of programs covers them."""
+"""Bags of any length, one after the other in one tensor: where each starts, checked once."""
+
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import check_tensor
+
+class Segments:
+    """Where each of B bags lies among N tiles that stand one after the other.
+
+    Lengths are known on the host, offsets lie where the tiles lie: nothing that is derived from a `Segments`
+    makes a GPU wait. Operators and models take one and do not check it again.
+
+    Attributes:
+        lengths: Tiles of each bag, on the host.
+        offsets: Where each bag starts and the last one ends, from 0 to N, int64 (B + 1,).
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        """Describe bags with these lengths.
+
+        Args:
+            lengths: Tiles of each bag, 0 or more; at least one bag.
+            device: Device of the tiles.
+
+        Raises:
+            ValueError: There is no bag, or a length is negative.
+        """
+        self.lengths = tuple(int(length) for length in lengths)
+        if not self.lengths or min(self.lengths) < 0:
+            raise ValueError(f"lengths is {self.lengths}, expected 0 or more tiles for each of one bag or more")
+        sizes = torch.tensor((0, *self.lengths), dtype=torch.int64)
+        self.offsets = sizes.cumsum(0).to(device, non_blocking=True)
+
+    @classmethod
+    def from_offsets(cls, offsets: Tensor) -> "Segments":
+        """Describe bags by their offsets (B + 1,), integers from 0 upwards; reads them on the host.
+
+        Raises:
+            ValueError: They do not start at 0, descend, or are no vector of integers.
+        """
+        if offsets.dtype not in (torch.int32, torch.int64) or offsets.ndim != 1 or len(offsets) < 2:
+            shape = tuple(offsets.shape)
+            raise ValueError(f"offsets is {offsets.dtype} of shape {shape}, expected integers (B + 1,)")
+        values = offsets.tolist()
+        if values[0] != 0:
+            raise ValueError(f"offsets starts at {values[0]}, expected 0")
+        return cls([end - start for start, end in zip(values, values[1:], strict=False)], offsets.device)
+
+    @property
+    def n_bags(self) -> int:
+        """Number of bags, B."""
+        return len(self.lengths)
+
+    @cached_property
+    def n_tiles(self) -> int:
+        """Number of tiles of all bags, N."""
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        """Number of tiles of the longest bag."""
+        return max(self.lengths)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Tiles of each bag on the device, int64 (B,)."""
+        return self.offsets.diff()
+
+    @cached_property
+    def bag(self) -> Tensor:
+        """Number of the bag that each tile is in, int64 (N,)."""
+        bags = torch.arange(self.n_bags, device=self.offsets.device)
+        return torch.repeat_interleave(bags, self.sizes, output_size=self.n_tiles)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Place of each tile in its bag, from 0, int64 (N,)."""
+        return torch.arange(self.n_tiles, device=self.offsets.device) - self.offsets[self.bag]
+
+    def __len__(self) -> int:
+        return self.n_bags
+
+    def __repr__(self) -> str:
+        return f"Segments({self.n_bags} bags, {self.n_tiles} tiles, {self.offsets.device})"
 
 
-def check_segments(cu_seqlens: Tensor | None, n_tiles: int, device: torch.device) -> None:
-    """Hold `cu_seqlens` (B + 1,) to 0 = first <= ... <= last = n_tiles; reading it makes a GPU wait.
+def check_segments(segments: Segments | None, n_tiles: int, device: torch.device) -> None:
+    """Hold segments to the tensors they come with; no number on a device is read.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: They are no `Segments`, cover another number of tiles, or lie on another device.
     """
-    if cu_seqlens is None:
+    if segments is None:
         return
-    check_tensor("cu_seqlens", cu_seqlens, "B+1")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected integers (B + 1,)"
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but embeddings is on {device}")
-    first, last, ascends = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() >= 0).all())
-    if first != 0 or last != n_tiles or not ascends:
-        raise ValueError(
-            f"cu_seqlens goes from {first} to {last}{'' if ascends else ' and descends in between'}: "
-            f"expected bags that cover the {n_tiles} tiles one after the other, from 0 to {n_tiles}"
-        )
+    if not isinstance(segments, Segments):
+        raise ValueError(f"segments is a {type(segments).__name__}, expected a Segments, or None for one bag")
+    if segments.n_tiles != n_tiles:
+        raise ValueError(f"segments covers {segments.n_tiles} tiles, embeddings has {n_tiles}")
+    if segments.offsets.device != device:
+        raise ValueError(f"segments is on {segments.offsets.device}, but embeddings is on {device}")
 
 
-def chunks(cu_seqlens: Tensor, n_tiles: int, size: int) -> tuple[Tensor, Tensor]:
+def chunks(offsets: Tensor, n_tiles: int, size: int) -> tuple[Tensor, Tensor]:
     """Cut every bag into chunks of at most `size` tiles; no chunk has tiles of two bags.
 
-    Its number depends on the lengths, which a GPU knows and the caller does not; there are rows for as
-    many as there can be, and those that are too many have no tiles.
+    The number of chunks depends on the lengths, which are not read here: there are rows for as many as there
+    can be, and surplus rows have no tiles.
+
+    Args:
+        offsets: Where each bag starts and the last one ends, (B + 1,).
+        n_tiles: Number of tiles, N.
+        size: Largest number of tiles per chunk.
 
     Returns:
-        table: int32 (n_tiles // size + B, 3): bag, first tile, end.
+        table: int32 (N // size + B, 3): bag, first tile, end.
         first_chunk: int32 (B + 1,), where the chunks of each bag start in the table.
     """
-    counts = (cu_seqlens.diff() + size - 1) // size
+    counts = (offsets.diff() + size - 1) // size
     first_chunk = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    number = torch.arange(n_tiles // size + len(counts), device=cu_seqlens.device)
+    number = torch.arange(n_tiles // size + len(counts), device=offsets.device)
     bag = torch.searchsorted(first_chunk, number, right=True) - 1
     beyond = bag >= len(counts)
     bag = bag.clamp(max=len(counts) - 1)
-    start = cu_seqlens[bag] + (number - first_chunk[bag]) * size
+    start = offsets[bag] + (number - first_chunk[bag]) * size
     start = start.masked_fill(beyond, n_tiles)
-    end = torch.minimum(start + size, cu_seqlens[bag + 1]).masked_fill(beyond, n_tiles)
+    end = torch.minimum(start + size, offsets[bag + 1]).masked_fill(beyond, n_tiles)
     return torch.stack((bag, start, end), 1).int(), first_chunk.int()

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: `tools/aot_check.py` compiles every variant that an operator can launch."""
+"""Compilations of a kernel: `tools/aot_check.py` compiles every variant that an operator can launch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ class Variant:
     """One compilation of a kernel.
 
     Attributes:
-        kernel: The function that `triton.jit` made.
-        types: Type of each argument that is not a constant: "*fp32", "*bf16", "*u8", "i32", "fp32";
-            "i32:16" for a size that is a multiple of 16. Pointers are aligned to 16 bytes, as torch's are.
-        constants: The `tl.constexpr` arguments.
-        num_warps: Warps a program.
-        uses_tensor_cores: It has a `tl.dot`, which must become MMA or MFMA instructions.
+        kernel: Kernel function, as returned by `triton.jit`.
+        types: Type of each argument that is not a constant: "*fp32", "*bf16", "*u8", "i32", "fp32", or
+            "i32:16" for a size that is a multiple of 16. Pointers are aligned to 16 bytes, as in PyTorch.
+        constants: Values of the `tl.constexpr` arguments.
+        num_warps: Number of warps per program.
+        uses_tensor_cores: Whether the kernel has a `tl.dot`, which must become MMA or MFMA instructions.
     """
 
     kernel: Any
@@ -26,7 +26,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Kernel, constants and types, for reports."""
+        """Kernel, type of the first argument, and constants, for reports."""
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
         first = next(iter(self.types.values())).lstrip("*")
         return f"{self.kernel.__name__} {first} {constants}"

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
-from hdmil_lib.errors import HDMILError
+from hdmil_lib.errors import HDMILError, nearest
 from hdmil_lib.models.abmil import ABMIL
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.clam import CLAM
-from hdmil_lib.models.dmin import DMIN, PAPER_PRESETS, DMINOutput, DMINSettings, PaperPreset
+from hdmil_lib.models.dmin import DMIN, DMINOutput, DMINSettings, LossWeights
 from hdmil_lib.models.dsmil import DSMIL
 from hdmil_lib.models.dtfd import DTFD
+from hdmil_lib.models.hdmil import HDMIL, HDMILOutput, ModelInfo
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.mambamil import MambaMIL
@@ -26,27 +28,26 @@ __all__ = [
     "DMIN",
     "DSMIL",
     "DTFD",
+    "HDMIL",
     "LIPN",
     "MODELS",
-    "PAPER_PRESETS",
     "S4MIL",
     "SMT",
     "ChebyshevKAN",
     "DMINOutput",
     "DMINSettings",
+    "HDMILOutput",
+    "LossTerms",
+    "LossWeights",
     "MILModel",
     "MILOutput",
     "MambaMIL",
     "MaxPooling",
     "MeanPooling",
-    "PaperPreset",
+    "ModelInfo",
     "TransMIL",
-    "build_model",
+    "create_model",
 ]
-
-
-def _dmin(in_dim: int, n_classes: int, **settings: Any) -> DMIN:
-    return DMIN(DMINSettings(in_dim=in_dim, n_classes=n_classes, **settings))
 
 
 MODELS: dict[str, Callable[..., MILModel]] = {
@@ -63,22 +64,29 @@ MODELS: dict[str, Callable[..., MILModel]] = {
     "s4mil": S4MIL,
     "mambamil": MambaMIL,
     "smt": SMT,
-    "dmin": _dmin,
+    "dmin": DMIN,
 }
 
 
-def build_model(name: str, in_dim: int, n_classes: int, **settings: Any) -> MILModel:
+def create_model(name: str, in_dim: int, n_classes: int, **settings: Any) -> MILModel:
     """Make a bag classifier by its name in `MODELS`.
 
     Args:
         name: A key of `MODELS`.
         in_dim: Width of the features.
         n_classes: Number of classes.
-        **settings: Keyword arguments of the model, or fields of `DMINSettings`.
+        **settings: Keyword arguments of the model's constructor.
 
     Raises:
-        HDMILError: If no model has this name.
+        HDMILError: There is no model of this name, or it has no such setting.
+        ValueError: A setting is out of bounds.
     """
     if name not in MODELS:
-        raise HDMILError(f"there is no model {name!r}; choose one of {', '.join(MODELS)}")
+        raise HDMILError(
+            f"there is no model {name!r}{nearest(name, MODELS)}; choose one of {', '.join(MODELS)}"
+        )
+    known = [key for key in signature(MODELS[name]).parameters if key not in ("in_dim", "n_classes")]
+    for key in settings:
+        if key not in known:
+            raise HDMILError(f"{name} has no setting {key!r}{nearest(key, known)}; it has {', '.join(known)}")
     return MODELS[name](in_dim, n_classes, **settings)

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 
 from hdmil_lib.kernels import segment_softmax_pool
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import GatedAttention, projection
 
 
-class ABMIL(MILModel):
+class ABMIL(MILModel[MILOutput]):
     """Attention-based MIL: one attention column, one bag embedding, one linear classifier (Table 1).
 
     Args:
@@ -39,11 +40,11 @@ class ABMIL(MILModel):
             )
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
         embeddings = self.projection(features)
         if isinstance(self.attention, GatedAttention):
-            bag, attention = self.attention.pool(embeddings, cu_seqlens)
+            bag, attention = self.attention.pool(embeddings, segments)
         else:
             attention = self.attention(embeddings)
-            bag = segment_softmax_pool(embeddings, attention, None, cu_seqlens)
-        return MILOutput(logits=self.classifier(bag[:, 0]), cu_seqlens=cu_seqlens, attention=attention)
+            bag = segment_softmax_pool(embeddings, attention, None, segments)
+        return MILOutput(logits=self.classifier(bag[:, 0]), segments=segments, attention=attention)

@@ -2,51 +2,54 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hdmil_lib.errors import BagError
-from hdmil_lib.kernels.segments import check_segments
-from hdmil_lib.models.ragged import cumulative
+from hdmil_lib.kernels.segments import Segments, check_segments
+
+LossTerms = dict[str, Tensor]
+"""Weighted terms of a loss by name, scalars; their sum is the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MILOutput:
     """What a model says about B bags of N tiles together.
 
-    Asked about one bag without `cu_seqlens`, a model leaves the bag dimension out: logits are (C,).
-
     Attributes:
         logits: Class scores of the bags before the softmax, (B, C).
-        cu_seqlens: Where each bag starts and the last one ends, int64 (B + 1,).
+        segments: Where each bag lies among the tiles.
         attention: Attention logits before the softmax over tiles, (N, A); `None` for a model without.
     """
 
-    PER_BAG: ClassVar[tuple[str, ...]] = ("logits",)
-
     logits: Tensor
-    cu_seqlens: Tensor
+    segments: Segments
     attention: Tensor | None = None
 
-    def single(self) -> "MILOutput":
-        """The same without the bag dimension, for one bag."""
-        return replace(self, **{name: getattr(self, name)[0] for name in self.PER_BAG})
+    @property
+    def probabilities(self) -> Tensor:
+        """Class probabilities of the bags, (B, C)."""
+        return self.logits.softmax(1)
 
 
-class MILModel(nn.Module, ABC):
-    """Base of the bag classifiers; a subclass defines `classify`, and `losses` if it is not cross entropy.
+Output = TypeVar("Output", bound=MILOutput)
+
+
+class MILModel(nn.Module, ABC, Generic[Output]):
+    """Base of the bag classifiers; a subclass defines `classify`, and `loss` if it is not cross entropy.
 
     Features of some encoders differ between dimensions in offset and spread, which slows training down. A
     model may therefore learn their mean and standard deviation once, before training, and keep them with its
     weights; without that it takes features as they are, as in the paper.
 
     Attributes:
-        inputs: Fields of a bag that `forward` takes: features, then others by keyword.
-        reads_all: Needs the features of every tile. Otherwise its output says, as `keep_ratio`, of how many.
+        inputs: Fields of a `BagBatch` that `forward` takes.
+        reads_all: Whether the model needs the features of every tile. Where it does not, its output says, as
+            `keep_ratio`, of which share.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
     """
@@ -58,6 +61,8 @@ class MILModel(nn.Module, ABC):
         super().__init__()
         self.in_dim = in_dim
         self.n_classes = n_classes
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_std", torch.ones(in_dim))
 
@@ -68,43 +73,42 @@ class MILModel(nn.Module, ABC):
         self.feature_mean.copy_(tiles.mean(0))
         self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
 
-    def forward(self, features: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> MILOutput:
+    def forward(self, features: Tensor, segments: Segments | None = None, **options: Any) -> Output:
         """Classify bags of any length.
 
         Args:
             features: Tiles of all bags one after the other, (N, in_dim).
-            cu_seqlens: Where each of B bags starts and the last one ends, integers (B + 1,) from 0 to N;
-                `None` for one bag, whose output has no bag dimension.
-            **options: Of the model, as its `classify` takes them.
+            segments: Where each of B bags lies; `None` for one bag, B = 1.
+            **options: Further inputs and options of the model, as its `classify` takes them.
 
         Raises:
             BagError: Features have another width, or a bag has no tiles.
-            ValueError: `cu_seqlens` does not cover the tiles.
+            ValueError: `segments` does not cover the tiles.
         """
         features = self.prepare(features)
-        if cu_seqlens is None:
-            return self.classify(features, cumulative([len(features)], features.device), **options).single()
-        check_segments(cu_seqlens, len(features), features.device)
-        if not cu_seqlens.diff().all():
+        if segments is None:
+            segments = Segments([len(features)], features.device)
+        check_segments(segments, len(features), features.device)
+        if min(segments.lengths) == 0:
             raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
-        return self.classify(features, cu_seqlens.long(), **options)
+        return self.classify(features, segments, **options)
 
     @abstractmethod
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
-        """Output of B bags, with prepared features (N, in_dim) and int64 `cu_seqlens` (B + 1,)."""
+    def classify(self, features: Tensor, segments: Segments) -> Output:
+        """Output of B bags, given prepared features (N, in_dim)."""
 
-    def losses(self, output: MILOutput, labels: Tensor) -> dict[str, Tensor]:
-        """The terms, scalars, that add up to the loss of these bags: each a mean over bags.
+    def loss(self, output: Output, labels: Tensor) -> LossTerms:
+        """The weighted terms of the loss of these bags, each a mean over bags; they are to be added up.
 
         Args:
-            output: Of `forward`, with the bag dimension.
+            output: What `forward` returned.
             labels: Class indices, int64 (B,).
         """
         return {"bag": cross_entropy(output.logits, labels)}
 
-    def tiers(self) -> list[list[nn.Parameter]]:
-        """Parts of the weights whose gradients are clipped each by itself."""
-        return [list(self.parameters())]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer; gradients are clipped within each group by itself."""
+        return [{"params": list(self.parameters())}]
 
     def prepare(self, features: Tensor) -> Tensor:
         """Features (N, in_dim) as the first layer takes them.

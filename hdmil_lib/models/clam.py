@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.layers import GatedAttention, projection
 
@@ -22,7 +23,7 @@ class CLAMOutput(MILOutput):
     embeddings: Tensor
 
 
-class CLAM(MILModel):
+class CLAM(MILModel[CLAMOutput]):
     """Clustering-constrained attention MIL, with a single branch or one a class (Lu et al. 2021; Table 1).
 
     The single branch (CLAM-SB) pools one bag embedding, of which a linear classifier makes all class scores;
@@ -67,21 +68,21 @@ class CLAM(MILModel):
         self.classifier = nn.Linear(embed_dim, n_classes)
         self.instance_heads = nn.ModuleList(nn.Linear(embed_dim, 2) for _ in range(n_classes))
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> CLAMOutput:
+    def classify(self, features: Tensor, segments: Segments) -> CLAMOutput:
         embeddings = self.projection(features)
-        bag, attention = self.attention.pool(embeddings, cu_seqlens)
+        bag, attention = self.attention.pool(embeddings, segments)
         bag = bag.expand(-1, self.n_classes, -1)  # a single branch serves every class
         logits = torch.einsum("bce,ce->bc", bag, self.classifier.weight) + self.classifier.bias
-        return CLAMOutput(logits=logits, cu_seqlens=cu_seqlens, attention=attention, embeddings=embeddings)
+        return CLAMOutput(logits=logits, segments=segments, attention=attention, embeddings=embeddings)
 
-    def losses(self, output: CLAMOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: CLAMOutput, labels: Tensor) -> LossTerms:
         """Cross entropy of the bags and the clustering loss of their tiles, weighted."""
         clustering = instance_clustering_loss(
             self.instance_heads,
             output.embeddings,
             output.attention.expand(-1, self.n_classes),
             labels,
-            output.cu_seqlens,
+            output.segments,
             k=self.k,
             subtyping=self.subtyping,
         )

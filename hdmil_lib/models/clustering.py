@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.ragged import pad
 
 
@@ -20,7 +21,7 @@ def smooth_top1_svm(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B,), 0 or 1.
 
     Returns:
-        One loss a row, (B,).
+        One loss per row, (B,).
     """
     difference = logits[:, 1] - logits[:, 0]
     z = torch.where(labels == 0, difference, -difference)
@@ -32,38 +33,38 @@ def instance_clustering_loss(
     embeddings: Tensor,
     attention: Tensor,
     labels: Tensor,
-    cu_seqlens: Tensor,
+    segments: Segments,
     *,
     k: int,
     subtyping: bool = False,
 ) -> Tensor:
     """L_clu: smooth top-1 SVM loss of instance classifiers on the tiles at both ends of the attention.
 
-    On the branch of the true class the k tiles of highest attention are labelled 1 and the k lowest 0.
-    With `subtyping`, the k highest of every other branch are labelled 0 as well. k is at most half the
+    On the branch of the true class the k tiles of highest attention are labeled 1 and the k lowest 0.
+    With `subtyping`, the k highest of every other branch are labeled 0 as well. k is at most half the
     bag and at least 1; in a bag of one tile that tile is both the highest and the lowest.
 
     Args:
-        heads: One instance classifier a branch, (n, E) to (n, 2).
+        heads: One instance classifier per branch, (n, E) to (n, 2).
         embeddings: F, (N, E).
         attention: A, (N, C).
         labels: Class of each bag, (B,).
-        cu_seqlens: (B + 1,).
+        segments: Where each of the B bags lies.
         k: Tiles at each end.
         subtyping: Every class has tiles of its own.
 
     Returns:
         Mean over the branches that take part, then over bags: a scalar.
     """
-    ks = (cu_seqlens.diff() // 2).clamp(1, k)
-    place = torch.arange(int(ks.max()), device=ks.device)
+    ks = (segments.sizes // 2).clamp(1, k)
+    place = torch.arange(min(max(segments.longest // 2, 1), k), device=ks.device)
     takes = place < ks.unsqueeze(1)
     total = embeddings.new_zeros(len(labels))
     for branch, head in enumerate(heads):
         scores = attention[:, branch].detach()
         of_class = labels == branch
-        highest = _ends(scores, cu_seqlens, len(place))
-        lowest = _ends(-scores, cu_seqlens, len(place))
+        highest = _ends(scores, segments, len(place))
+        lowest = _ends(-scores, segments, len(place))
         part = takes if subtyping else takes & of_class.unsqueeze(1)
         low_part = takes & of_class.unsqueeze(1)
         tiles = torch.cat((highest[part], lowest[low_part]))
@@ -78,6 +79,6 @@ def instance_clustering_loss(
     return total.mean() / (len(heads) if subtyping else 1)
 
 
-def _ends(scores: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
-    """Numbers, among all tiles, of each bag's k tiles of highest score, (B, k); shorter bags have fewer."""
-    return pad(scores, cu_seqlens, -torch.inf).topk(k, dim=1).indices + cu_seqlens[:-1].unsqueeze(1)
+def _ends(scores: Tensor, segments: Segments, k: int) -> Tensor:
+    """Rows, among all tiles, of each bag's k tiles of highest score, (B, k); shorter bags have fewer."""
+    return pad(scores, segments, -torch.inf).topk(k, dim=1).indices + segments.offsets[:-1].unsqueeze(1)

@@ -1,86 +1,57 @@
 """DMIN: attention MIL that learns which tiles it needs by distilling itself (paper: DMIN)."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import gumbel_mask, segment_softmax_pool
 from hdmil_lib.kernels.random import draw_seed
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.layers import GatedAttention, projection
 from hdmil_lib.models.ragged import bag_mean
+from hdmil_lib.schema import Schema, first_problem
+
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
-@dataclass(frozen=True)
-class DMINSettings:
-    """Shape and behavior of a DMIN; the defaults are the paper's for Camelyon16.
+class LossWeights(Schema):
+    """a1 to a5 of DMIN's loss, with the values of the authors' code."""
 
-    Attributes:
-        in_dim: Width of the features, D.
-        n_classes: Number of classes and of branches, C.
-        embed_dim: Width of the embeddings, E.
-        attention_dim: Width of the attention's hidden layer.
-        dropout: On the embeddings and on both factors of the attention.
-        degree: K of the Chebyshev heads.
-        temperature: tau of the Gumbel-sigmoid, used in training alone.
-        threshold: gamma; a tile is kept where its sigmoid exceeds it.
-        keep_ratio: r, the target of the rate loss.
-        head: Chebyshev-KAN ("cka") or linear classifiers (Table 3 without CKA).
-        linear_start: Chebyshev heads begin as linear ones.
-        self_distillation: Without it there is no mask and no student (Table 3 without SelfDist).
-    """
-
-    in_dim: int = 1024
-    n_classes: int = 2
-    embed_dim: int = 512
-    attention_dim: int = 256
-    dropout: float = 0.25
-    degree: int = 12
-    temperature: float = 0.7
-    threshold: float = 0.5
-    keep_ratio: float = 0.6
-    head: Literal["cka", "linear"] = "cka"
-    linear_start: bool = False
-    self_distillation: bool = True
-
-    def __post_init__(self):
-        if self.n_classes < 2:
-            raise ValueError(f"n_classes is {self.n_classes}: DMIN needs two classes or more")
-        if self.head not in ("cka", "linear"):
-            raise ValueError(f"head is {self.head!r}, expected 'cka' or 'linear'")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}, expected more than 0")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}, expected a number between 0 and 1")
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio is {self.keep_ratio}, expected more than 0 and at most 1")
+    teacher: Weight = 0.7
+    clustering: Weight = 0.3
+    embedding: Weight = 0.5
+    prediction: Weight = 0.5
+    rate: Weight = 2.0
 
 
-@dataclass(frozen=True)
-class PaperPreset:
-    """What the paper uses on one data set, beyond the defaults.
+class DMINSettings(Schema):
+    """The arguments of a DMIN, with their bounds: what a model folder keeps of it."""
 
-    Attributes:
-        settings: Of the network.
-        learning_rate: Of Adam.
-        subtyping: Each class is a subtype with tiles of its own, so the clustering loss also labels the
-            top tiles of the other branches.
-    """
-
-    settings: DMINSettings
-    learning_rate: float
+    in_dim: Width
+    n_classes: Annotated[int, Field(ge=2, le=1000)]
+    embed_dim: Width
+    attention_dim: Width
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    degree: Annotated[int, Field(ge=1, le=64)]
+    temperature: Annotated[float, Field(gt=0, le=1000)]
+    threshold: Annotated[float, Field(gt=0, lt=1)]
+    keep_ratio: Annotated[float, Field(gt=0, le=1)]
+    head: Literal["cka", "linear"]
+    linear_start: bool
+    self_distillation: bool
+    k: Annotated[int, Field(ge=1, le=100_000)]
     subtyping: bool
-
-
-PAPER_PRESETS = {
-    "camelyon16": PaperPreset(DMINSettings(degree=12, keep_ratio=0.6), 3e-4, subtyping=False),
-    "nsclc": PaperPreset(DMINSettings(degree=16, keep_ratio=0.7), 3e-5, subtyping=True),
-    "brca": PaperPreset(DMINSettings(degree=12, keep_ratio=0.7), 3e-4, subtyping=True),
-}
+    detach_teacher: bool
+    loss_weights: LossWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +60,12 @@ class DMINOutput(MILOutput):
 
     Attributes:
         mask: Selection of each branch, (N, C), straight-through in training; `None` without a student.
-        keep_ratio: r~, share of each bag's tiles that a branch or more select, (B,); `None` likewise.
+        keep_ratio: r~, share of each bag's tiles that one branch or more select, (B,); `None` likewise.
         teacher_logits: Class scores over all tiles, (B, C).
         bag_student: Embedding of the selected tiles of each branch, (B, C, E).
         bag_teacher: Embedding of all tiles of each branch, (B, C, E).
         embeddings: F, (N, E).
     """
-
-    PER_BAG: ClassVar[tuple[str, ...]] = ("logits", "teacher_logits", "bag_student", "bag_teacher")
 
     mask: Tensor | None
     keep_ratio: Tensor | None
@@ -105,29 +74,88 @@ class DMINOutput(MILOutput):
     bag_teacher: Tensor
     embeddings: Tensor
 
-    def single(self) -> "DMINOutput":
-        output = super().single()
-        return output if self.keep_ratio is None else replace(output, keep_ratio=self.keep_ratio[0])
 
-
-class DMIN(MILModel):
+class DMIN(MILModel[DMINOutput]):
     """Dynamic multi-instance network: a teacher over all tiles, a student over those it selects.
 
     One attention column, mask, bag embedding and classifier for each class; teacher and student share
     all weights. In training the selection is drawn with Gumbel noise; in evaluation it is
     M_c = [sigmoid(A_c) > gamma], without noise or temperature. A branch that selects nothing pools its
     tile of highest attention. In a model without self-distillation the teacher is also the answer.
+
+    Args:
+        in_dim: Width of the features, D.
+        n_classes: Number of classes and of branches, C.
+        embed_dim: Width of the embeddings, E.
+        attention_dim: Width of the attention's hidden layer.
+        dropout: Dropout on the embeddings and on both factors of the attention.
+        degree: K, degree of the Chebyshev heads.
+        temperature: tau of the Gumbel-sigmoid, used in training alone.
+        threshold: gamma; a tile is kept where its sigmoid exceeds it.
+        keep_ratio: r, the target of the rate loss.
+        head: Chebyshev-KAN ("cka") or linear classifiers (Table 3 without CKA).
+        linear_start: Whether Chebyshev heads begin as linear ones.
+        self_distillation: Whether there are a mask and a student (Table 3 without SelfDist).
+        k: Number of tiles at each end of the attention in the clustering loss.
+        subtyping: Whether every class has its own tiles; see `instance_clustering_loss`.
+        detach_teacher: Whether the distillation terms move the student alone. By default, as in the authors'
+            code, they move the teacher too.
+        loss_weights: a1 to a5; the authors' by default.
+
+    Attributes:
+        settings: All of these arguments.
+
+    Raises:
+        ValueError: An argument is out of bounds.
     """
 
-    def __init__(self, settings: DMINSettings):
-        super().__init__(settings.in_dim, settings.n_classes)
+    def __init__(
+        self,
+        in_dim: int = 1024,
+        n_classes: int = 2,
+        *,
+        embed_dim: int = 512,
+        attention_dim: int = 256,
+        dropout: float = 0.25,
+        degree: int = 12,
+        temperature: float = 0.7,
+        threshold: float = 0.5,
+        keep_ratio: float = 0.6,
+        head: Literal["cka", "linear"] = "cka",
+        linear_start: bool = False,
+        self_distillation: bool = True,
+        k: int = 32,
+        subtyping: bool = False,
+        detach_teacher: bool = False,
+        loss_weights: LossWeights | None = None,
+    ):
+        try:
+            settings = DMINSettings(
+                in_dim=in_dim,
+                n_classes=n_classes,
+                embed_dim=embed_dim,
+                attention_dim=attention_dim,
+                dropout=dropout,
+                degree=degree,
+                temperature=temperature,
+                threshold=threshold,
+                keep_ratio=keep_ratio,
+                head=head,
+                linear_start=linear_start,
+                self_distillation=self_distillation,
+                k=k,
+                subtyping=subtyping,
+                detach_teacher=detach_teacher,
+                loss_weights=loss_weights or LossWeights(),
+            )
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from error
+        super().__init__(in_dim, n_classes)
         self.settings = settings
-        self.projection = projection(settings.in_dim, settings.embed_dim, settings.dropout)
-        self.attention = GatedAttention(
-            settings.embed_dim, settings.attention_dim, settings.n_classes, settings.dropout
-        )
-        self.heads = nn.ModuleList(self._head(1) for _ in range(settings.n_classes))
-        self.instance_heads = nn.ModuleList(self._head(2) for _ in range(settings.n_classes))
+        self.projection = projection(in_dim, embed_dim, dropout)
+        self.attention = GatedAttention(embed_dim, attention_dim, n_classes, dropout)
+        self.heads = nn.ModuleList(self._head(1) for _ in range(n_classes))
+        self.instance_heads = nn.ModuleList(self._head(2) for _ in range(n_classes))
 
     def _head(self, out_features: int) -> nn.Module:
         s = self.settings
@@ -138,7 +166,7 @@ class DMIN(MILModel):
     def classify(
         self,
         features: Tensor,
-        cu_seqlens: Tensor,
+        segments: Segments,
         *,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -147,12 +175,12 @@ class DMIN(MILModel):
 
         Args:
             features: I, (N, in_dim).
-            cu_seqlens: (B + 1,).
-            mask: (N, C), the tiles of each branch chosen beforehand by LIPN; takes the place of DMIN's own.
+            segments: Where each of the B bags lies.
+            mask: Tiles of each branch (N, C) chosen beforehand by LIPN, in place of DMIN's own choice.
             generator: Source of the seed of the Gumbel noise in training; torch's global one by default.
 
         Raises:
-            BagError: If features or mask have another shape than the model or the bag.
+            BagError: Features or mask have another shape than the model or the bags.
         """
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
@@ -160,12 +188,12 @@ class DMIN(MILModel):
             mask = self._given(mask, attention)
         elif self.settings.self_distillation:
             mask = self._select(attention, generator)
-        keep_ratio = None if mask is None else bag_mean(union(mask), cu_seqlens)
-        student, teacher = self._pool(embeddings, attention, mask, cu_seqlens)
+        keep_ratio = None if mask is None else bag_mean(union(mask), segments)
+        student, teacher = self._pool(embeddings, attention, mask, segments)
         logits, teacher_logits = self.score(torch.cat((student, teacher))).chunk(2)
         return DMINOutput(
             logits=logits,
-            cu_seqlens=cu_seqlens,
+            segments=segments,
             attention=attention,
             mask=mask,
             keep_ratio=keep_ratio,
@@ -175,23 +203,63 @@ class DMIN(MILModel):
             embeddings=embeddings,
         )
 
+    def loss(self, output: DMINOutput, labels: Tensor) -> LossTerms:
+        """L = a1 CE(Y_tea, y) + a2 L_clu + a3 MSE(E_stu, E_tea) + a4 KL(Y_tea || Y_stu) + a5 (r~ - r)^2.
+
+        The divergence is that of the student from the teacher, sum_c p_tea log(p_tea / p_stu). A model
+        without self-distillation has the first two terms alone.
+
+        Args:
+            output: What `forward` returned.
+            labels: Class indices, int64 (B,).
+
+        Returns:
+            The weighted terms "teacher", "clustering", "embedding", "prediction" and "rate", each a mean
+            over bags (paper: objective of DMIN).
+        """
+        terms = {
+            "teacher": cross_entropy(output.teacher_logits, labels),
+            "clustering": instance_clustering_loss(
+                self.instance_heads,
+                output.embeddings,
+                output.attention,
+                labels,
+                output.segments,
+                k=self.settings.k,
+                subtyping=self.settings.subtyping,
+            ),
+        }
+        if output.keep_ratio is not None:
+            bag, teacher_logits = output.bag_teacher, output.teacher_logits
+            if self.settings.detach_teacher:
+                bag, teacher_logits = bag.detach(), teacher_logits.detach()
+            student, teacher = output.logits.log_softmax(1), teacher_logits.log_softmax(1)
+            terms["embedding"] = mse_loss(output.bag_student, bag)
+            terms["prediction"] = kl_div(student, teacher, reduction="batchmean", log_target=True)
+            terms["rate"] = (output.keep_ratio - self.settings.keep_ratio).square().mean()
+        weights = self.settings.loss_weights
+        return {name: getattr(weights, name) * term for name, term in terms.items()}
+
     def _select(self, attention: Tensor, generator: torch.Generator | None) -> Tensor:
         threshold = self.settings.threshold
         if not self.training:
-            return gumbel_mask(attention, threshold=threshold)[0]
+            return gumbel_mask(attention, threshold=threshold)
         temperature, seed = self.settings.temperature, draw_seed(generator)
-        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)[0]
+        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)
 
     @staticmethod
     def _pool(
-        embeddings: Tensor, attention: Tensor, mask: Tensor | None, cu_seqlens: Tensor
+        embeddings: Tensor, attention: Tensor, mask: Tensor | None, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """Student and teacher (B, C, E), each tile read once: the teacher is a second set of branches."""
         if mask is None:
-            teacher = segment_softmax_pool(embeddings, attention, None, cu_seqlens)
+            teacher = segment_softmax_pool(embeddings, attention, None, segments)
             return teacher, teacher
         masks = torch.cat((mask, torch.ones_like(mask)), 1)
-        return segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, cu_seqlens).chunk(2, dim=1)
+        student, teacher = segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, segments).chunk(
+            2, 1
+        )
+        return student, teacher
 
     @staticmethod
     def _given(mask: Tensor, attention: Tensor) -> Tensor:

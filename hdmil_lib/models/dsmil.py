@@ -1,13 +1,13 @@
 """DSMIL: the tile of highest class score asks all others how much they resemble it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hdmil_lib.kernels import segment_softmax_pool
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.ragged import bag_argmax, pad, unpad
 
 
@@ -19,12 +19,10 @@ class DSMILOutput(MILOutput):
         critical_logits: Score of each class at its critical tile, (B, C).
     """
 
-    PER_BAG: ClassVar[tuple[str, ...]] = ("logits", "critical_logits")
-
     critical_logits: Tensor
 
 
-class DSMIL(MILModel):
+class DSMIL(MILModel[DSMILOutput]):
     """Dual-stream MIL: max pooling finds critical tiles, attention to them pools the bag (Li et al. 2021).
 
     The critical tile of a class is that of highest score by the instance classifier. Each class pools the
@@ -49,21 +47,21 @@ class DSMIL(MILModel):
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> DSMILOutput:
+    def classify(self, features: Tensor, segments: Segments) -> DSMILOutput:
         scores = self.instance_classifier(features)
-        critical = bag_argmax(scores, cu_seqlens)
+        critical = bag_argmax(scores, segments)
         query = self.query(features)
-        similarity = pad(query, cu_seqlens) @ query[critical].mT
-        attention = unpad(similarity, cu_seqlens) / query.shape[1] ** 0.5
-        bag = segment_softmax_pool(features, attention, None, cu_seqlens)
+        similarity = pad(query, segments) @ query[critical].mT
+        attention = unpad(similarity, segments) / query.shape[1] ** 0.5
+        bag = segment_softmax_pool(features, attention, None, segments)
         return DSMILOutput(
             logits=self.classifier(bag.flatten(1)),
-            cu_seqlens=cu_seqlens,
+            segments=segments,
             attention=attention,
             critical_logits=scores.gather(0, critical),
         )
 
-    def losses(self, output: DSMILOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: DSMILOutput, labels: Tensor) -> LossTerms:
         """Cross entropy of the bags' scores and of their critical tiles', half each."""
         return {
             "bag": 0.5 * cross_entropy(output.logits, labels),

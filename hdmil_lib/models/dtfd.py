@@ -1,16 +1,17 @@
 """DTFD-MIL: groups of tiles are bags themselves, and what they distill is the bag of a second tier."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from hdmil_lib.kernels import segment_softmax_pool
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.layers import GatedAttention
-from hdmil_lib.models.ragged import bag_argmax, bag_mean, bag_of_tile, cumulative, pad, unpad
+from hdmil_lib.models.ragged import bag_argmax, bag_mean, pad, unpad
 
 Distillation = Literal["afs", "maxs", "maxmins"]
 
@@ -21,14 +22,14 @@ class DTFDOutput(MILOutput):
 
     Attributes:
         group_logits: Class scores of the G groups of all bags, (G, C).
-        cu_groups: Where the groups of each bag start and those of the last one end, int64 (B + 1,).
+        groups: Where the groups of each bag lie among all groups.
     """
 
     group_logits: Tensor
-    cu_groups: Tensor
+    groups: Segments
 
 
-class DTFD(MILModel):
+class DTFD(MILModel[DTFDOutput]):
     """Double-tier feature distillation MIL (Zhang et al. 2022; Table 1).
 
     Tier 1 is attention MIL on each group, which has the label of its bag. What it distills of each group is
@@ -38,17 +39,17 @@ class DTFD(MILModel):
     class 1 is the highest, with more the surest of any class.
 
     Each tier learns from its own loss alone: distilled features carry no gradient to tier 1. That is what
-    training with one optimizer a tier amounts to, as published: tier 1's never steps by the loss of tier 2.
+    training with one optimizer per tier amounts to, as published: tier 1's never steps by the loss of tier 2.
 
     In training a bag is split at random. In evaluation its tiles are dealt to the groups in the order of
     their attention, so that a prediction is repeatable, does not depend on the order of tiles, and all groups
-    get tiles of high attention. A bag of fewer tiles than groups has one group a tile.
+    get tiles of high attention. A bag of fewer tiles than groups has one group per tile.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        distill: What tier 2 gets of a group.
-        n_groups: Groups of a bag.
+        distill: What tier 2 gets of each group.
+        n_groups: Groups per bag.
         embed_dim: Width of the projected features.
         attention_dim: Width of the hidden layer of both attentions.
 
@@ -79,15 +80,15 @@ class DTFD(MILModel):
         self.bag_classifier = nn.Linear(embed_dim, n_classes)
 
     def classify(
-        self, features: Tensor, cu_seqlens: Tensor, *, generator: torch.Generator | None = None
+        self, features: Tensor, segments: Segments, *, generator: torch.Generator | None = None
     ) -> DTFDOutput:
         """Classify bags.
 
         Args:
             features: (N, in_dim).
-            cu_seqlens: (B + 1,).
-            generator: Of the CPU, source of the split in training: one number a tile, so that bags together
-                are split as they would be one by one; torch's global one by default.
+            segments: Where each of the B bags lies.
+            generator: Generator of the CPU that splits bags in training, one number per tile, so that bags
+                together are split as they would be one by one; torch's global one by default.
         """
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
@@ -95,64 +96,70 @@ class DTFD(MILModel):
             order = torch.rand(len(features), generator=generator).to(features.device)
         else:
             order = -attention[:, 0]
-        tiles, cu_tiles = deal(order, cu_seqlens, self.n_groups)
-        cu_groups = cumulative(cu_seqlens.diff().clamp(max=self.n_groups))
+        tiles, group_tiles = deal(order, segments, self.n_groups)
+        groups = Segments([min(length, self.n_groups) for length in segments.lengths], features.device)
         members = embeddings.index_select(0, tiles), attention.index_select(0, tiles)
-        groups = segment_softmax_pool(*members, None, cu_tiles)[:, 0]
-        distilled = groups if self.distill == "afs" else self._extremes(*members, cu_tiles)
-        per_group = 2 if self.distill == "maxmins" else 1
-        bag, _ = self.bag_attention.pool(distilled.detach(), cu_groups * per_group)
+        pooled = segment_softmax_pool(*members, None, group_tiles)[:, 0]
+        distilled, instances = pooled, groups
+        if self.distill != "afs":
+            distilled = self._extremes(*members, group_tiles)
+        if self.distill == "maxmins":
+            instances = Segments([2 * n for n in groups.lengths], features.device)
+        bag, _ = self.bag_attention.pool(distilled.detach(), instances)
         return DTFDOutput(
             logits=self.bag_classifier(bag[:, 0]),
-            cu_seqlens=cu_seqlens,
+            segments=segments,
             attention=attention,
-            group_logits=self.classifier(groups),
-            cu_groups=cu_groups,
+            group_logits=self.classifier(pooled),
+            groups=groups,
         )
 
     @torch.no_grad()
-    def _extremes(self, embeddings: Tensor, attention: Tensor, cu_tiles: Tensor) -> Tensor:
+    def _extremes(self, embeddings: Tensor, attention: Tensor, group_tiles: Segments) -> Tensor:
         """Embeddings (G, E) or (2 G, E) of each group's tile of highest, and lowest, class activation."""
-        weights = unpad(pad(attention, cu_tiles, -torch.inf).softmax(1), cu_tiles)
+        weights = unpad(pad(attention, group_tiles, -torch.inf).softmax(1), group_tiles)
         activation = weights * linear(embeddings, self.classifier.weight)
         two_classes = self.n_classes == 2
         score = activation[:, 1] - activation[:, 0] if two_classes else activation.softmax(1).amax(1)
-        tiles = bag_argmax(score, cu_tiles)
+        tiles = bag_argmax(score, group_tiles)
         if self.distill == "maxmins":
-            tiles = torch.stack((tiles, bag_argmax(-score, cu_tiles)), 1).flatten()
+            tiles = torch.stack((tiles, bag_argmax(-score, group_tiles)), 1).flatten()
         return embeddings[tiles]
 
-    def losses(self, output: DTFDOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: DTFDOutput, labels: Tensor) -> LossTerms:
         """Cross entropy of the groups, a mean over each bag's, and that of the bags."""
-        group_labels = labels[bag_of_tile(output.cu_groups)]
+        group_labels = labels[output.groups.bag]
         groups = cross_entropy(output.group_logits, group_labels, reduction="none")
         return {
-            "tier_1": bag_mean(groups, output.cu_groups).mean(),
+            "tier_1": bag_mean(groups, output.groups).mean(),
             "tier_2": cross_entropy(output.logits, labels),
         }
 
-    def tiers(self) -> list[list[nn.Parameter]]:
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One parameter group per tier, since gradients are clipped tier by tier."""
         tiers = (self.projection, self.attention, self.classifier), (self.bag_attention, self.bag_classifier)
-        return [[weight for module in tier for weight in module.parameters()] for tier in tiers]
+        return [{"params": [p for module in tier for p in module.parameters()]} for tier in tiers]
 
 
-def deal(order: Tensor, cu_seqlens: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+def deal(order: Tensor, segments: Segments, n_groups: int) -> tuple[Tensor, Segments]:
     """Deal the tiles of each bag to groups like cards: the first to the first group, and so on around.
 
     Args:
-        order: Tiles are dealt from the lowest value of their bag to the highest, equals in their order, (N,).
-        cu_seqlens: (B + 1,).
-        n_groups: Groups of a bag; one of fewer tiles has a group for each.
+        order: Values (N,) that rank tiles: each bag's lowest is dealt first, equals in their order.
+        segments: Where each of the B bags lies.
+        n_groups: Groups per bag; a bag of fewer tiles has one group per tile.
 
     Returns:
-        tiles: Numbers among all N tiles, bag by bag and group by group, int64 (N,).
-        cu_tiles: Where each group starts in them and the last one ends, int64 (G + 1,).
+        tiles: Rows among all N tiles, bag by bag and group by group, int64 (N,).
+        group_tiles: Where each of the G groups lies in `tiles`.
     """
-    bag = bag_of_tile(cu_seqlens)
-    place = torch.arange(len(order), device=order.device) - cu_seqlens[bag]
-    ranked = unpad(pad(order.detach(), cu_seqlens, torch.inf).argsort(dim=1, stable=True), cu_seqlens)
+    bag, place = segments.bag, segments.place
+    ranked = unpad(pad(order.detach(), segments, torch.inf).argsort(dim=1, stable=True), segments)
     group = bag * n_groups + place % n_groups
-    tiles = (ranked + cu_seqlens[bag])[group.argsort(stable=True)]
-    lengths = (cu_seqlens.diff().unsqueeze(1) + torch.arange(n_groups, device=order.device)) // n_groups
-    lengths = lengths.flip(1).flatten()
-    return tiles, cumulative(lengths[lengths > 0])
+    tiles = (ranked + segments.offsets[bag])[group.argsort(stable=True)]
+    lengths = [
+        (length + n_groups - 1 - group) // n_groups
+        for length in segments.lengths
+        for group in range(n_groups)
+    ]
+    return tiles, Segments([length for length in lengths if length > 0], order.device)

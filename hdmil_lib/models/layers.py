@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.kernels import gated_attention, gated_attention_pool
 from hdmil_lib.kernels.random import draw_seed
+from hdmil_lib.kernels.segments import Segments
 
 
 def projection(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
@@ -24,9 +25,9 @@ class GatedAttention(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         return gated_attention(embeddings, *self._weights, **self._drops())
 
-    def pool(self, embeddings: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def pool(self, embeddings: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Bag embeddings (B, n_branches, embed_dim) and logits; see `kernels.gated_attention_pool`."""
-        return gated_attention_pool(embeddings, *self._weights, None, cu_seqlens, **self._drops())
+        return gated_attention_pool(embeddings, *self._weights, None, segments, **self._drops())
 
     @property
     def _weights(self) -> list[Tensor]:

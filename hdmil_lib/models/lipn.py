@@ -1,10 +1,15 @@
 """LIPN: a tiny network that sees the thumbnail and says which tiles are worth reading (paper: LIPN)."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv2d
 
 from hdmil_lib.errors import BagError
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.ragged import bag_argmax
 
 PATCH_SIZE = 16
 
@@ -22,7 +27,7 @@ class PatchBatchNorm(nn.BatchNorm2d):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution that treats maps of at most 2x2 as one small matrix a channel.
+    """Depthwise convolution that treats maps of at most 2x2 as one small matrix per channel.
 
     A kernel of 5x5 on a map of 2x2 is mostly padding, and convolution libraries are slow at it: on a CPU the
     matrix is ten times faster, forward and backward.
@@ -66,7 +71,7 @@ class UniversalInvertedBottleneck(nn.Sequential):
 class LIPN(nn.Module):
     """Lightweight instance pre-screening network: 16x16 patches at 8 um/px to one logit for each branch.
 
-    With two classes it has 33,898 parameters and takes 127,648 multiply-adds a patch. A patch is kept
+    With two classes it has 33,898 parameters and takes 127,648 multiply-adds per patch. A patch is kept
     for branch c where sigmoid(logit_c) > gamma. In training, a bag of one patch is normalized by the
     running statistics.
     """
@@ -99,9 +104,9 @@ class LIPN(nn.Module):
         pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
         return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))
 
-    def tiers(self) -> list[list[nn.Parameter]]:
-        """Parts of the weights whose gradients are clipped each by itself: all together."""
-        return [list(self.parameters())]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: all weights together."""
+        return [{"params": list(self.parameters())}]
 
     @staticmethod
     def _check(patches: Tensor) -> None:
@@ -139,6 +144,62 @@ class LIPN(nn.Module):
             (self.classifier.weight.T, self.classifier.bias),
         ]
         return [t.detach().to(dtype).contiguous() for layer in rows + dense for t in layer]
+
+
+def keep_mask(logits: Tensor, thresholds: Tensor | float, segments: Segments) -> Tensor:
+    """Tiles that LIPN keeps for each branch: M_LR,c = [sigmoid(P_c) > threshold_c] (paper: inference).
+
+    The tiles to read are the union over branches. A bag of which no branch keeps anything keeps its single
+    tile of highest score, so that every slide gets an answer.
+
+    Args:
+        logits: P, (N, C).
+        thresholds: One number per branch (C,), or one for all.
+        segments: Where each of the B bags lies.
+
+    Returns:
+        bool (N, C).
+    """
+    scores = logits.sigmoid()
+    mask = scores > torch.as_tensor(thresholds, dtype=scores.dtype, device=scores.device)
+    n_kept = scores.new_zeros(segments.n_bags).index_add(0, segments.bag, mask.any(1).to(scores.dtype))
+    highest, branch = scores.max(1)
+    best = bag_argmax(highest, segments)
+    place = (best, branch[best])
+    return mask.index_put(place, mask[place] | (n_kept == 0))
+
+
+@torch.inference_mode()
+def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> list[float]:
+    """Thresholds on LIPN's sigmoid, one per branch, that keep a given share of tiles, averaged over slides.
+
+    The rate loss leaves the share at gamma to chance, and often gives one branch all of it; this sets it on
+    slides whose labels are not needed. Every branch keeps its highest tiles, the same share of all tiles for
+    each, as large as the union over branches allows.
+
+    Every slide has weight 1, shared equally by its tiles. In each branch a tile has a rank: the weight of the
+    tiles that score at least as high, as a share of all. When all branches keep the tiles of rank below q, a
+    tile is in the union exactly if its best rank over branches is below q. So the tiles sorted by best rank
+    enter the union one after the other, and q is the best rank of the first one that is too many.
+
+    Args:
+        scores: Sigmoid of LIPN's logits for each slide, (N, C).
+        keep_ratio: r, the share of tiles to keep.
+    """
+    slides = list(scores)
+    weight = torch.cat(
+        [torch.full((len(s),), 1 / (len(s) * len(slides)), dtype=torch.float64) for s in slides]
+    )
+    ordered, order = torch.cat(slides).cpu().sort(dim=0, descending=True)
+    rank = torch.empty_like(ordered, dtype=torch.float64)
+    rank.scatter_(0, order, weight[order].cumsum(0))
+    best_rank, entering = rank.amin(1).sort()
+    n_kept = int((weight[entering].cumsum(0) <= keep_ratio + 1e-9).sum())
+    q = best_rank[n_kept] if n_kept < len(best_rank) else torch.inf
+    kept = (rank < q).sum(0).tolist()
+    ends = torch.ones(1, ordered.shape[1], dtype=torch.float64)
+    bounds = torch.cat((ends, ordered.double(), 0 * ends))  # halfway between the last kept and the next score
+    return [float(bounds[n : n + 2, branch].mean()) for branch, n in enumerate(kept)]
 
 
 def _matrix(layers: list[nn.Sequential], side: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from hdmil_lib.kernels import segment_softmax_pool, selective_scan
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
-from hdmil_lib.models.ragged import bag_of_tile, pad, unpad
+from hdmil_lib.models.ragged import pad, unpad
 
 
-class MambaMIL(MILModel):
+class MambaMIL(MILModel[MILOutput]):
     """Projection, residual layers of SR-Mamba, attention pooling, linear classifier (Yang et al. 2024).
 
     Args:
@@ -58,22 +59,20 @@ class MambaMIL(MILModel):
         )
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
-        tiles, order = self.projection(features), strided_order(cu_seqlens, self.rate)
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
+        tiles, order = self.projection(features), strided_order(segments, self.rate)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            tiles = tiles + mixer(norm(tiles), order, cu_seqlens)
+            tiles = tiles + mixer(norm(tiles), order, segments)
         tiles = self.norm(tiles)
         attention = self.attention(tiles)
-        bag = segment_softmax_pool(tiles, attention, None, cu_seqlens)
-        return MILOutput(logits=self.classifier(bag[:, 0]), cu_seqlens=cu_seqlens, attention=attention)
+        bag = segment_softmax_pool(tiles, attention, None, segments)
+        return MILOutput(logits=self.classifier(bag[:, 0]), segments=segments, attention=attention)
 
 
-def strided_order(cu_seqlens: Tensor, rate: int) -> Tensor:
-    """Tiles of each bag as 0, rate, 2 rate, ..., 1, 1 + rate, ...: their numbers among all N, int64 (N,)."""
-    bag = bag_of_tile(cu_seqlens)
-    place = torch.arange(len(bag), device=bag.device) - cu_seqlens[bag]
-    longest = cu_seqlens.diff().max()
-    return ((bag * rate + place % rate) * longest + place // rate).argsort()
+def strided_order(segments: Segments, rate: int) -> Tensor:
+    """Tiles of each bag as 0, rate, 2 rate, ..., 1, 1 + rate, ...: their rows among all N, int64 (N,)."""
+    bag, place = segments.bag, segments.place
+    return ((bag * rate + place % rate) * segments.longest + place // rate).argsort()
 
 
 class SRMamba(nn.Module):
@@ -94,10 +93,10 @@ class SRMamba(nn.Module):
         self.strided = MambaBranch(channels, n_states, conv_size, rank)
         self.output = nn.Linear(channels, dim, bias=False)
 
-    def forward(self, tiles: Tensor, order: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor, order: Tensor, segments: Segments) -> Tensor:
         """Tiles (N, dim) to the same; `order` (N,) says which tile comes when in the second branch."""
         inputs, gate = self.input(tiles).chunk(2, 1)
-        read = self.straight(inputs, cu_seqlens) + self.strided(inputs[order], cu_seqlens)[order.argsort()]
+        read = self.straight(inputs, segments) + self.strided(inputs[order], segments)[order.argsort()]
         return self.output(read * silu(gate))
 
 
@@ -110,7 +109,7 @@ class MambaBranch(nn.Module):
         channels: D.
         n_states: S.
         conv_size: Taps of the convolution.
-        rank: Of the projection to the steps.
+        rank: Rank of the projection to the steps.
     """
 
     SHORTEST, LONGEST = 0.001, 0.1
@@ -129,11 +128,11 @@ class MambaBranch(nn.Module):
             steps = self.step.bias.uniform_(low, high).exp()
             self.step.bias.copy_(steps + (-steps).expm1().neg().log())  # softplus gives the steps again
 
-    def forward(self, tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor, segments: Segments) -> Tensor:
         """(N, D) to (N, D): zeros behind a shorter bag reach none of its tiles, since all looks back only."""
-        padded = pad(tiles, cu_seqlens)
+        padded = pad(tiles, segments)
         tiles = silu(self.convolution(padded.mT)[..., : padded.shape[1]].mT)
         low_rank, into, out = self.selection(tiles).split(self.sizes, 2)
         steps = softplus(self.step(low_rank))
         read = selective_scan(tiles, steps, -self.decay_log.exp(), into, out, self.skip)
-        return unpad(read, cu_seqlens)
+        return unpad(read, segments)

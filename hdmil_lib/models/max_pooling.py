@@ -2,12 +2,13 @@
 
 from torch import Tensor, nn
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
 from hdmil_lib.models.ragged import bag_argmax
 
 
-class MaxPooling(MILModel):
+class MaxPooling(MILModel[MILOutput]):
     """The logits of the tile of highest probability (Table 1).
 
     With two classes that is the probability of class 1 (tumor, or the second subtype); with more, the
@@ -20,8 +21,8 @@ class MaxPooling(MILModel):
             projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
         logits = self.classifier(features)
         probabilities = logits.softmax(1)
         score = probabilities[:, 1] if self.n_classes == 2 else probabilities.amax(1)
-        return MILOutput(logits=logits[bag_argmax(score, cu_seqlens)], cu_seqlens=cu_seqlens)
+        return MILOutput(logits=logits[bag_argmax(score, segments)], segments=segments)

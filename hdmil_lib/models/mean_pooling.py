@@ -2,12 +2,13 @@
 
 from torch import Tensor, nn
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
 from hdmil_lib.models.ragged import bag_mean
 
 
-class MeanPooling(MILModel):
+class MeanPooling(MILModel[MILOutput]):
     """The mean of the logits of all tiles (Table 1)."""
 
     def __init__(self, in_dim: int, n_classes: int, *, embed_dim: int = 512, dropout: float = 0.0):
@@ -16,6 +17,6 @@ class MeanPooling(MILModel):
             projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
-        logits = bag_mean(self.classifier(features), cu_seqlens)
-        return MILOutput(logits=logits, cu_seqlens=cu_seqlens)
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
+        logits = bag_mean(self.classifier(features), segments)
+        return MILOutput(logits=logits, segments=segments)

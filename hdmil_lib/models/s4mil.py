@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from hdmil_lib.kernels import s4d_convolution
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
 from hdmil_lib.models.ragged import pad, unpad
 
 
-class S4MIL(MILModel):
+class S4MIL(MILModel[MILOutput]):
     """Projection, layer norm, one S4D layer, maximum over tiles, linear classifier (Fillioux et al. 2023).
 
     Args:
@@ -35,10 +36,10 @@ class S4MIL(MILModel):
         self.sequence = S4DLayer(embed_dim, n_states, dropout)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
-        tiles = self.sequence(self.norm(self.projection(features)), cu_seqlens)
-        bag = pad(tiles, cu_seqlens, -torch.inf).amax(1)
-        return MILOutput(logits=self.classifier(bag), cu_seqlens=cu_seqlens)
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
+        tiles = self.sequence(self.norm(self.projection(features)), segments)
+        bag = pad(tiles, segments, -torch.inf).amax(1)
+        return MILOutput(logits=self.classifier(bag), segments=segments)
 
 
 class S4DLayer(nn.Module):
@@ -71,8 +72,8 @@ class S4DLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GLU())
 
-    def forward(self, tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor, segments: Segments) -> Tensor:
         """(N, D) to (N, D): zeros behind a shorter bag reach none of its tiles, since S4D looks back only."""
         parameters = (self.log_step, self.decay_log, self.frequency, self.readout, self.skip)
-        read = unpad(s4d_convolution(pad(tiles, cu_seqlens), *parameters), cu_seqlens)
+        read = unpad(s4d_convolution(pad(tiles, segments), *parameters), segments)
         return self.output(self.dropout(gelu(read)))

@@ -1,7 +1,6 @@
 """SMT: a cascade that walks from the thumbnail down and classifies from a small area (paper: Table 1)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import segment_softmax_pool
-from hdmil_lib.models.base import MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.layers import GatedAttention, projection
-from hdmil_lib.models.ragged import bag_of_tile, cumulative, pad, unpad
+from hdmil_lib.models.ragged import pad, unpad
 
 REGION_TILES = 4
 """Tiles along a side of a region; a tile's patch shrinks as much, so a region is as large as a patch."""
@@ -27,14 +27,12 @@ class SMTOutput(MILOutput):
         keep_ratio: Share of each bag's tiles whose 20x features were read, (B,).
     """
 
-    PER_BAG: ClassVar[tuple[str, ...]] = ("logits", "region_logits", "patch_logits", "keep_ratio")
-
     region_logits: Tensor
     patch_logits: Tensor
     keep_ratio: Tensor
 
 
-class SMT(MILModel):
+class SMT(MILModel[SMTOutput]):
     """Cascade of three stages, each of which sees only what the one before opened (Table 1).
 
     No code of SMT is public: this is the cascade as the paper describes it, built from what a bag holds.
@@ -57,15 +55,15 @@ class SMT(MILModel):
         patch_share: Share of the tiles of opened regions that are read at 20x, rounded up.
         embed_dim: Width of the projected features.
         image_dim: Width of the transformers, a multiple of `heads`.
-        heads: Of the transformers.
-        dropout: On the tokens of every stage.
+        heads: Heads of the transformers.
+        dropout: Dropout on the tokens of every stage.
         auxiliary: Weight of the cross entropies of the first two stages in the loss.
 
     Raises:
         ValueError: A share is not in (0, 1], or `heads` does not divide `image_dim`.
     """
 
-    inputs = ("features", "patches", "coords")
+    inputs = ("features", "patches", "rowcol")
     reads_all = False
 
     def __init__(
@@ -93,42 +91,42 @@ class SMT(MILModel):
         )
         self.tiles = Stage(projection(in_dim, embed_dim, 0.0), embed_dim, n_classes, dropout)
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor, *, patches: Tensor, coords: Tensor) -> SMTOutput:
+    def classify(self, features: Tensor, segments: Segments, *, patches: Tensor, rowcol: Tensor) -> SMTOutput:
         """Classify bags.
 
         Args:
             features: I, (N, in_dim); only the rows of tiles opened last are used.
-            cu_seqlens: (B + 1,).
+            segments: Where each of the B bags lies.
             patches: The tiles at 8 um/px, uint8 (N, 16, 16, 3).
-            coords: Level-0 (x, y) of the tiles, (N, 2), or their (column, row).
+            rowcol: Position of the tiles on their slide's grid, integers (N, 2).
 
         Raises:
-            BagError: Patches or coordinates have another shape or type.
+            BagError: Patches or positions have another shape or type.
         """
-        _check(features, patches, coords)
-        region_images, region, region_cu = regions(patches, coords, cu_seqlens)
+        _check(features, patches, rowcol)
+        region_images, region, slide_regions = regions(patches, rowcol, segments)
         zeros = features.new_zeros(len(region_images), 1)
-        scores, region_logits = self.regions(region_images.to(features.dtype), zeros, region_cu)
+        scores, region_logits = self.regions(region_images.to(features.dtype), zeros, slide_regions)
 
-        opened = best_share(scores[:, 0], region_cu, self.region_share)[region].nonzero()[:, 0]
-        opened_cu = _count(opened, cu_seqlens)
+        opened = best_share(scores[:, 0], slide_regions, self.region_share)[region].nonzero()[:, 0]
+        slide_opened = _within(opened, segments)
         pixels = _pixels(patches[opened]).to(features.dtype)
-        scores, patch_logits = self.patches(pixels, scores[region[opened]], opened_cu)
+        scores, patch_logits = self.patches(pixels, scores[region[opened]], slide_opened)
 
-        best = best_share(scores[:, 0], opened_cu, self.patch_share)
+        best = best_share(scores[:, 0], slide_opened, self.patch_share)
         read = opened[best]
-        read_cu = _count(read, cu_seqlens)
-        scores, logits = self.tiles(features[read], scores[best], read_cu)
+        slide_read = _within(read, segments)
+        scores, logits = self.tiles(features[read], scores[best], slide_read)
         return SMTOutput(
             logits=logits,
-            cu_seqlens=cu_seqlens,
+            segments=segments,
             attention=features.new_full((len(features), 1), torch.nan).index_put((read,), scores),
             region_logits=region_logits,
             patch_logits=patch_logits,
-            keep_ratio=read_cu.diff() / cu_seqlens.diff(),
+            keep_ratio=slide_read.sizes / segments.sizes,
         )
 
-    def losses(self, output: SMTOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: SMTOutput, labels: Tensor) -> LossTerms:
         """Cross entropy of the cascade, and `auxiliary` times that of each earlier stage."""
         return {
             "bag": cross_entropy(output.logits, labels),
@@ -144,7 +142,7 @@ class Stage(nn.Module):
         embedding: Images (n, ...) to tokens (n, embed_dim).
         embed_dim: Width of the tokens.
         n_classes: Number of classes.
-        dropout: On the tokens.
+        dropout: Dropout on the tokens.
     """
 
     def __init__(self, embedding: nn.Module, embed_dim: int, n_classes: int, dropout: float):
@@ -153,11 +151,11 @@ class Stage(nn.Module):
         self.attention = GatedAttention(embed_dim, embed_dim // 2, 1)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def forward(self, images: Tensor, handed_down: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, handed_down: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Summed scores (n, 1) and bag logits (B, C) of images with the scores so far (n, 1)."""
         tokens = self.embedding(images)
         scores = handed_down + self.attention(tokens)
-        bags = segment_softmax_pool(tokens, scores, None, cu_seqlens)
+        bags = segment_softmax_pool(tokens, scores, None, segments)
         return scores, self.classifier(bags[:, 0])
 
 
@@ -181,75 +179,57 @@ class ImageTransformer(nn.Module):
         return self.norm(self.block(self.embedding(squares) + self.positions)).mean(1)
 
 
-def grid_positions(coords: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Column and row of tiles, counted from the first of their bag: int64 (N, 2) of coordinates (N, 2).
-
-    The pitch of the grid is the smallest distance between two columns or two rows of a bag; it need not be
-    a whole number of pixels. Steps between neighboring columns are rounded one by one, so that the rounding
-    of coordinates to pixels does not add up.
-    """
-    bag = bag_of_tile(cu_seqlens)
-    offset = coords - coords.amin(0)
-    ordered, order = (offset + bag.unsqueeze(1) * (offset.amax(0) + 1)).sort(0)
-    gaps = ordered.diff(dim=0, prepend=ordered[:1])
-    gaps[cu_seqlens[:-1]] = 0
-    smallest = gaps.double().masked_fill(gaps == 0, torch.inf).amin(1)
-    pitch = smallest.new_full((len(cu_seqlens) - 1,), torch.inf).scatter_reduce(0, bag, smallest, "amin")
-    steps = (gaps / pitch[bag].unsqueeze(1)).round().long().cumsum(0)
-    steps = steps - steps[cu_seqlens[:-1]][bag]
-    return torch.empty_like(steps).scatter(0, order, steps)
-
-
-def regions(patches: Tensor, coords: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def regions(patches: Tensor, rowcol: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Segments]:
     """The blocks of 4x4 tiles of each slide as images of 32 um/px, white where there is no tile.
 
     Args:
         patches: The tiles at 8 um/px, uint8 (N, 16, 16, 3); each is averaged to 4x4 pixels.
-        coords: Where they lie, (N, 2); see `grid_positions`.
-        cu_seqlens: (B + 1,).
+        rowcol: Their positions on the grid, (N, 2); regions are counted from the first tissue of a slide.
+        segments: Where each of the B slides lies.
 
     Returns:
-        images: Of the R blocks with a tile or more, (R, 16, 16, 3) from -0.5 to 0.5.
+        images: Pixels of the R blocks with a tile or more, (R, 16, 16, 3) from -0.5 to 0.5.
         region: Number of the block that each tile is in, int64 (N,).
-        region_cu: Where the blocks of each bag start, and the last one ends, (B + 1,).
+        slide_regions: Where the blocks of each slide lie.
     """
     n = REGION_TILES
-    columns, rows = grid_positions(coords, cu_seqlens).unbind(1)
-    blocks = torch.stack((bag_of_tile(cu_seqlens), rows // n, columns // n), 1)
+    bag = segments.bag[:, None].expand(-1, 2)
+    first = rowcol.new_zeros(segments.n_bags, 2).scatter_reduce(0, bag, rowcol, "amin", include_self=False)
+    rows, columns = (rowcol - first[segments.bag]).unbind(1)
+    blocks = torch.stack((segments.bag, rows // n, columns // n), 1)
     blocks, region = blocks.unique(dim=0, return_inverse=True)
     small = _pixels(patches).unflatten(2, (n, -1)).unflatten(1, (n, -1)).mean((2, 4))
     canvas = small.new_full((len(blocks), n, n, *small.shape[1:]), 0.5)
     images = canvas.index_put((region, rows % n, columns % n), small).transpose(2, 3).flatten(3, 4)
-    counts = torch.bincount(blocks[:, 0], minlength=len(cu_seqlens) - 1)
-    return images.flatten(1, 2), region, cumulative(counts, counts.device)
+    counts = torch.bincount(blocks[:, 0], minlength=segments.n_bags)
+    return images.flatten(1, 2), region, Segments(counts.tolist(), counts.device)
 
 
-def best_share(scores: Tensor, cu_seqlens: Tensor, share: float) -> Tensor:
+def best_share(scores: Tensor, segments: Segments, share: float) -> Tensor:
     """The highest scores of each bag, `share` of their number rounded up: bool (n,) of scores (n,)."""
-    lengths = cu_seqlens.diff()
-    wanted = (lengths.double() * share - 1e-9).ceil()
-    order = pad(scores.detach(), cu_seqlens, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return unpad(order.argsort(dim=1) < wanted.unsqueeze(1), cu_seqlens)
+    wanted = (segments.sizes.double() * share - 1e-9).ceil()
+    order = pad(scores.detach(), segments, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return unpad(order.argsort(dim=1) < wanted.unsqueeze(1), segments)
 
 
-def _count(tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`cu_seqlens` of some tiles, given by their ascending numbers among all."""
-    return torch.searchsorted(tiles, cu_seqlens)
+def _within(tiles: Tensor, segments: Segments) -> Segments:
+    """Where each bag lies among some of the tiles, given by their ascending rows."""
+    return Segments.from_offsets(torch.searchsorted(tiles, segments.offsets))
 
 
 def _pixels(patches: Tensor) -> Tensor:
     return patches.float() / 255 - 0.5
 
 
-def _check(features: Tensor, patches: Tensor, coords: Tensor) -> None:
+def _check(features: Tensor, patches: Tensor, rowcol: Tensor) -> None:
     n = len(features)
     if patches.dtype != torch.uint8 or patches.shape != (n, 16, 16, 3):
         raise BagError(
             f"patches are {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 of shape "
             f"({n}, 16, 16, 3): RGB at 8 um/px of the tiles whose features are given"
         )
-    if coords.shape != (n, 2):
+    if rowcol.shape != (n, 2) or rowcol.is_floating_point():
         raise BagError(
-            f"coords have shape {tuple(coords.shape)}, expected ({n}, 2): (x, y) of the tiles whose "
-            "features are given"
+            f"rowcol is {rowcol.dtype} of shape {tuple(rowcol.shape)}, expected integers ({n}, 2): grid "
+            "positions of the tiles whose features are given"
         )

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
 from hdmil_lib.models.nystrom import NystromAttention
 
 
-class TransMIL(MILModel):
+class TransMIL(MILModel[MILOutput]):
     """A transformer over the tiles of a bag and a class token (Shao et al. 2021).
 
     The first tiles are repeated until their number is a square. Two layers of Nystrom attention follow, with
@@ -24,7 +25,7 @@ class TransMIL(MILModel):
         n_classes: Number of classes.
         embed_dim: Width of the tokens, a multiple of `n_heads`.
         n_heads: Heads of the attention.
-        n_landmarks: Of Nystrom attention; half of `embed_dim` by default, as published.
+        n_landmarks: Landmarks of Nystrom attention; half of `embed_dim` by default, as published.
         dropout: After each attention.
         projection_dropout: After the projection.
 
@@ -56,22 +57,21 @@ class TransMIL(MILModel):
         self.positions = PositionEncoding(embed_dim)
         self.classifier = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, n_classes))
 
-    def classify(self, features: Tensor, cu_seqlens: Tensor) -> MILOutput:
+    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
         """Bags whose squares are equally large go together; no bag affects another."""
         embeddings = self.projection(features)
-        lengths = cu_seqlens.diff().tolist()
-        sides = torch.tensor([math.isqrt(length - 1) + 1 for length in lengths])
-        logits = embeddings.new_empty(len(lengths), self.n_classes)
+        sides = [math.isqrt(length - 1) + 1 for length in segments.lengths]
+        logits = embeddings.new_empty(len(sides), self.n_classes)
         attention = embeddings.new_zeros(len(embeddings))
-        for side in sides.unique().tolist():
-            bags = (sides == side).nonzero()[:, 0].to(cu_seqlens.device)
-            place = torch.arange(side**2, device=cu_seqlens.device)
-            tiles = cu_seqlens[bags, None] + place % cu_seqlens.diff()[bags, None]
+        for side in sorted(set(sides)):
+            bags = torch.tensor([b for b, other in enumerate(sides) if other == side], device=features.device)
+            place = torch.arange(side**2, device=features.device)
+            tiles = segments.offsets[bags, None] + place % segments.sizes[bags, None]
             token, weights = self.encode(embeddings[tiles])
             logits = logits.index_copy(0, bags, self.classifier(token))
             attention = attention.index_add(0, tiles.flatten(), weights.flatten())
         return MILOutput(
-            logits=logits, cu_seqlens=cu_seqlens, attention=attention.clamp(min=1e-12).log()[:, None]
+            logits=logits, segments=segments, attention=attention.clamp(min=1e-12).log()[:, None]
         )
 
     def encode(self, tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Whole-slide images: reading, tissue, tiles, and synthetic slides."""
+"""Whole-slide images: reading, tissue detection and tiling."""
 
 from hdmil_lib.slides.reader import Level, Slide
 from hdmil_lib.slides.tiling import TileGrid

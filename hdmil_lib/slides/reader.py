@@ -1,4 +1,4 @@
-"""An open whole-slide image that knows its scale: fields and thumbnails at any mpp, in the right place."""
+"""Open whole-slide images and read fields and thumbnails from them at any scale in micrometers per pixel."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +18,15 @@ from hdmil_lib.slides.stored_tiles import StoredTiles
 Reader = Literal["auto", "openslide", "stored"]
 
 LEVEL_TOLERANCE = 1.02
-"""A level may be this much coarser than the mpp asked for: 0.505 um/px serves 0.5."""
+"""A level may be coarser than the requested mpp by this factor: 0.505 um/px is used for 0.5."""
 
 PLAUSIBLE_MPP = (0.02, 50.0)
-"""Scales outside are defaults of image writers (72 dpi is 353 um/px), not measurements."""
+"""Range of credible scales. Others are defaults of image writers (72 dpi is 353 um/px), not measurements."""
 
 UM_PER_RESOLUTION_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
+
 BLOCK = 2048
-"""Side of the blocks that a thumbnail is averaged from, in level pixels: bounds its memory."""
+"""Side of the blocks from which a thumbnail is averaged, in pixels of the level; it limits the memory."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Level:
     """One level of the pyramid.
 
     Attributes:
-        width: Pixels in x.
-        height: Pixels in y.
-        downsample_x: Level-0 pixels per pixel of this level, in x.
-        downsample_y: The same in y.
+        width: Width in pixels.
+        height: Height in pixels.
+        downsample_x: Level-0 pixels per pixel of this level in x.
+        downsample_y: Level-0 pixels per pixel of this level in y.
     """
 
     width: int
@@ -46,19 +47,19 @@ class Level:
 
 
 class Slide:
-    """A whole-slide image opened with OpenSlide; usable as a context manager and from several threads.
+    """A whole-slide image; usable as a context manager and from several threads.
 
-    Where the file is a TIFF with JPEG tiles, pixels come from `StoredTiles`, which decodes each of them once;
-    everything else is OpenSlide's.
+    OpenSlide reads the properties of the file and its pixels, except those of TIFF files with JPEG tiles:
+    `StoredTiles` reads them and decodes each tile once.
 
     Attributes:
-        path: The file.
-        name: File name without its suffix: the slide's id.
+        path: Path of the file.
+        name: File name without its suffix, used as the slide's id.
         vendor: OpenSlide's name of the format.
-        mpp: Micrometres per level-0 pixel, (x, y).
-        dimensions: Level-0 (width, height).
+        mpp: Micrometers per level-0 pixel, (x, y).
+        dimensions: (width, height) of level 0 in pixels.
         bounds: The scanned part, (x, y, width, height) in level-0 pixels.
-        levels: The pyramid, finest first.
+        levels: Levels of the pyramid, finest first.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Slide:
         """Open a slide.
 
         Args:
-            path: A file that OpenSlide reads.
-            mpp: Micrometres per level-0 pixel, one number or (x, y); overrides what the file says.
-            reader: What decodes: "stored" are the file's own tiles, "openslide" reads every format, and
-                "auto" takes the first where the file allows it.
+            path: A file in a format that OpenSlide reads.
+            mpp: Micrometers per level-0 pixel, one number or (x, y); None takes the scale in the file.
+            reader: What reads the pixels: "stored" is `StoredTiles`, "openslide" reads every format, and
+                "auto" takes "stored" where the file allows it.
 
         Raises:
-            SlideError: The file is missing, is no slide, is damaged, has no scale and `mpp` is None, or has
-                no tiles for "stored".
+            SlideError: The file is missing, damaged or not a slide; or it has no scale and `mpp` is None; or
+                `reader` is "stored" and the file has no tiles that it can read.
         """
         self.path = Path(path)
         self.name = self.path.stem
@@ -92,13 +93,13 @@ class Slide:
             Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
             for w, h in self._slide.level_dimensions
         ]
-        self._level_for = cache(self._find_level)  # asked for every tile, it was a tenth of reading
+        self._level_for = cache(self._find_level)  # without the cache, a tenth of the time to read a tile
         self._stored = (
             None if reader == "openslide" else StoredTiles.open(self.path, self._slide.level_dimensions)
         )
         if reader == "stored" and self._stored is None:
             self.close()
-            raise SlideError(f"{self.path}: stores no JPEG tiles that could be read; use reader='auto'")
+            raise SlideError(f"{self.path}: stores no JPEG tiles that can be read; use reader='auto'")
         try:
             self.mpp = _given_mpp(mpp) if mpp is not None else _stored_mpp(properties)
         except ValueError as error:
@@ -108,14 +109,14 @@ class Slide:
     def __enter__(self) -> "Slide":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"Slide({self.name!r}, {self.dimensions[0]} x {self.dimensions[1]} px, mpp {self.mpp})"
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         self._slide.close()
         if self._stored:
             self._stored.close()
@@ -125,21 +126,23 @@ class Slide:
     ) -> np.ndarray:
         """Read a rectangle at any scale, from the coarsest level that is fine enough.
 
-        A level of exactly this mpp on whole pixels is returned as stored; anything else is resampled
-        with an antialiased bicubic filter at its exact sub-pixel position.
+        If a level has exactly this mpp and the rectangle starts on a whole pixel, the stored pixels are
+        returned. Otherwise they are resampled with an antialiased bicubic filter at the exact sub-pixel
+        position.
 
         Args:
             x: Left edge in level-0 pixels; may be fractional or outside of the slide.
             y: Top edge in level-0 pixels.
             size: (width, height) of the result in pixels.
             mpp: Scale of the result in um/px, the same in both axes.
-            out: Array to write to, uint8 (height, width, 3): for many fields faster than new ones.
+            out: Array for the result, uint8 (height, width, 3). Using it again for many fields is faster than
+                new arrays.
 
         Returns:
-            RGB pixels, uint8 (height, width, 3); white where the slide has none.
+            RGB pixels, uint8 (height, width, 3); white where the slide has no pixels.
 
         Raises:
-            SlideError: The file is damaged there.
+            SlideError: The file is damaged in this rectangle.
         """
         index, scale, (left, top) = self._locate(x, y, mpp)
         downsample = self._downsamples[index]
@@ -158,18 +161,18 @@ class Slide:
         return _into(out, Image.fromarray(region).resize(size, Image.Resampling.BICUBIC, box=box))
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
-        """Picture of the bounds: each pixel is the mean over its `mpp` x `mpp` um square.
+        """Make a picture of the bounds; each pixel is the mean over its square of `mpp` x `mpp` um.
 
-        It is averaged block by block, so that a slide without a pyramid needs no more memory than one
-        with. The source is a level of this scale, or else the coarsest one at least twice as fine:
-        averaging 1.1 pixels into one would blur.
+        It is averaged block by block, so that a slide without a pyramid needs no more memory than a slide
+        with one. The source is a level of this scale, or else the coarsest level that is at least twice as
+        fine, since averaging 1.1 pixels into one would blur.
 
         Args:
             mpp: Scale of the thumbnail in um/px.
 
         Returns:
             RGB pixels, uint8 (H, W, 3). Pixel (0, 0) starts at the top-left corner of the bounds; the
-            last row and column may reach beyond them.
+            last row and column may reach beyond the bounds.
 
         Raises:
             SlideError: The file is damaged.
@@ -184,18 +187,19 @@ class Slide:
         for row in range(0, height, step_y):
             for column in range(0, width, step_x):
                 block = thumbnail[row : row + step_y, column : column + step_x]
-                block[:] = self._area_mean(
-                    index, left + column * scale[0], top + row * scale[1], scale, block.shape[:2]
-                )
+                corner = left + column * scale[0], top + row * scale[1]
+                block[:] = self._area_mean(index, *corner, scale, (block.shape[0], block.shape[1]))
         return thumbnail
 
-    def _locate(self, x: float, y: float, mpp: float, min_scale: float = 1.0):
-        """The coarsest level with `min_scale` of its pixels or more in a pixel of `mpp` um.
+    def _locate(
+        self, x: float, y: float, mpp: float, min_scale: float = 1.0
+    ) -> tuple[int, tuple[float, float], tuple[float, float]]:
+        """Find the coarsest level of which at least `min_scale` pixels make a pixel of `mpp` um.
 
         Returns:
-            Its index, how many of its pixels make one of the result in (x, y), and where (x, y) lies on it.
+            Index of the level, number of its pixels per pixel of the result in (x, y), and the position of
+            (x, y) on the level.
         """
-
         index, scale = self._level_for(mpp, min_scale)
         level = self.levels[index]
         return index, scale, (x / level.downsample_x, y / level.downsample_y)
@@ -209,8 +213,21 @@ class Slide:
         index = max(fine_enough, default=0)
         return index, scales[index]
 
-    def _area_mean(self, index, left, top, scale, shape) -> np.ndarray:
-        """Mean color of each cell of a (rows, columns) grid; cells are `scale` level pixels large."""
+    def _area_mean(
+        self, index: int, left: float, top: float, scale: tuple[float, float], shape: tuple[int, int]
+    ) -> np.ndarray:
+        """Mean color of each cell of a grid.
+
+        Args:
+            index: Index of the level.
+            left: Left edge of the grid in pixels of the level.
+            top: Top edge of the grid in pixels of the level.
+            scale: (width, height) of a cell in pixels of the level.
+            shape: Number of (rows, columns) of the grid.
+
+        Returns:
+            float32 (rows, columns, 3).
+        """
         rows, columns = shape
         region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
         pixels = region.astype(np.float32)
@@ -228,45 +245,45 @@ class Slide:
         right: float,
         bottom: float,
         out: np.ndarray | None = None,
-    ):
+    ) -> tuple[np.ndarray, tuple[float, float]]:
         """Read at least the given rectangle of a level, in pixels of that level.
 
-        Stored tiles are read from the whole pixel before. OpenSlide takes whole level-0 pixels and divides
-        them by its own downsample, which on levels of odd size is not the true one, and it misplaces
-        fractions of a pixel left of 0. So it is asked from 0 on, and the position it really reads at is
-        returned.
+        Stored tiles are read from the next whole pixel to the left and above. OpenSlide takes a position in
+        whole level-0 pixels and divides it by its own downsample, which is not the true one on levels of odd
+        size; and it misplaces fractions of a pixel left of 0. It is therefore called with positions from 0 on
+        only, and the position at which it really reads is returned.
 
         Returns:
             The region, uint8 (h, w, 3), white outside of the slide, and the (x, y) of its corner.
         """
         if self._stored:
-            u, v = math.floor(left), math.floor(top)
-            size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
-            return self._stored.read(index, u, v, *size, out), (u, v)
+            x, y = math.floor(left), math.floor(top)
+            size = (math.ceil(right - x - 1e-6), math.ceil(bottom - y - 1e-6))
+            return self._stored.read(index, x, y, *size, out), (x, y)
         downsample = self._downsamples[index]
-        pad = [max(0, -math.floor(edge)) for edge in (left, top)]
+        pad = (max(0, -math.floor(left)), max(0, -math.floor(top)))
         start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]
         u, v = (s / downsample - p for s, p in zip(start, pad, strict=True))
         size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
         region = Image.new("RGB", size, "white")
         if pad[0] < size[0] and pad[1] < size[1]:
-            inside = self._read_region(start, index, (size[0] - pad[0], size[1] - pad[1]))
-            region.paste(inside, tuple(pad), mask=inside.getchannel("A"))
+            inside = self._read_region((start[0], start[1]), index, (size[0] - pad[0], size[1] - pad[1]))
+            region.paste(inside, pad, mask=inside.getchannel("A"))
         return _into(out, region), (u, v)
 
-    def _read_region(self, start: list[int], index: int, size: tuple[int, int]) -> Image.Image:
+    def _read_region(self, start: tuple[int, int], index: int, size: tuple[int, int]) -> Image.Image:
         try:
-            return self._slide.read_region(tuple(start), index, size)
+            return self._slide.read_region(start, index, size)
         except openslide.OpenSlideError as error:
-            self._slide = _open(self.path)  # after an error OpenSlide refuses to read anything
+            self._slide = _open(self.path)  # after an error OpenSlide fails on every read
             raise SlideError(
-                f"{self.path}: cannot read level {index} at level-0 pixel {tuple(start)}: {error}. "
+                f"{self.path}: cannot read level {index} at level-0 pixel {start}: {error}. "
                 "The file is damaged or incomplete; copy or download it again."
             ) from error
 
 
 def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
-    """The pixels of an image, in `out` where given."""
+    """Copy the pixels of an image to `out`, or to a new array if it is None."""
     if out is None:
         return np.array(image)
     out[:] = image
@@ -275,27 +292,28 @@ def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
 
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
-        raise SlideError(f"{path}: no such file. Check the path to the slide.")
+        raise SlideError(f"{path}: no such file. Check the path of the slide.")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
         raise SlideError(
-            f"{path}: not a slide that OpenSlide can read, or cut off before its directory. If it opens "
-            "elsewhere, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
+            f"{path}: not a slide that OpenSlide can read, or cut off before its directory. If it opens in "
+            "another program, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
         ) from None
     except openslide.OpenSlideError as error:
         raise SlideError(f"{path}: damaged slide: {error}. Copy or download it again.") from error
 
 
 def _given_mpp(mpp: float | tuple[float, float]) -> tuple[float, float]:
-    pair = (float(mpp), float(mpp)) if np.isscalar(mpp) else (float(mpp[0]), float(mpp[1]))
+    x, y = np.broadcast_to(np.asarray(mpp, float), 2).tolist()
+    pair = (x, y)
     if not all(math.isfinite(m) and m > 0 for m in pair):
-        raise ValueError(f"mpp must be positive micrometres per pixel, got {mpp}.")
+        raise ValueError(f"mpp must be positive (micrometers per pixel), got {mpp}.")
     return pair
 
 
 def _stored_mpp(properties: Mapping[str, str]) -> tuple[float, float]:
-    """Scale from the mpp properties, else the TIFF resolution, else the nominal objective (10 / power)."""
+    """Read the scale from the mpp properties, else the TIFF resolution, else the objective (10 / power)."""
 
     def number(key: str) -> float:
         try:
@@ -306,9 +324,10 @@ def _stored_mpp(properties: Mapping[str, str]) -> tuple[float, float]:
     unit = UM_PER_RESOLUTION_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
     power = number(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
     nominal = 10.0 / power if power > 0 else math.nan
+    per_unit = (number("tiff.XResolution"), number("tiff.YResolution"))
     candidates = [
         (number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)),
-        tuple(unit / r if r > 0 else math.nan for r in map(number, ("tiff.XResolution", "tiff.YResolution"))),
+        (unit / per_unit[0], unit / per_unit[1]) if min(per_unit) > 0 else (math.nan, math.nan),
         (nominal, nominal),
     ]
     low, high = PLAUSIBLE_MPP
@@ -321,15 +340,17 @@ def _stored_mpp(properties: Mapping[str, str]) -> tuple[float, float]:
 def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:
     keys = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
     if all(key in properties for key in keys):
-        return tuple(int(properties[key]) for key in keys)
+        x, y, width, height = (int(properties[key]) for key in keys)
+        return x, y, width, height
     return (0, 0, *dimensions)
 
 
 def _downsample(size: int, level_size: int) -> float:
-    """Level-0 pixels per level pixel along one axis, as exactly as the sizes tell.
+    """Level-0 pixels per pixel of a level along one axis, as exactly as the sizes allow.
 
-    Pyramid writers round odd sizes down or up, so size / level_size is off by up to a pixel at the
-    far end. A power of two, else a whole number, that rounds to this level size is taken for true.
+    Programs that write pyramids round odd sizes down or up, so that size / level_size is wrong by up to one
+    pixel at the far end. A power of two, or else a whole number, that rounds to this level size is taken as
+    the true value.
     """
     ratio = size / level_size
     for guess in (2 ** round(math.log2(ratio)), round(ratio)):
@@ -339,7 +360,10 @@ def _downsample(size: int, level_size: int) -> float:
 
 
 def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> sparse.csr_array:
-    """Share of each pixel in each cell, (n_cells, n_pixels); cell i is [start + i scale, + scale)."""
+    """Share of each pixel in each cell, (n_cells, n_pixels).
+
+    Cell i is the interval [start + i * scale, start + (i + 1) * scale), pixel j the interval [j, j + 1).
+    """
     edges = start + scale * np.arange(n_cells + 1)
     pixels = np.arange(n_pixels)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)

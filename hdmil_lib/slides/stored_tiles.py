@@ -1,8 +1,8 @@
-"""The stored tiles of a TIFF slide, each decoded once: the fast way to read fields.
+"""Fast reading of TIFF slides: each stored tile is decoded once.
 
-A field of a tile grid hardly ever lies on the grid in which the file stores its pixels. OpenSlide decodes all
-stored tiles under a field for every call; here a decoded tile stays in memory until its neighbors have been
-read, so that the fields of a slide, row by row, decode each stored tile once and skip those that none needs.
+The fields of a tile grid rarely coincide with the tiles that the file stores. OpenSlide decodes all stored
+tiles under a field at every call. Here a decoded tile stays in memory until its neighbors have been read: if
+the fields of a slide are read row by row, each stored tile is decoded once, and tiles under no field never.
 """
 
 import os
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TypeGuard
 
 import imagecodecs
 import numpy as np
@@ -22,20 +23,20 @@ from hdmil_lib.errors import SlideError
 
 COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
 ROWS_HELD = 2
-"""Rows of decoded tiles held: a field lies in two rows, and so do its neighbors on the grid."""
+"""Rows of decoded tiles kept in memory: a field lies in two rows, and so do its neighbors on the grid."""
 
 MOST_THREADS = 64
-"""Tiles that may be decoded at a time, beside those held."""
+"""Number of tiles that may be decoded at the same time, in addition to those kept."""
 
 
 @dataclass(frozen=True)
 class _StoredLevel:
-    """One level: where its tiles lie in the file, and how they are decoded."""
+    """One level: positions of its tiles in the file, and the function that decodes them."""
 
     page: tifffile.TiffPage
     offsets: np.ndarray
     sizes: np.ndarray
-    decode: Callable[[bytes], np.ndarray]
+    decode: Callable[..., np.ndarray]
 
     @property
     def columns(self) -> int:
@@ -43,19 +44,19 @@ class _StoredLevel:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a decoded tile."""
+        """Shape of a decoded tile."""
         return self.page.tilelength, self.page.tilewidth, 3
 
 
 class _DecodedTiles:
-    """The decoded tiles of a level that were used last, in one block of memory.
+    """The most recently used decoded tiles of a level, in one block of memory.
 
-    NumPy asks for huge pages for a block of this size. In memory of its own for each tile, a seventh of the
-    time of decoding was spent on pages.
+    NumPy requests huge pages for a block of this size. With separate memory for each tile, page faults took a
+    seventh of the decoding time.
     """
 
     def __init__(self, capacity: int, shape: tuple[int, int, int]):
-        self._block = np.empty((capacity, *shape), np.uint8)  # no memory is used before it is written
+        self._block = np.empty((capacity, *shape), np.uint8)  # takes up memory only where it is written
         self._free = list(range(capacity))
         self._places: OrderedDict[int, int] = OrderedDict()
 
@@ -63,31 +64,33 @@ class _DecodedTiles:
         return len(self._places)
 
     def get(self, index: int) -> np.ndarray | None:
-        """The pixels of a tile, to be used before the next call of `place`; None where it is not held."""
+        """Pixels of a tile, valid until the next call of `place`; None if the tile is not kept."""
         if index not in self._places:
             return None
         self._places.move_to_end(index)
         return self._block[self._places[index]]
 
     def place(self) -> tuple[int, np.ndarray]:
-        """A place for a tile to be decoded, at the cost of the one used longest ago, and its memory."""
+        """Get a place and its memory for a tile to decode; this may drop the least recently used tile."""
         place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
         return place, self._block[place]
 
     def hold(self, index: int, place: int) -> None:
-        """From now on the place holds this tile."""
-        if index in self._places:  # another thread has decoded it meanwhile
+        """Record that the place now holds this tile."""
+        if index in self._places:  # another thread decoded it in the meantime
             self._free.append(self._places[index])
         self._places[index] = place
 
     def give_back(self, place: int) -> None:
+        """Return a place that was not filled."""
         self._free.append(place)
 
 
 class StoredTiles:
-    """Levels of a slide whose TIFF stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB form.
+    """Levels of a TIFF slide that stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB variant.
 
-    Usable from several threads. Pixels are those of OpenSlide: both decode with libjpeg-turbo or OpenJPEG.
+    Usable from several threads. The pixels equal those of OpenSlide, which uses the same decoders,
+    libjpeg-turbo and OpenJPEG.
     """
 
     def __init__(self, path: Path, levels: Sequence[_StoredLevel]):
@@ -100,7 +103,7 @@ class StoredTiles:
 
     @classmethod
     def open(cls, path: Path, sizes: Sequence[tuple[int, int]]) -> "StoredTiles | None":
-        """Open a slide with levels of these (width, height); None where the file stores them otherwise."""
+        """Open a slide whose levels have these (width, height); None if they are stored in another way."""
         try:
             with tifffile.TiffFile(path) as file:
                 pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if _is_readable(p)}
@@ -111,7 +114,7 @@ class StoredTiles:
             return None
 
     def close(self) -> None:
-        """Release the file and the decoded tiles."""
+        """Close the file and free the decoded tiles."""
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
@@ -120,13 +123,22 @@ class StoredTiles:
     def read(
         self, level: int, left: int, top: int, width: int, height: int, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """A rectangle of a level, in pixels of that level; it may reach beyond.
+        """Read a rectangle of a level, in pixels of that level; it may reach beyond the level.
+
+        Args:
+            level: Index of the level.
+            left: Left edge.
+            top: Top edge.
+            width: Width of the rectangle.
+            height: Height of the rectangle.
+            out: Array for the result, uint8 (height, width, 3); None makes a new one.
 
         Returns:
-            RGB pixels, uint8 (height, width, 3), in `out` where given; white where the slide has none.
+            RGB pixels, uint8 (height, width, 3), in `out` if given; white where the slide has no
+                pixels.
 
         Raises:
-            SlideError: A tile is damaged; its place is named. Other tiles can still be read.
+            SlideError: A tile is damaged; the message names its position. Other tiles can still be read.
         """
         stored = self._levels[level]
         tile_w, tile_h = stored.page.tilewidth, stored.page.tilelength
@@ -148,9 +160,9 @@ class StoredTiles:
         return region
 
     def _copy(self, level: int, index: int, part: tuple[slice, slice], to: np.ndarray) -> None:
-        """Copy a part of a stored tile, from memory or decoded; white where the file has none.
+        """Copy a part of a stored tile, decoding it if necessary; white if the file has no such tile.
 
-        Copies are made under the lock, since the memory of a tile that is let go is used again.
+        Copies are made under the lock, since the memory of a dropped tile is used again.
         """
         decoded = self._decoded[level]
         with self._lock:
@@ -173,7 +185,7 @@ class StoredTiles:
                 decoded.give_back(place)
 
     def _decode(self, level: int, index: int, memory: np.ndarray) -> bool:
-        """Decode a stored tile, uint8 (h, w, 3); False where the file has none."""
+        """Decode a stored tile into `memory`, uint8 (h, w, 3); False if the file has no such tile."""
         stored = self._levels[level]
         size = int(stored.sizes[index])
         if size == 0:
@@ -181,7 +193,7 @@ class StoredTiles:
         data = os.pread(self._file, size, int(stored.offsets[index]))
         try:
             stored.decode(data, out=memory)
-        except Exception as error:  # each codec has errors of its own
+        except Exception as error:  # each codec raises its own types of errors
             raise self._damaged(level, index, str(error)) from error
         return True
 
@@ -195,9 +207,10 @@ class StoredTiles:
         )
 
 
-def _is_readable(page: tifffile.TiffPage) -> bool:
+def _is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifffile.TiffPage]:
     return (
-        page.is_tiled
+        isinstance(page, tifffile.TiffPage)
+        and page.is_tiled
         and page.compression in COMPRESSIONS
         and page.samplesperpixel == 3
         and page.bitspersample == 8
@@ -207,7 +220,7 @@ def _is_readable(page: tifffile.TiffPage) -> bool:
 
 
 def _level(page: tifffile.TiffPage) -> _StoredLevel:
-    """What reading needs of a page, taken from the file while it is open."""
+    """Collect what is needed to read the tiles of a page, while the file is open."""
     decode = imagecodecs.jpeg2k_decode
     if page.compression == tifffile.COMPRESSION.JPEG:
         stored, decoded = jpeg_decode_colorspace(

@@ -1,4 +1,4 @@
-"""The grid of tiles, each paired with the low-resolution patch of the same tissue: the heart of HDMIL."""
+"""The grid of tiles of a slide, each paired with the low-resolution patch of the same tissue."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,18 @@ from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
 class TileGrid:
     """N tiles of a slide and their paired patches; row i is the same tile in every array.
 
-    Tile (row, col) is the square [col, col + 1) x [row, row + 1) of sides `tile_size * mpp` um, counted
-    from the top-left corner of the slide's bounds. Its patch is the block of `patch_size` x `patch_size`
-    thumbnail pixels at (row * patch_size, col * patch_size): the same square, 16 times coarser
-    (paper, section 3.1).
+    The grid starts at the top-left corner of the slide's bounds and has squares of `tile_size * mpp` um. The
+    patch of tile (row, col) is the block of `patch_size` x `patch_size` thumbnail pixels that starts at
+    (row * patch_size, col * patch_size): the same square, 16 times coarser (paper, section 3.1).
 
     Attributes:
-        coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2), rounded to whole pixels.
-        rowcol: Position on the grid, int64 (N, 2).
-        shape: (rows, cols) of the whole grid, tissue or not.
+        coords: Level-0 (x, y) of the top-left corners of the tiles, int64 (N, 2), rounded to whole pixels.
+        rowcol: (row, col) of the tiles on the grid, int64 (N, 2).
+        shape: (rows, cols) of the whole grid, including squares without tissue.
         patches: RGB patches, uint8 (N, patch_size, patch_size, 3).
-        thumbnail: The bounds at `patch_mpp`, uint8 (H, W, 3).
-        tissue: Tissue on the thumbnail, bool (H, W).
-        tile_size: Pixels of a tile's side.
+        thumbnail: Picture of the bounds at `patch_mpp`, uint8 (H, W, 3).
+        tissue: Tissue mask of the thumbnail, bool (H, W).
+        tile_size: Side of a tile in pixels.
         mpp: Scale of the tiles in um/px.
         patch_mpp: Scale of patches and thumbnail in um/px.
         tile_size_level0: (width, height) of a tile in level-0 pixels, rounded.
@@ -59,14 +58,18 @@ class TileGrid:
 
         Args:
             slide: An open slide.
-            tile_size: Pixels of a tile's side.
+            tile_size: Side of a tile in pixels.
             mpp: Scale of the tiles in um/px.
-            patch_size: Pixels of a patch's side; its scale follows, 0.5 * 256 / 16 = 8 um/px.
-            min_tissue: Least share of tissue in a tile.
-            tissue: Settings of the tissue mask.
+            patch_size: Side of a patch in pixels. The scale of the patches is mpp * tile_size / patch_size,
+                8 um/px with the default values.
+            min_tissue: Smallest share of tissue in a tile, 0 to 1.
+            tissue: Settings of the tissue mask; None takes the defaults.
+
+        Returns:
+            The grid, with the N tiles that have enough tissue.
 
         Raises:
-            SlideError: The slide is smaller than one tile, or no tile holds enough tissue.
+            SlideError: The slide is smaller than one tile, or no tile has enough tissue.
         """
         patch_mpp = mpp * tile_size / patch_size
         shape = _grid_shape(slide, tile_size * mpp)
@@ -97,20 +100,20 @@ class TileGrid:
         return len(self.coords)
 
     def read_tile(self, slide: Slide, i: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3), in `out` where given.
+        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3), into `out` if given.
 
         Raises:
-            SlideError: The file is damaged there.
+            SlideError: The file is damaged in this tile.
         """
         x, y = self.coords[i].tolist()
         return slide.read_field(x, y, (self.tile_size, self.tile_size), self.mpp, out)
 
     def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
-        """Put one value a tile back on the grid.
+        """Put one value per tile back on the grid.
 
         Args:
-            values: (N,) numbers in the order of the tiles.
-            fill: Value of the places without a tile.
+            values: Numbers in the order of the tiles, (N,).
+            fill: Value of the squares without a tile.
 
         Returns:
             float (rows, cols).
@@ -121,13 +124,13 @@ class TileGrid:
 
 
 def _grid_shape(slide: Slide, tile_um: float) -> tuple[int, int]:
-    """Rows and columns of tiles that lie wholly inside the bounds."""
+    """Number of rows and columns of tiles that lie completely inside the bounds."""
     width_um, height_um = slide.bounds[2] * slide.mpp[0], slide.bounds[3] * slide.mpp[1]
     rows, cols = (int(extent / tile_um + 1e-6) for extent in (height_um, width_um))
     if rows == 0 or cols == 0:
         raise SlideError(
             f"{slide.path}: {width_um:.0f} x {height_um:.0f} um is smaller than a tile of {tile_um:.0f} um. "
-            "Check the slide's mpp (pass mpp= if the file has a wrong one), or use smaller tiles."
+            "Check the mpp of the slide (pass mpp= if it is wrong in the file), or use smaller tiles."
         )
     return rows, cols
 

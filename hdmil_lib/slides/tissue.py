@@ -1,4 +1,4 @@
-"""Where the tissue is: Otsu's threshold on the saturation of a thumbnail, then clean-up in micrometres."""
+"""Tissue detection: Otsu's threshold on the saturation of a thumbnail, then morphology in micrometers."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TissueSettings:
-    """Settings of `tissue_mask`; lengths and areas are physical, so they hold at any mpp.
+    """Settings of `tissue_mask`; lengths and areas are physical, so that they apply to any mpp.
 
     Attributes:
-        min_saturation: Otsu's threshold is raised to this (of 255), so that a blank slide has no tissue.
-        max_saturation: Otsu's threshold is lowered to this, so that where tissue fills the picture
-            pale stroma is not taken for background.
-        median_um: Width of the median filter that removes dust and compression noise.
-        closing_um: Width of the disc that closes gaps between cells and fibres.
-        max_hole_um2: Holes up to this area are filled (lumina, fat cells); the default is half a tile.
-        min_object_um2: Tissue pieces below this area are dropped; the default is one tile.
+        min_saturation: Lower limit of Otsu's threshold (of 255), so that a blank slide has no tissue.
+        max_saturation: Upper limit of Otsu's threshold (of 255), so that pale stroma is not taken for
+            background when tissue fills the picture.
+        median_um: Width in um of the median filter that removes dust and compression noise.
+        closing_um: Width in um of the disc that closes gaps between cells and fibers.
+        max_hole_um2: Largest area in um2 of holes that are filled (lumens, fat cells); the default is half a
+            tile.
+        min_object_um2: Smallest area in um2 of pieces of tissue that are kept; the default is one tile.
     """
 
     min_saturation: int = 15
@@ -33,11 +34,11 @@ def tissue_mask(thumbnail: np.ndarray, mpp: float, settings: TissueSettings | No
 
     Args:
         thumbnail: RGB pixels, uint8 (H, W, 3).
-        mpp: Its scale in um/px.
-        settings: Thresholds and sizes; the defaults suit H&E at 8 um/px.
+        mpp: Scale of the thumbnail in um/px.
+        settings: Thresholds and sizes; None takes the defaults, which suit H&E at 8 um/px.
 
     Returns:
-        True on tissue, bool (H, W). All False where nothing is stained.
+        True on tissue, bool (H, W). All False if nothing is stained.
     """
     settings = settings or TissueSettings()
     saturation = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1]
@@ -53,7 +54,7 @@ def tissue_mask(thumbnail: np.ndarray, mpp: float, settings: TissueSettings | No
 
 
 def _odd_pixels(length_um: float, mpp: float) -> int:
-    """The odd number of pixels nearest to a length; at least 1."""
+    """Length in pixels, rounded to the nearest odd number, at least 1."""
     return 2 * max(0, round((length_um / mpp - 1) / 2)) + 1
 
 

@@ -1,172 +1,276 @@
-"""Methods x folds: the out-of-fold predictions behind Tables 1 and 3; parallel over folds, resumable."""
+"""Methods x folds: training, test predictions of every slide, and the trained models; resumable."""
 
 import hashlib
 import json
 import multiprocessing
-import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hdmil_lib.bags import Bag
+from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
 from hdmil_lib.config import cache_dir, torch_threads
-from hdmil_lib.data import Cohort, Split, make_splits, write_splits
-from hdmil_lib.errors import CheckpointError, HDMILError
-from hdmil_lib.features.bagstore import Bag
-from hdmil_lib.models import DMIN, LIPN, DMINSettings, MILModel, build_model
-from hdmil_lib.training.checkpoint import claim_folder, load_weights, read_json, save_table, write_json
-from hdmil_lib.training.joint import fine_tune
-from hdmil_lib.training.methods import METHODS
-from hdmil_lib.training.ragged import RaggedBags
-from hdmil_lib.training.recipes import Recipe
-from hdmil_lib.training.trainer import bags_digest, train_lipn, train_model
-from hdmil_lib.training.two_stage import two_stage
+from hdmil_lib.errors import CheckpointError
+from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
+from hdmil_lib.evaluation.statistics import summary_table
+from hdmil_lib.methods import METHODS, check_methods
+from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
+from hdmil_lib.storage import load_weights, read_json, write_json, write_table
+from hdmil_lib.training.fit import WEIGHTS, fit, predict_slides
+from hdmil_lib.training.joint import LIPN_WEIGHTS, fine_tune
+from hdmil_lib.training.lipn import fit_lipn, predict_screened
+from hdmil_lib.training.provenance import source_commit
+from hdmil_lib.training.recipes import Recipe, recipe_for
+from hdmil_lib.training.state import claim_folder
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One method on one fold, with what a worker process needs beside the bags."""
+class CrossValidation:
+    """A finished cross-validation: its test predictions, its scores, and its models.
 
-    method: str
-    fold: int
-    split: Split
-    labels: dict[str, int]
-    n_classes: int
-    recipe: Recipe
-    out_dir: Path
+    Attributes:
+        folder: Where all of it lies: splits, one folder `<method>/fold<k>` per training, `config.json`.
+        predictions: One row per method, fold and test slide: `method`, `fold`, `slide_id`, `label`,
+            `p_<class index>` for each class, and `keep_ratio`, the share of tiles that are read.
+    """
+
+    def __init__(self, folder: str | Path, methods: Sequence[str] | None = None):
+        """Open the folder that `cross_validate` wrote.
+
+        Args:
+            folder: The folder.
+            methods: Methods whose predictions are wanted, in this order; all finished ones by default.
+
+        Raises:
+            HDMILError: A method is unknown.
+            CheckpointError: The folder holds no cross-validation, or a method was not run to its end.
+        """
+        self.folder = Path(folder)
+        self._config = read_json(self.folder / "config.json")
+        if methods is None:
+            methods = [name for name in METHODS if (self.folder / name).is_dir()]
+        check_methods(methods)
+        paths = [
+            self._fold(name, fold) / "predictions.csv" for name in methods for fold in range(self.n_folds)
+        ]
+        absent = [path for path in paths if not path.is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{absent[0].parent}: was not run to its end; run the cross-validation again"
+            )
+        tables = [pd.read_csv(path, dtype={"slide_id": str}) for path in paths]
+        self.predictions = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"method": []})
 
     @property
-    def folder(self) -> Path:
-        return self.out_dir / self.method / f"fold{self.fold}"
+    def n_folds(self) -> int:
+        """Number of folds."""
+        return int(self._config["n_folds"])
 
     @property
-    def predictions(self) -> Path:
-        return self.folder / "predictions.csv"
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the class indices."""
+        return tuple(self._config["classes"])
+
+    @property
+    def splits(self) -> list[Split]:
+        """Slides of each fold's three parts."""
+        return read_splits(self.folder / "splits")
+
+    @property
+    def cases(self) -> dict[str, str]:
+        """Case by slide_id."""
+        table = pd.read_csv(self.folder / "slides.csv", dtype=str)
+        return dict(zip(table["slide_id"], table["case_id"], strict=True))
+
+    def table(self, level: float = 0.95) -> pd.DataFrame:
+        """Scores of every method: AUC with its interval, accuracy, and the share of tiles read, in percent.
+
+        Args:
+            level: Confidence level of the intervals.
+        """
+        return summary_table(self.predictions, self.cases, level=level)
+
+    def model(self, method: str, fold: int) -> MILModel | HDMIL:
+        """The model of a method on a fold, in evaluation mode: an `HDMIL` where the method screens tiles.
+
+        Raises:
+            HDMILError: The method is unknown.
+            CheckpointError: The method was not run on that fold, or its files are damaged.
+        """
+        check_methods([method])
+        return self.classifier(method, fold) if METHODS[method].screen is None else self.hdmil(fold, method)
+
+    def best(self, method: str) -> MILModel | HDMIL:
+        """The model of the fold with the lowest validation loss, in evaluation mode.
+
+        Raises:
+            HDMILError: The method is unknown.
+            CheckpointError: The method was not run, or its files are damaged.
+        """
+        return self.model(method, self.best_fold(method))
+
+    def best_fold(self, method: str = "hdmil") -> int:
+        """The fold on which a method, or the one whose networks it uses, had the lowest validation loss."""
+        check_methods([method])
+        trained = method if METHODS[method].screen not in ("random", "published") else METHODS[method].base
+        losses = {}
+        for fold in range(self.n_folds):
+            path = self._fold(trained, fold) / "history.csv"
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path.parent}: was not run to its end; run the cross-validation again"
+                )
+            losses[fold] = pd.read_csv(path)["val_loss"].min()
+        return min(losses, key=lambda fold: losses[fold])
+
+    def classifier(self, method: str, fold: int) -> MILModel:
+        """The bag classifier that a method trained on a fold, in evaluation mode."""
+        folder = self._fold(method, fold)
+        model = create_model(**read_json(folder / "model.json"))
+        load_weights(model, folder / WEIGHTS)
+        return model.eval()
+
+    def hdmil(self, fold: int, method: str = "hdmil") -> HDMIL:
+        """The two networks that a method uses on a fold, with their thresholds."""
+        entry = METHODS[method]
+        joint = entry.screen == "joint"
+        trained = method if entry.screen in ("lipn", "joint") else entry.base
+        folder = self._fold(trained, fold)
+        thresholds = read_json(folder / "config.json").get("thresholds")
+        if thresholds is None:
+            raise CheckpointError(f"{folder}: LIPN is not trained to its end; run the cross-validation again")
+        dmin = self._dmin(method if joint else entry.dmin, fold)
+        lipn = LIPN(dmin.n_classes)
+        load_weights(lipn, folder / (LIPN_WEIGHTS if joint else WEIGHTS))
+        published = entry.screen == "published"
+        return HDMIL(
+            dmin,
+            lipn,
+            thresholds=None if published else thresholds,
+            pooling="lipn" if published else "dmin",
+            trained_thresholds=thresholds,
+            info=self._info(trained),
+        )
+
+    def _dmin(self, method: str, fold: int) -> DMIN:
+        return cast(DMIN, self.classifier(method, fold))
+
+    def _info(self, method: str) -> ModelInfo:
+        """What the models of a method were trained for, with their mean test scores where all folds ran."""
+        metrics = {}
+        rows = self.predictions[self.predictions["method"] == method]
+        if len(rows):
+            scores = fold_scores(rows)
+            metrics = {
+                "test AUC, mean (sd) over folds": mean_sd(scores["auc"]),
+                "test accuracy, mean (sd) over folds": mean_sd(scores["accuracy"]),
+                "share of tiles read": round(float(scores["keep_ratio"].mean()), 4),
+            }
+        encoder = self._config["encoder"]
+        return ModelInfo(
+            classes=self.classes,
+            encoder=encoder["name"],
+            encoder_weights=encoder["weights_hash"],
+            cohort=self._config["cohort"],
+            metrics=metrics,
+        )
+
+    def _fold(self, method: str, fold: int) -> Path:
+        return self.folder / method / f"fold{fold}"
 
 
-def run_crossval(
+def cross_validate(
     cohort: Cohort,
-    bags: Mapping[str, Bag],
-    methods: Sequence[str],
-    n_folds: int,
-    seed: int,
-    recipe: Recipe,
-    out_dir: str | Path | None = None,
+    methods: Sequence[str] = ("abmil", "hdmil_dagger", "hdmil"),
     *,
+    folds: int = 5,
+    splits: str | Path | Sequence[Split] | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    bags: Mapping[str, Bag] | None = None,
     workers: int = 2,
     progress: bool = True,
-) -> pd.DataFrame:
+) -> CrossValidation:
     """Train and test methods by cross-validation.
 
     Methods that screen tiles build on the DMIN of "hdmil_dagger", and all but "hdmil" on the LIPN of
     "hdmil": both are trained first where they are not asked for. What is finished is not run again.
 
     Args:
-        cohort: Labels and cases.
-        bags: Bags by slide_id, of one encoder.
+        cohort: Labels, cases and bags.
         methods: Names in `METHODS`.
-        n_folds: Folds; see `make_splits`.
-        seed: Of splits, initial weights, training and random tiles.
-        recipe: Settings of the networks, such as `RECIPES["camelyon-mini"]`; its seeds give way to `seed`.
-        out_dir: Gets the splits and a folder `<method>/fold<k>` each; default: `run_dir` of the others.
-        workers: Processes, this one among them, each with one torch thread; 1 trains here alone, with the
-            threads that torch has.
-        progress: Show a bar over jobs.
-
-    Returns:
-        One row a method, fold and test slide: `method`, `fold`, `slide_id`, `label`, `p_<class index>` for
-        each class, and `keep_ratio`, the share of tiles that are read.
+        folds: Number of folds; see `make_splits`. Splits that are given come first, then the official split
+            of the table's column `split`.
+        splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves.
+        recipe: Settings of the networks; by default `recipe_for` the cohort's size and features. Its seeds
+            give way to `seed`.
+        seed: Seed of splits, initial weights, training and random tiles.
+        out: Folder of all results; by default one in the cache, named after all that the results depend on.
+        bags: Bags by slide_id, where they are in memory already.
+        workers: Number of processes, this one among them, each with one torch thread; 1 trains here alone,
+            with the threads that torch has.
+        progress: Whether a bar over trainings is shown.
 
     Raises:
         HDMILError: A method is unknown.
-        CohortError: Too few cases for the folds.
-        CheckpointError: `out_dir` holds runs of another configuration.
+        CohortError: There are too few cases for the folds, or the splits do not fit the cohort.
+        CheckpointError: `out` holds runs of another configuration.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise HDMILError(f"there is no method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
-    run = (cohort, bags, n_folds, seed, recipe)
-    out_dir = run_dir(*run) if out_dir is None else Path(out_dir)
-    splits = make_splits(cohort, n_folds, seed)
-    claim_folder(out_dir, _identity(*run))
-    write_splits(splits, out_dir / "splits")
-    labels = dict(zip(cohort.slide_ids, cohort.labels.tolist(), strict=True))
-    waves = [
-        [
-            _Job(method, fold, split, labels, len(cohort.classes), recipe.seeded(seed), out_dir)
-            for method in wave
-            for fold, split in enumerate(splits)
-        ]
-        for wave in _waves(methods)
-    ]
-    _run(waves, bags, workers, progress)
-    asked = [job for method in methods for wave in waves for job in wave if job.method == method]
-    tables = [pd.read_csv(job.folder / "predictions.csv", dtype={"slide_id": str}) for job in asked]
-    return pd.concat(tables, ignore_index=True)
-
-
-def run_dir(cohort: Cohort, bags: Mapping[str, Bag], n_folds: int, seed: int, recipe: Recipe) -> Path:
-    """Where such a run is kept in the cache: `runs/<cohort folder>-<hash of all it depends on>`."""
-    text = json.dumps(_identity(cohort, bags, n_folds, seed, recipe), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return cache_dir() / "runs" / f"{cohort.root.resolve().name}-{digest}"
-
-
-def load_fold(out_dir: str | Path, fold: int, method: str = "hdmil") -> tuple[DMIN, LIPN, tuple[float, ...]]:
-    """The two networks that a method uses on a fold, in evaluation mode, and LIPN's calibrated thresholds.
-
-    Raises:
-        CheckpointError: That fold was not run in this folder, or its files are damaged.
-    """
-    entry = METHODS[method]
-    joint = entry.screen == "joint"
-    folder = Path(out_dir) / (method if entry.screen in ("lipn", "joint") else entry.base) / f"fold{fold}"
-    thresholds = read_json(folder / "config.json").get("thresholds")
-    if thresholds is None:
-        raise CheckpointError(f"{folder}: LIPN is not trained to its end; run the cross-validation again")
-    dmin = load_dmin(out_dir, fold, method if joint else entry.dmin)
-    lipn = LIPN(dmin.n_classes)
-    load_weights(lipn, folder / ("lipn.safetensors" if joint else "model.safetensors"))
-    return dmin, lipn.eval(), tuple(thresholds)
-
-
-def load_dmin(out_dir: str | Path, fold: int, method: str = "hdmil_dagger") -> DMIN:
-    """The DMIN that a method trained on a fold, in evaluation mode.
-
-    Raises:
-        CheckpointError: That fold was not run in this folder, or its files are damaged.
-    """
-    folder = Path(out_dir) / method / f"fold{fold}"
-    dmin = DMIN(DMINSettings(**read_json(folder / "config.json")["model_settings"]))
-    load_weights(dmin, folder / "model.safetensors")
-    return dmin.eval()
-
-
-def _identity(
-    cohort: Cohort, bags: Mapping[str, Bag], n_folds: int, seed: int, recipe: Recipe
-) -> dict[str, Any]:
-    """What the result of a cross-validation depends on."""
-    rows = cohort.table[["slide_id", "case_id", "label"]].to_json()
-    return {
-        "n_folds": n_folds,
+    check_methods(methods)
+    bags = cohort.load_bags() if bags is None else {slide_id: bags[slide_id] for slide_id in cohort.slide_ids}
+    data = BagDataset(bags, cohort.label_of)
+    parts = _splits(cohort, splits, folds, seed)
+    recipe = (recipe or recipe_for(len(cohort), data.dim)).seeded(seed)
+    identity = {
+        "n_folds": len(parts),
         "seed": seed,
         "recipe": asdict(recipe),
-        "labels": hashlib.sha256(rows.encode()).hexdigest()[:16],
-        "features": bags_digest(bags, cohort.slide_ids),
+        "splits": hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
+        "labels": hashlib.sha256(repr([cohort.label_of, cohort.case_of]).encode()).hexdigest()[:16],
+        "classes": list(cohort.classes),
+        "features": data.digest(cohort.slide_ids),
+        "encoder": asdict(data.encoder),
+        "cohort": cohort.root.resolve().name,
     }
+    if out is None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        out = cache_dir() / "runs" / f"{identity['cohort']}-{digest}"
+    out = Path(out)
+    claim_folder(out, identity)
+    write_splits(parts, out / "splits")
+    write_table(out / "slides.csv", cohort.table[["slide_id", "case_id", "label"]])
+    n_classes = len(cohort.classes)
+    waves = [
+        [_Job(name, fold, split, n_classes, recipe, out) for name in wave for fold, split in enumerate(parts)]
+        for wave in waves_of(methods)
+    ]
+    _run(waves, data, bags, workers, progress)
+    return CrossValidation(out, methods)
 
 
-def _waves(methods: Sequence[str]) -> list[list[str]]:
+def _splits(
+    cohort: Cohort, splits: str | Path | Sequence[Split] | None, folds: int, seed: int
+) -> list[Split]:
+    """The splits that are given, the official one, or new ones by case."""
+    if splits is None:
+        official = column_split(cohort)
+        return make_splits(cohort, folds, seed) if official is None else [official]
+    found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
+    check_splits(found, cohort)
+    return found
+
+
+def waves_of(methods: Sequence[str]) -> list[list[str]]:
     """Methods and those they build on, in groups: each needs only the groups before it."""
     wanted = set(methods)
     for name in reversed(METHODS):
@@ -179,10 +283,33 @@ def _waves(methods: Sequence[str]) -> list[list[str]]:
     return [[name for name in names if depth[name] == d] for d in range(3)]
 
 
-def _run(waves: list[list[_Job]], bags: Mapping[str, Bag], workers: int, progress: bool) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """One method on one fold, with what a worker process needs beside the bags."""
+
+    method: str
+    fold: int
+    split: Split
+    n_classes: int
+    recipe: Recipe
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.method / f"fold{self.fold}"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions.csv"
+
+
+def _run(
+    waves: list[list[_Job]], data: BagDataset, bags: Mapping[str, Bag], workers: int, progress: bool
+) -> None:
     """Run the jobs that have no predictions yet, one wave after the other.
 
-    This process is one of the workers: it trains while the others still import.
+    This process is one of the workers: it trains while the others still import, and takes what no other has
+    begun. Where a job fails, the others are given up and the helpers ended.
     """
     todo = [[job for job in wave if not job.predictions.is_file()] for wave in waves]
     n_jobs, n_todo = sum(map(len, waves)), sum(map(len, todo))
@@ -190,144 +317,116 @@ def _run(waves: list[list[_Job]], bags: Mapping[str, Bag], workers: int, progres
     with tqdm(total=n_jobs, initial=n_jobs - n_todo, disable=not progress, desc="cross-validation") as bar:
         if helpers < 1:
             for job in chain(*todo):
-                _run_job(job, bags)
+                _run_job(job, data)
                 bar.update()
             return
-        spawn = multiprocessing.get_context("spawn")
-        with (
-            torch_threads(1),
-            ProcessPoolExecutor(helpers, spawn, _start_worker, (dict(bags),)) as processes,
-            ThreadPoolExecutor(helpers) as threads,
-        ):
-            for wave in todo:
-                _share(deque(wave), bags, processes, threads, helpers, bar)
-
-
-def _share(
-    jobs: deque[_Job],
-    bags: Mapping[str, Bag],
-    processes: Executor,
-    threads: Executor,
-    helpers: int,
-    bar: tqdm,
-) -> None:
-    """Run jobs here and in `helpers` processes, each taking the next one when it is free."""
-
-    def next_job() -> _Job | None:
-        with suppress(IndexError):  # another thread took the last one
-            return jobs.popleft()
-        return None
-
-    def work(run: Callable[[_Job], object]) -> None:
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(
+            helpers, multiprocessing.get_context("spawn"), _start_worker, (dict(bags), data.labels)
+        )
         try:
-            while job := next_job():
-                run(job)
-                bar.update()
-        except BaseException:
-            jobs.clear()
+            with torch_threads(1):
+                for wave in todo:
+                    _share(wave, data, pool, bar)
+        except BaseException:  # an interrupt too: nobody waits for the helpers then
+            pool.shutdown(wait=False, cancel_futures=True)
+            for helper in set(multiprocessing.active_children()) - others:
+                helper.terminate()
             raise
-
-    waiting = [
-        threads.submit(work, lambda job: processes.submit(_run_in_worker, job).result())
-        for _ in range(helpers)
-    ]
-    work(lambda job: _run_job(job, bags))
-    for thread in waiting:
-        thread.result()
+        pool.shutdown()
 
 
-_worker_bags: dict[str, Bag] = {}
+def _share(wave: list[_Job], data: BagDataset, pool: ProcessPoolExecutor, bar: tqdm) -> None:
+    """Run a wave of jobs in the pool and here: this process takes jobs from the end that nobody has begun."""
+    futures: dict[Future, _Job] = {pool.submit(_run_in_worker, job): job for job in wave}
+    for future in futures:
+        future.add_done_callback(lambda done: None if done.cancelled() else bar.update())
+    for future, job in reversed(futures.items()):
+        if future.cancel():
+            _run_job(job, data)
+            bar.update()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
-def _start_worker(bags: dict[str, Bag]) -> None:
+_worker_data: list[BagDataset] = []
+
+
+def _start_worker(bags: dict[str, Bag], labels: dict[str, int]) -> None:
     torch.set_num_threads(1)
-    _worker_bags.update(bags)
+    _worker_data.append(BagDataset(bags, labels))
 
 
 def _run_in_worker(job: _Job) -> None:
-    _run_job(job, _worker_bags)
+    _run_job(job, _worker_data[0])
 
 
-def _run_job(job: _Job, bags: Mapping[str, Bag]) -> None:
+def _run_job(job: _Job, data: BagDataset) -> None:
     """Train what the method trains, predict the fold's test slides and write `predictions.csv`."""
     started = time.time()
     screen = METHODS[job.method].screen
     if screen is None:
-        model = _train_classifier(job, bags)
-        logits, kept = RaggedBags(bags, job.split.test, model.inputs).predict(model, job.split.test)
+        model = _fit_classifier(job, data)
+        logits, kept = predict_slides(model, data, job.split.test)
         kept = torch.ones_like(kept) if model.reads_all else kept  # DMIN selects, but among all
-        outputs = dict(zip(job.split.test, zip(logits, kept, strict=True), strict=True))
     else:
         if screen == "lipn":
-            _train_lipn(job, bags)
+            _fit_lipn(job, data)
         elif screen == "joint":
-            _fine_tune(job, bags)
-        outputs = _screened(job, RaggedBags(bags, job.split.test, ("features", "patches")))
-    rows = []
-    for slide_id, (logits, kept) in outputs.items():
-        row = {"method": job.method, "fold": job.fold, "slide_id": slide_id, "label": job.labels[slide_id]}
-        row |= {f"p_{c}": float(p) for c, p in enumerate(logits.double().softmax(0))}
-        rows.append(row | {"keep_ratio": float(kept)})
-    write_json(job.folder / "provenance.json", _commit() | {"seconds": round(time.time() - started, 1)})
-    save_table(job.predictions, pd.DataFrame(rows))
+            _fine_tune(job, data)
+        logits, kept = _screened(job, data)
+    rows = [
+        {"method": job.method, "fold": job.fold, "slide_id": slide_id, "label": data.labels[slide_id]}
+        | {f"p_{c}": float(p) for c, p in enumerate(logits[i].double().softmax(0))}
+        | {"keep_ratio": float(kept[i])}
+        for i, slide_id in enumerate(job.split.test)
+    ]
+    write_json(job.folder / "provenance.json", source_commit() | {"seconds": round(time.time() - started, 1)})
+    write_table(job.predictions, pd.DataFrame(rows))
 
 
-def _commit() -> dict[str, str | bool | None]:
-    """Commit of the code that runs, if it runs from a checkout, and whether files differ from it."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-
-
-def _train_classifier(job: _Job, bags: Mapping[str, Bag]) -> MILModel:
+def _fit_classifier(job: _Job, data: BagDataset) -> MILModel:
     method, recipe = METHODS[job.method], job.recipe
-    options = {**recipe.models.get(method.model, {}), **method.options}
     training = recipe.training_of(method.model)
-    in_dim = bags[job.split.train[0]].features.shape[1]
+    description = {"name": method.model, "in_dim": data.dim, "n_classes": job.n_classes}
+    description |= {**recipe.models.get(method.model, {}), **method.options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        model = build_model(method.model, in_dim, job.n_classes, **options)
-    loss_options = recipe.loss if method.model == "dmin" else None
-    train_model(model, bags, job.split, job.labels, training, job.folder, loss_options=loss_options)
+        model = create_model(**description)
+    write_json(job.folder / "model.json", description)
+    fit(model, data, job.split, training, out=job.folder)
     return model
 
 
-def _train_lipn(job: _Job, bags: Mapping[str, Bag]) -> None:
-    method = METHODS[job.method]
-    dmin = load_dmin(job.out_dir, job.fold, method.dmin)
+def _fit_lipn(job: _Job, data: BagDataset) -> None:
+    method, training = METHODS[job.method], job.recipe.lipn_training
+    dmin = cast(DMIN, CrossValidation(job.out, []).classifier(method.dmin, job.fold))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.recipe.lipn_training.seed)
+        torch.manual_seed(training.seed)
         lipn = LIPN(job.n_classes)
-    train_lipn(lipn, dmin, bags, job.split, job.labels, job.recipe.lipn_training, job.folder, **method.lipn)
+    fit_lipn(lipn, dmin, data, job.split, training, out=job.folder, **method.lipn)
 
 
-def _fine_tune(job: _Job, bags: Mapping[str, Bag]) -> None:
-    method, recipe = METHODS[job.method], job.recipe
-    networks = load_fold(job.out_dir, job.fold, method.base)
-    data = bags, job.split, job.labels
-    fine_tune(*networks, *data, recipe.joint_training, job.folder, loss_options=recipe.loss)
+def _fine_tune(job: _Job, data: BagDataset) -> None:
+    base = METHODS[job.method].base
+    model = CrossValidation(job.out, []).hdmil(job.fold, base)
+    dmin_description = read_json(job.out / METHODS[base].dmin / f"fold{job.fold}" / "model.json")
+    write_json(job.folder / "model.json", dmin_description)
+    fine_tune(model, data, job.split, job.recipe.joint_training, out=job.folder)
 
 
 @torch.inference_mode()
-def _screened(job: _Job, data: RaggedBags) -> dict[str, tuple[Tensor, Tensor]]:
-    """Logits of each test slide from the tiles that the method lets DMIN read, and their share."""
-    screen = METHODS[job.method].screen
-    dmin, lipn, thresholds = load_fold(job.out_dir, job.fold, job.method)
-    published = screen == "published"
-    cut = dmin.settings.threshold if published else thresholds
+def _screened(job: _Job, data: BagDataset) -> tuple[Tensor, Tensor]:
+    """Logits of the test slides (S, C) from the tiles that the method lets DMIN read, and their share (S,)."""
+    model = CrossValidation(job.out, []).hdmil(job.fold, job.method)
+    logits, kept = predict_screened(model, data, job.split.test)
+    if METHODS[job.method].screen != "random":
+        return logits, kept
     generator = torch.Generator().manual_seed(job.recipe.training.seed)
-    outputs = {}
-    for slide_id in job.split.test:
-        features = data.take("features", [slide_id])
-        patches = data.take("patches", [slide_id])
-        output, kept = two_stage(dmin, lipn, features, patches, cut, lipn_pools=published)
-        if screen == "random":
-            n_read = round(float(kept) * len(features))
-            drawn = torch.randperm(len(features), generator=generator)[:n_read]
-            output = dmin(features[drawn])
-        outputs[slide_id] = output.logits, kept
-    return outputs
+    answers = []
+    for slide_id, share in zip(job.split.test, kept.tolist(), strict=True):
+        features = data.batch([slide_id]).features
+        drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
+        answers.append(model.dmin(features[drawn]).logits)
+    return torch.cat(answers), kept

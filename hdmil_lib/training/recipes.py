@@ -1,33 +1,27 @@
-"""Settings of all networks on one cohort: the paper's, and those of the synthetic cohorts."""
+"""Settings of all networks of a cross-validation, and those that suit a cohort by its size."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hdmil_lib.models import PAPER_PRESETS, PaperPreset
+from hdmil_lib.training.fit import TrainSettings
 from hdmil_lib.training.joint import FINE_TUNING
-from hdmil_lib.training.trainer import (
-    MINI_LIPN_TRAINING,
-    MINI_TRAINING,
-    PAPER_LIPN_TRAINING,
-    PAPER_TRAINING,
-    TrainSettings,
-)
 
 CLAM, DTFD = ("clam_sb", "clam_mb"), ("dtfd_afs", "dtfd_maxs", "dtfd_maxmins")
+SMALL_COHORT = 500
+"""Slides below which a cohort gets small networks, several bags per step and short trainings."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of all networks on one cohort.
+    """Settings of all networks of a cross-validation.
 
     Attributes:
-        training: Of the bag classifiers.
-        lipn_training: Of LIPN.
-        joint_training: Of DMIN and LIPN together (AHDMIL).
-        models: Options of a bag classifier by its name in `MODELS`.
-        trainings: What a bag classifier's training has different from `training`, by the same name.
-        loss: Options of `dmin_loss`.
+        training: Training of the bag classifiers.
+        lipn_training: Training of LIPN.
+        joint_training: Fine-tuning of DMIN and LIPN together (AHDMIL).
+        models: Settings of a bag classifier by its name in `MODELS`.
+        trainings: What the training of a bag classifier has different from `training`, by the same name.
     """
 
     training: TrainSettings
@@ -35,37 +29,48 @@ class Recipe:
     joint_training: TrainSettings
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    loss: Mapping[str, Any] = field(default_factory=dict)
 
     def shorter(self, epochs: int) -> "Recipe":
-        """The same with at most so many epochs of every network."""
+        """The same with at most this many epochs of every network."""
 
         def cut(settings: TrainSettings) -> TrainSettings:
             return replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
 
-        parts = ("training", "lipn_training", "joint_training")
-        return replace(self, **{part: cut(getattr(self, part)) for part in parts})
+        return self._with(cut)
 
     def seeded(self, seed: int) -> "Recipe":
         """The same with this seed in every training."""
-        parts = ("training", "lipn_training", "joint_training")
-        return replace(self, **{part: replace(getattr(self, part), seed=seed) for part in parts})
+        return self._with(lambda settings: replace(settings, seed=seed))
 
     def training_of(self, model: str) -> TrainSettings:
         """How a bag classifier is trained."""
         return replace(self.training, **self.trainings.get(model, {}))
 
+    def _with(self, change: Any) -> "Recipe":
+        parts = ("training", "lipn_training", "joint_training")
+        return replace(self, **{part: change(getattr(self, part)) for part in parts})
 
-def _paper(preset: PaperPreset) -> Recipe:
-    """DMIN as in the paper, the others as in their own papers' code."""
+
+def published_recipe(
+    *, degree: int = 12, keep_ratio: float = 0.6, learning_rate: float = 3e-4, subtyping: bool = False
+) -> Recipe:
+    """DMIN as in the paper (by default for Camelyon16), the others as in the code of their own papers.
+
+    Args:
+        degree: K of DMIN's heads.
+        keep_ratio: r.
+        learning_rate: Learning rate of DMIN and of the pooling baselines.
+        subtyping: Whether each class is a subtype with tiles of its own, so that the clustering losses also
+            label the top tiles of the other branches.
+    """
     common = {"learning_rate": 1e-4}
     return Recipe(
-        training=replace(PAPER_TRAINING, learning_rate=preset.learning_rate),
-        lipn_training=PAPER_LIPN_TRAINING,
+        training=TrainSettings(learning_rate=learning_rate),
+        lipn_training=TrainSettings(learning_rate=1e-4, min_epochs=0, patience=5),
         joint_training=FINE_TUNING,
         models={
-            "dmin": {"degree": preset.settings.degree, "keep_ratio": preset.settings.keep_ratio},
-            **dict.fromkeys(CLAM, {"subtyping": preset.subtyping}),
+            "dmin": {"degree": degree, "keep_ratio": keep_ratio, "subtyping": subtyping},
+            **dict.fromkeys(CLAM, {"subtyping": subtyping}),
         },
         trainings={
             **dict.fromkeys(CLAM, common),
@@ -75,40 +80,70 @@ def _paper(preset: PaperPreset) -> Recipe:
             "dsmil": common | {"betas": (0.5, 0.9), "weight_decay": 1e-3},
             **dict.fromkeys(DTFD, common | {"weight_decay": 1e-4, "clip": 5.0, "drop_epoch": 100}),
         },
-        loss={"subtyping": preset.subtyping},
     )
 
 
-def _mini(paper: Recipe) -> Recipe:
-    """The paper's recipe cut down to a synthetic cohort of some 200 bags of some 120 tiles.
+def small_recipe(published: Recipe, *, embed_dim: int = 256) -> Recipe:
+    """The published recipe cut down to some hundred slides.
 
-    Smaller layers, several bags a step, and heads of degree 3 that start linear; "hdmil_dagger_published"
-    has the paper's head. Of the baselines' own settings those stay that do not depend on the size.
+    Narrower layers, several bags per step, heads of degree 3 that start linear, and shorter trainings;
+    "hdmil_dagger_published" has the published head. Of the baselines' own settings those stay that do not
+    depend on the size.
+
+    Args:
+        published: Recipe for a large cohort.
+        embed_dim: Width of the embeddings.
     """
-    small = {"embed_dim": 256}
+    training = TrainSettings(
+        learning_rate=1e-3, epochs=40, min_epochs=15, patience=10, standardize=True, batch_size=4
+    )
+    small = {"embed_dim": embed_dim}
+    attention = {**small, "attention_dim": embed_dim // 2}
     return Recipe(
-        training=MINI_TRAINING,
-        lipn_training=MINI_LIPN_TRAINING,
-        joint_training=replace(FINE_TUNING, batch_size=MINI_TRAINING.batch_size),
+        training=training,
+        lipn_training=TrainSettings(learning_rate=1e-3, epochs=12, min_epochs=12),
+        joint_training=replace(FINE_TUNING, batch_size=training.batch_size),
         models={
             **dict.fromkeys(("max", "mean", "abmil", "smt", *DTFD), small),
-            **dict.fromkeys(CLAM, {**small, "attention_dim": 128, **paper.models["clam_sb"]}),
-            **dict.fromkeys(("transmil", "s4mil", "mambamil"), {"embed_dim": 128}),
-            "dmin": paper.models["dmin"] | {**small, "attention_dim": 128, "degree": 3, "linear_start": True},
+            **dict.fromkeys(CLAM, {**attention, **published.models["clam_sb"]}),
+            **dict.fromkeys(("transmil", "s4mil", "mambamil"), {"embed_dim": embed_dim // 2}),
+            "dmin": {**published.models["dmin"], **attention, "degree": 3, "linear_start": True, "k": 8},
         },
         trainings={
             "transmil": {"optimizer": "lookahead_radam"},
             "dsmil": {"betas": (0.5, 0.9), "weight_decay": 1e-3},
             **dict.fromkeys(DTFD, {"weight_decay": 1e-4, "clip": 5.0}),
         },
-        loss={**paper.loss, "k": 8},
     )
 
 
-RECIPES: dict[str, Recipe] = {name: _paper(preset) for name, preset in PAPER_PRESETS.items()}
-RECIPES |= {
-    "camelyon-mini": _mini(RECIPES["camelyon16"]),
-    "nsclc-mini": _mini(RECIPES["nsclc"]),
-    "brca-mini": _mini(RECIPES["brca"]),
-}
-"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones after them."""
+def recipe_for(n_slides: int, in_dim: int, *, subtyping: bool = False) -> Recipe:
+    """Settings for a cohort of one's own, by its number of slides and the width of its features.
+
+    Up to `SMALL_COHORT` slides the recipe is the small one, which was chosen on synthetic cohorts of 200
+    slides; beyond it is the published one, with features standardized, since encoders differ in the scale of
+    their features. Embeddings are as wide as the power of two below the features, from 64 to 256 in a small
+    cohort and to 512, the published width, in a large one.
+
+    Args:
+        n_slides: Slides of the cohort.
+        in_dim: Width of the features.
+        subtyping: Whether each class is a subtype with tiles of its own; False for tumor against normal.
+    """
+    published = published_recipe(subtyping=subtyping)
+    if n_slides < SMALL_COHORT:
+        return small_recipe(published, embed_dim=_width(in_dim, 256))
+    width = {"embed_dim": _width(in_dim, 512)}
+    attention = {**width, "attention_dim": width["embed_dim"] // 2}
+    models: dict[str, Mapping[str, Any]] = {
+        **dict.fromkeys(("max", "mean", "abmil", "smt", *DTFD, "transmil", "s4mil", "mambamil"), width),
+        **{name: {**attention, **published.models["clam_sb"]} for name in CLAM},
+        "dmin": {**published.models["dmin"], **attention},
+    }
+    training = replace(published.training, standardize=True)
+    return replace(published, models=models, training=training)
+
+
+def _width(in_dim: int, largest: int) -> int:
+    """The power of two at or below `in_dim`, from 64 to `largest`."""
+    return min(max(2 ** (in_dim.bit_length() - 1), 64), largest)

@@ -1,4 +1,4 @@
-"""What a folder of training runs holds: one row an epoch, and choices made on validation slides alone."""
+"""What a folder of training runs holds: one row per epoch, and choices made on validation slides alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 import pandas as pd
 
 from hdmil_lib.errors import CheckpointError
-from hdmil_lib.training.checkpoint import read_json, write_whole
+from hdmil_lib.storage import read_json, write_whole
 
 
 def runs_table(out_dir: str | Path) -> pd.DataFrame:
-    """Every finished run of a cross-validation, one row an epoch.
+    """Every finished run of a cross-validation, one row per epoch.
 
     Args:
-        out_dir: Folder of `run_crossval`.
+        out_dir: Folder of `cross_validate`.
 
     Returns:
-        `method`, `fold`, `epoch`; losses and scores as `train_model` names them; `seed`, `model`,
+        `method`, `fold`, `epoch`; losses and scores as `fit` names them; `seed`, `model`,
         `configuration` (JSON text: settings of the network, of training and of the loss), `commit` of the
         code, `changed` (whether files differed from it), and `seconds` of the whole run.
 
@@ -29,10 +29,11 @@ def runs_table(out_dir: str | Path) -> pd.DataFrame:
         if not (folder / "provenance.json").is_file():
             continue
         config, provenance = (read_json(folder / f"{name}.json") for name in ("config", "provenance"))
+        network = read_json(folder / "model.json") if (folder / "model.json").is_file() else None
         table = pd.read_csv(path, float_precision="round_trip")
         table.insert(0, "method", folder.parent.name)
         table.insert(1, "fold", int(folder.name.removeprefix("fold")))
-        shown = {key: config.get(key) for key in ("model_settings", "settings", "loss")}
+        shown = {"network": network, "settings": config["settings"], "loss": config.get("loss")}
         table = table.assign(
             seed=config["settings"]["seed"],
             model=config["model"],
@@ -62,9 +63,9 @@ def chosen_by_validation(
     validation loss answers for the fold's test slides, which had no say in it.
 
     Args:
-        predictions: From `run_crossval`, with all candidates.
-        runs: From `runs_table`, of the same folder.
-        candidates: Methods.
+        predictions: Predictions of `cross_validate`, with all candidates.
+        runs: What `runs_table` says of the same folder.
+        candidates: Names of methods.
         name: What the choice is called in the column `method`.
 
     Returns:

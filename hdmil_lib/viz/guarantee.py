@@ -1,4 +1,4 @@
-"""What fewer tiles do to the answer: how it grows on one slide, and how often a fast rule errs on many."""
+"""What reading fewer tiles does: how the answer on a slide grows, and how often a fast rule errs."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hdmil_lib.viz.style import BLUE, MUTED, ORANGE, VERMILION, axes_or_new
+from hdmil_lib.viz.style import BLUE, MUTED, ORANGE, VERMILION, axes_or_new, plain
 
 if TYPE_CHECKING:  # drawing needs no model: its import would take seconds
     from hdmil_lib.inference.anytime import Trajectory
@@ -23,13 +23,13 @@ def anytime_curves(
     margin: float = math.inf,
     classes: Sequence[str] = ("normal", "tumor"),
 ) -> Axes:
-    """Lead of the last of two classes as the tiles of slides are read; a mark where reading stops.
+    """Log odds of the second of two classes as tiles are read; a dot marks where reading stops.
 
     Args:
-        trajectories: Of the slides, two classes.
-        labels: Their true class indices.
+        trajectories: One for each slide, of two classes.
+        labels: True class index of each slide.
         ax: Axes to draw on.
-        margin: At which reading stops: on the lines from it to 0.
+        margin: Margin at which reading stops; the dotted lines fall from it to 0.
         classes: Class names.
     """
     ax = axes_or_new(ax)
@@ -41,23 +41,23 @@ def anytime_curves(
         ax.plot(share[: stop + 1], log_odds[: stop + 1], color=color, lw=1.3)
         ax.plot(share[stop], log_odds[stop], "o", ms=4, color=color)
     for label, color in enumerate((BLUE, VERMILION)):
-        ax.plot([], [], color=color, label=f"true class: {classes[label]}")
+        ax.plot([], [], color=color, label=plain(f"true class: {classes[label]}"))
     ax.axhline(0, color=MUTED, lw=1)
     if margin < math.inf:
         for sign in (-1, 1):
             ax.plot([0, 1], [sign * margin, 0], color=MUTED, lw=1, ls=":")
-    ax.set(xlabel="share of tiles read", ylabel=f"log odds of {classes[1]}", xlim=(0, 1.02))
+    ax.set(xlabel="share of tiles read", ylabel=plain(f"log odds of {classes[1]}"), xlim=(0, 1.02))
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return ax
 
 
 def risk_curve(control: "RiskControl", ax: Axes | None = None) -> Axes:
-    """Errors of rules against their cost, each with its confidence bound; the one chosen is marked.
+    """Share of wrong slides of each rule, with its confidence bound, against cost; the chosen rule is marked.
 
     Args:
-        control: Costs are shares of tiles read.
-        ax: Axes to draw on; the careful rules stand on the left.
+        control: The rules that were tried; their costs are shares of tiles read.
+        ax: Axes to draw on; the most careful rules are on the left.
     """
     ax = axes_or_new(ax)
     share = control.errors / control.n_slides

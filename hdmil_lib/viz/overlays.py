@@ -1,43 +1,54 @@
 """Maps on the slide: tissue and tiles, attention, kept tiles and truth, drawn over the thumbnail in mm.
 
-A map is drawn from anything that lies on the grid: a `TileGrid` or a `Prediction`, of the paper's
-geometry (tiles of 128 um, 16 thumbnail pixels at 8 um/px).
+A map is drawn from anything that lies on the grid: a `TileGrid`, a `Prediction` or a `Bag`, of the paper's
+geometry (tiles of 128 um, which are 16 thumbnail pixels of 8 um). Neither models nor other slow libraries are
+imported here.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_or_new
+from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_or_new, plain
+
+if TYPE_CHECKING:
+    from hdmil_lib.inference.prediction import Prediction
 
 TILE_MM = 0.128
 THUMBNAIL_MM = 0.008
+PIXELS = 16
+"""Thumbnail pixels along a tile's side."""
 MAP_SIZE = (6.4, 4.6)
+DROPPED = to_rgba("#6b7078", 0.8)
+TISSUE = "#d39bc0"
 
 
 class OnGrid(Protocol):
-    """Tiles on a slide's grid: `thumbnail` uint8 (H, W, 3), `rowcol` (N, 2), `shape` (rows, cols)."""
+    """Tiles on a slide's grid: `thumbnail` uint8 (H, W, 3), `rowcol` int64 (N, 2), `shape` (rows, cols)."""
 
     thumbnail: np.ndarray
     rowcol: np.ndarray
     shape: tuple[int, int]
 
 
+def _thumbnail(grid: OnGrid) -> np.ndarray:
+    """The picture under the map, uint8 (H, W, 3); a bag without patches has plain squares for its tiles."""
+    if getattr(grid, "patches", ()) is not None:
+        return grid.thumbnail
+    tiles = np.full((*grid.shape, 3), 255, np.uint8)
+    tiles[grid.rowcol[:, 0], grid.rowcol[:, 1]] = 255 * (0.7 + 0.3 * np.array(to_rgb(TISSUE)))
+    return tiles.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)
+
+
 def _extent(height: float, width: float, pitch: float) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of an image whose pixels have sides of `pitch`."""
     return (0, width * pitch, height * pitch, 0)
-
-
-def _background(grid: OnGrid, ax: Axes | None) -> Axes:
-    ax = axes_or_new(ax, MAP_SIZE)
-    height, width = grid.thumbnail.shape[:2]
-    ax.imshow(grid.thumbnail, extent=_extent(height, width, THUMBNAIL_MM), interpolation="antialiased")
-    ax.set(xlabel="x (mm)", ylabel="y (mm)")
-    return ax
 
 
 def _cells(grid: OnGrid, colors: np.ndarray) -> np.ndarray:
@@ -47,15 +58,18 @@ def _cells(grid: OnGrid, colors: np.ndarray) -> np.ndarray:
     return cells
 
 
-def _lay(grid: OnGrid, colors: np.ndarray, ax: Axes) -> None:
-    """Lay one RGBA color a tile (N, 4) over the slide."""
-    cells = _cells(grid, colors)
-    ax.imshow(cells, extent=_extent(*cells.shape[:2], TILE_MM), interpolation="nearest")
-    height, width = grid.thumbnail.shape[:2]
+def _map(grid: OnGrid, cells: np.ndarray, ax: Axes | None) -> Axes:
+    """The slide under an RGBA image that covers the grid, (rows * k, cols * k, 4)."""
+    thumbnail = _thumbnail(grid)
+    ax = slide_overview(thumbnail, ax=ax)
+    ax.imshow(cells, extent=_extent(*grid.shape, TILE_MM), interpolation="nearest")
+    height, width = thumbnail.shape[:2]
     ax.set(xlim=(0, width * THUMBNAIL_MM), ylim=(height * THUMBNAIL_MM, 0))
+    return ax
 
 
-def _below(ax: Axes, handles: list[Patch]) -> None:
+def _above(ax: Axes, handles: list[Patch]) -> None:
+    """A legend in one line over the axes."""
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
 
@@ -72,24 +86,17 @@ def tissue_tiles(grid: OnGrid, tissue: np.ndarray | None = None, ax: Axes | None
 
     Args:
         grid: A `TileGrid`, or anything else on a grid.
-        tissue: Mask bool (H, W) on the thumbnail; `grid.tissue` if not given.
+        tissue: Mask on the thumbnail, bool (H, W); that of a `TileGrid` if not given.
         ax: Axes to draw on.
     """
     tissue = grid.tissue if tissue is None else tissue
-    ax = _background(grid, ax)
-    edges = np.ones((*grid.shape, 16, 16), bool)
-    edges[:, :, 1:-1, 1:-1] = False
-    lines = _cells(grid, np.ones((len(grid.rowcol), 4)))[:, :, None, None, 3] * edges
-    lines = lines.swapaxes(1, 2).reshape(grid.shape[0] * 16, grid.shape[1] * 16)
-    colored = np.zeros((*lines.shape, 4))
-    colored[lines > 0] = to_rgba(BLUE, 0.9)
-    ax.imshow(colored, extent=_extent(*grid.shape, TILE_MM), interpolation="nearest")
-    height, width = tissue.shape
-    x = (np.arange(width) + 0.5) * THUMBNAIL_MM
-    y = (np.arange(height) + 0.5) * THUMBNAIL_MM
+    tiles = _cells(grid, 255 * np.array(to_rgba(BLUE, 0.9))).astype(np.uint8)
+    frame = np.ones((PIXELS, PIXELS, 1), np.uint8)
+    frame[1:-1, 1:-1] = 0
+    ax = _map(grid, np.kron(tiles, frame), ax)
+    y, x = ((np.arange(size) + 0.5) * THUMBNAIL_MM for size in tissue.shape)
     ax.contour(x, y, tissue, levels=[0.5], colors=[INK], linewidths=1.2)
-    ax.set(xlim=(0, width * THUMBNAIL_MM), ylim=(height * THUMBNAIL_MM, 0))
-    _below(ax, [Patch(fc="none", ec=INK, label="tissue"), Patch(fc="none", ec=BLUE, label="tile")])
+    _above(ax, [Patch(fc="none", ec=INK, label="tissue"), Patch(fc="none", ec=BLUE, label="tile")])
     return ax
 
 
@@ -121,7 +128,7 @@ def gallery(
     columns: int = 8,
     ax: Axes | None = None,
 ) -> Axes:
-    """Tiles or patches in rows of `columns`, all of one size, with an optional line over each."""
+    """Tiles or patches in rows of `columns`, all of one size, with an optional line of text over each."""
     images = np.asarray(images)
     size, rows = images.shape[1], -(-len(images) // columns)
     pitch_x, pitch_y = 1.06, 1.06 if titles is None else 1.22
@@ -131,7 +138,7 @@ def gallery(
         smooth = "nearest" if size <= 32 else "antialiased"
         ax.imshow(image, extent=(left, left + 1, top + 1, top), interpolation=smooth)
         if titles is not None:
-            ax.text(left, top - 0.02, titles[i], fontsize=8, va="bottom")
+            ax.text(left, top - 0.02, plain(titles[i]), fontsize=9, va="bottom")
     ax.set(xlim=(0, columns * pitch_x - 0.06), ylim=(rows * pitch_y - 0.04, 1.04 - pitch_y), aspect="equal")
     ax.axis("off")
     return ax
@@ -145,14 +152,14 @@ def attention_overlay(
     label: str = "attention, rank among tiles",
     ranks: bool = True,
 ) -> Axes:
-    """One number a tile over the slide, with a color bar.
+    """One number per tile over the slide, with a color bar.
 
     Args:
-        grid: A `TileGrid` or `Prediction`.
-        attention: (N,) numbers, nan where a tile was not read: it stays bare.
+        grid: A `TileGrid`, `Prediction` or `Bag`.
+        attention: (N,) numbers; tiles with nan, which were not read, stay bare.
         ax: Axes to draw on.
         label: Text of the color bar.
-        ranks: Color by rank in [0, 1], as attention spans orders of magnitude; False: by the value itself.
+        ranks: Color by rank in [0, 1], because attention spans orders of magnitude; if False, by value.
     """
     attention = np.asarray(attention, dtype=float)
     known = np.isfinite(attention)
@@ -163,34 +170,42 @@ def attention_overlay(
     norm = plt.Normalize(low, high)
     colors = plt.get_cmap(SEQUENTIAL)(norm(np.nan_to_num(values)))
     colors[:, 3] = np.where(known, 0.65, 0.0)
-    ax = _background(grid, ax)
-    _lay(grid, colors, ax)
+    ax = _map(grid, _cells(grid, colors), ax)
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, shrink=0.8, pad=0.02)
-    bar.set_label(label)
+    bar.set_label(plain(label))
     return ax
 
 
 def kept_overlay(grid: OnGrid, kept: np.ndarray, ax: Axes | None = None) -> Axes:
-    """The tiles that are read at high resolution; the dropped ones (N,) greyed out."""
+    """The tiles that are read at high resolution, bool (N,); the dropped ones are grayed out."""
     kept = np.asarray(kept, dtype=bool)
-    ax = _background(grid, ax)
-    grey = to_rgba("#6b7078", 0.8)
-    _lay(grid, np.where(kept[:, None], (0, 0, 0, 0), grey), ax)
-    share = kept.mean()
-    ax.set_title(f"{kept.sum():,} of {len(kept):,} tiles kept ({share:.0%})", pad=22)
-    _below(ax, [Patch(fc="#d39bc0", label="kept: read and encoded"), Patch(fc=grey, label="dropped")])
+    ax = _map(grid, _cells(grid, np.where(kept[:, None], (0, 0, 0, 0), DROPPED)), ax)
+    ax.set_title(f"{kept.sum():,} of {len(kept):,} tiles kept ({kept.mean():.0%})", pad=22)
+    _above(ax, [Patch(fc=TISSUE, label="kept: read and encoded"), Patch(fc=DROPPED, label="dropped")])
     return ax
 
 
 def truth_overlay(grid: OnGrid, tumor_share: np.ndarray, ax: Axes | None = None) -> Axes:
-    """Where the tumor lies: the share of tumor in each tile (N,), in [0, 1]; for teaching and checks."""
+    """Where the tumor lies, for teaching and checks: the share of tumor in each tile, (N,) in [0, 1]."""
     share = np.asarray(tumor_share, dtype=float)
     colors = np.tile(to_rgb(VERMILION), (len(share), 1))
-    ax = _background(grid, ax)
-    _lay(grid, np.column_stack([colors, np.where(share > 0, 0.25 + 0.55 * share, 0)]), ax)
+    colors = np.column_stack([colors, np.where(share > 0, 0.25 + 0.55 * share, 0)])
+    ax = _map(grid, _cells(grid, colors), ax)
     ax.set_title(f"tumor in {np.count_nonzero(share):,} of {len(share):,} tiles", pad=22)
-    _below(ax, [Patch(fc=VERMILION, alpha=0.8, label="tumor (synthetic truth), denser = larger share")])
+    _above(ax, [Patch(fc=VERMILION, alpha=0.8, label="tumor (synthetic truth), denser = larger share")])
     return ax
+
+
+def prediction_figure(prediction: "Prediction") -> Figure:
+    """A new figure of one prediction: attention for the predicted class beside the tiles that were read."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    label = prediction.label
+    branch = prediction.classes.index(label)
+    attention = prediction.attention[:, branch]
+    attention_overlay(prediction, attention, left, label=f"attention for {label}, rank among tiles")
+    kept_overlay(prediction, np.isfinite(attention), right)
+    figure.suptitle(plain(f"{prediction.slide_id}: {label} {prediction.probabilities[branch]:.2f}"))
+    return figure
 
 
 def mark_tile(grid: OnGrid, i: int, ax: Axes) -> Axes:

@@ -1,4 +1,4 @@
-"""The picture of the whole method that opens every notebook, with the notebook's own step lit."""
+"""The picture of the whole method that opens every notebook, with the step of that notebook highlighted."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -134,15 +134,15 @@ def _connect(ax: Axes) -> None:
 
 
 def pipeline(step: str | Collection[str] = (), ax: Axes | None = None) -> Axes:
-    """The method from slide to result, with one or several steps lit.
+    """The method from slide to result, with one or several steps highlighted.
 
     Args:
-        step: Keys of `STEPS` to light: slide, tiles, features, dmin, cka, patches, lipn, inference,
-            evaluation. None lit: the overview.
-        ax: Axes to draw on; a new figure, readable at 900 px, without.
+        step: Keys of `STEPS` to highlight: slide, tiles, features, dmin, cka, patches, lipn, inference,
+            evaluation; none by default.
+        ax: Axes to draw on; a new figure that is readable at 900 px if not given.
 
     Raises:
-        ValueError: A step that the picture does not have.
+        ValueError: The picture has no such step.
     """
     lit = {step} if isinstance(step, str) else set(step)
     if unknown := lit - STEPS.keys():
@@ -164,7 +164,7 @@ def pipeline(step: str | Collection[str] = (), ax: Axes | None = None) -> Axes:
         ax.add_patch(box)
         item.icon(ax, x, y + 0.3)
         ax.text(x, y - 0.24, item.title, ha="center", va="center", fontsize=11, weight="bold", color=INK)
-        ax.text(x, y - 0.5, item.caption, ha="center", va="center", fontsize=8, color=INK)
+        ax.text(x, y - 0.5, item.caption, ha="center", va="center", fontsize=9, color=INK)
     ax.set(xlim=(0, 10), ylim=(0, 3.55), aspect="equal")
     ax.axis("off")
     return ax

@@ -1,10 +1,11 @@
-"""Every figure of the course: each function takes `ax`, draws one idea, labels its axes and returns them."""
+"""Every figure of the course: each function draws one idea on `ax`, labels its axes and returns them."""
 
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.polynomial import chebyshev
@@ -17,6 +18,7 @@ from hdmil_lib.viz.overlays import (
     gallery,
     kept_overlay,
     mark_tile,
+    prediction_figure,
     slide_overview,
     tile_and_patch,
     tissue_tiles,
@@ -31,14 +33,19 @@ from hdmil_lib.viz.style import (
     MUTED,
     PALE,
     SEQUENTIAL,
+    SKY,
+    STAGES,
     VERMILION,
     axes_or_new,
+    looks,
+    plain,
     use_style,
 )
 
 __all__ = [
     "attention_overlay",
     "chebyshev_polynomials",
+    "cost_growth",
     "gallery",
     "gumbel_sigmoid",
     "keep_ratio_curve",
@@ -48,6 +55,7 @@ __all__ = [
     "phi",
     "phi_fit",
     "pipeline",
+    "prediction_figure",
     "program_grid",
     "roc",
     "roofline",
@@ -70,11 +78,11 @@ TARGETS = {
 
 
 def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5, ax: Axes | None = None) -> Axes:
-    """From attention logit to mask (paper, section 3.2): the noisy soft mask and the chance of being kept.
+    """From attention logit to mask (paper, section 3.2): the noisy soft mask and the chance to be kept.
 
     The difference of two Gumbel variables is logistic, so the band and the chance are exact:
-    P(kept | a) = sigmoid(a - tau * logit(gamma)). Without noise, at evaluation, a tile is kept where
-    sigmoid(a) > gamma: the shaded side.
+    P(kept | a) = sigmoid(a - tau * logit(gamma)). At evaluation there is no noise, and a tile is kept where
+    sigmoid(a) > gamma: on the shaded side.
 
     Args:
         tau: Temperature of the sigmoid in training, > 0.
@@ -119,7 +127,7 @@ def phi(coefficients: np.ndarray, ax: Axes | None = None, *, limit: float = 3.0)
     Args:
         coefficients: (K + 1,) for one input, or (Q, K + 1) for several: `Omega[:, o]` of a head.
         ax: Axes to draw on.
-        limit: Embedding values run from -limit to limit.
+        limit: Largest embedding value, and minus the smallest one.
     """
     ax = axes_or_new(ax)
     coefficients = np.atleast_2d(coefficients)
@@ -137,7 +145,7 @@ def phi_fit(degree: int = 12, target: str = "bump", ax: Axes | None = None) -> A
     """How well one Chebyshev activation of a degree follows a target shape, by least squares.
 
     Args:
-        degree: K; 1 is a linear layer on tanh(e).
+        degree: Degree K; 1 is a linear layer on tanh(e).
         target: A key of `TARGETS`.
         ax: Axes to draw on.
     """
@@ -157,75 +165,82 @@ def phi_fit(degree: int = 12, target: str = "bump", ax: Axes | None = None) -> A
 def score_threshold(
     scores: np.ndarray, threshold: float, tumor_share: np.ndarray | None = None, ax: Axes | None = None
 ) -> Axes:
-    """How the tiles' scores are spread and where the threshold cuts them.
+    """Histogram of the scores of a slide's tiles, and where the threshold cuts it.
 
     Args:
-        scores: (N,) one score a tile.
-        threshold: Tiles at or above it are kept.
-        tumor_share: (N,) share of tumor in each tile: tumor tiles are then drawn apart, with their recall.
+        scores: One score per tile, (N,).
+        threshold: Tiles with this score or a higher one are kept.
+        tumor_share: Share of tumor in each tile, (N,): tumor tiles are then drawn apart, with their recall.
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax)
-    bins = np.linspace(np.min(scores), np.max(scores), 31)
-    kinds = {"all tiles": np.ones(len(scores), bool)}
+    kinds, colors = np.full(len(scores), "all tiles"), {"all tiles": BLUE}
     if tumor_share is not None:
         tumor = np.asarray(tumor_share) > 0
-        kinds = {"other tiles": ~tumor, "tumor tiles": tumor}
+        kinds = np.where(tumor, "tumor tiles", "other tiles")
+        colors = {"other tiles": BLUE, "tumor tiles": VERMILION}
         recall = f"{np.mean(scores[tumor] >= threshold):.0%}" if tumor.any() else "the slide has none"
         ax.set_title(f"tumor tiles kept: {recall}")
-    for (name, members), color in zip(kinds.items(), (BLUE, VERMILION), strict=False):
-        weights = np.full(members.sum(), 1 / max(members.sum(), 1))
-        ax.hist(scores[members], bins, weights=weights, color=color, alpha=0.55, label=name)
-    ax.legend()
+    sns.histplot(
+        x=scores,
+        hue=kinds,
+        palette=colors,
+        hue_order=colors,
+        bins=30,
+        stat="proportion",
+        common_norm=False,
+        element="step",
+        alpha=0.4,
+        ax=ax,
+    )
     ax.axvline(threshold, color=INK, lw=1.5, ls="--")
-    ax.set(xlabel=f"score; kept at {threshold:.3g} and above", ylabel="share of tiles of a kind")
+    ax.set(xlabel=f"score; kept at {threshold:.3g} and above", ylabel="share of the tiles of each kind")
     return ax
 
 
 def training_curves(history: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """A trainer's history in three panels: loss and its terms, validation AUC, keep ratio.
+    """The history of a training in three panels: loss and its terms, validation AUC, keep ratio.
 
     Args:
-        history: One row an epoch, as `train_model` returns it: `epoch`, `train_<term>`, `train_loss`,
-            `val_loss`, `val_auc`, `keep_ratio`.
+        history: One row per epoch, as in `history.csv`: `epoch`, `train_<term>`, `train_loss`, `val_loss`,
+            `val_auc`, `keep_ratio`.
         axes: Three axes.
     """
     if axes is None:
-        axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")[1]
-    epoch = history["epoch"]
-    axes[0].plot(epoch, history["train_loss"], color=INK, label="training, sum")
-    axes[0].plot(epoch, history["val_loss"], color=VERMILION, label="validation")
-    terms = [c for c in history if c.startswith("train_") and c != "train_loss"]
-    for term in terms:
-        axes[0].plot(epoch, history[term], lw=1.1, ls="--", label=term.removeprefix("train_"))
-    axes[0].legend(fontsize=8)
-    axes[1].plot(epoch, history["val_auc"])
-    axes[2].plot(epoch, history["keep_ratio"], color=GREEN)
+        axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")[1]
+    names = {"train_loss": "training, sum", "val_loss": "validation"}
+    terms = [c for c in history if c.startswith("train_") and c not in names]
+    names |= {term: plain(term.removeprefix("train_")) for term in terms}
+    losses = history.set_index("epoch")[list(names)].rename(columns=names)
+    colors = [color for color in CYCLE if color not in (INK, VERMILION)]
+    palette = [INK, VERMILION, *(colors[i % len(colors)] for i in range(len(terms)))]
+    sns.lineplot(losses, palette=palette, lw=1.6, dashes=["", ""] + [(3, 1)] * len(terms), ax=axes[0])
+    sns.lineplot(history, x="epoch", y="val_auc", color=BLUE, ax=axes[1])
+    sns.lineplot(history, x="epoch", y="keep_ratio", color=GREEN, ax=axes[2])
     for ax, label in zip(axes, ("loss", "validation AUC", "share of tiles kept"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
-    axes[1].set_ylim(0, 1.02)
-    axes[2].set_ylim(0, 1.02)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    sns.move_legend(axes[0], "lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, title=None)
+    for ax in axes[1:]:
+        ax.set_ylim(0, 1.02)
     return axes
 
 
 def roc(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray], ax: Axes | None = None) -> Axes:
-    """ROC curves of a cross-validation: one thin line a fold, the pooled one thick.
+    """ROC curves of a cross-validation: a thin line for each fold, a thick one for all slides together.
 
     Args:
-        labels: For each fold, 0 or 1 a slide.
-        scores: For each fold, the probability of class 1 a slide.
+        labels: For each fold, the label of each slide, 0 or 1.
+        scores: For each fold, the probability of class 1 of each slide.
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax, (4.2, 4.0))
     ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":")
     for fold, (truth, score) in enumerate(zip(labels, scores, strict=True)):
-        rates = roc_curve(truth, score)
-        ax.plot(rates[0], rates[1], color=BLUE, lw=0.9, alpha=0.45, label="one fold" if fold == 0 else None)
+        ax.plot(*roc_curve(truth, score)[:2], color=SKY, lw=1, label=None if fold else "one fold")
     truth, score = np.concatenate(labels), np.concatenate(scores)
-    rates = roc_curve(truth, score)
-    ax.plot(
-        rates[0], rates[1], color=VERMILION, lw=2.2, label=f"pooled, AUC {roc_auc_score(truth, score):.3f}"
-    )
+    pooled = f"pooled, AUC {roc_auc_score(truth, score):.3f}"
+    ax.plot(*roc_curve(truth, score)[:2], color=BLUE, lw=2.2, label=pooled)
     ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
     ax.set_aspect("equal")
     ax.legend(loc="lower right")
@@ -233,39 +248,38 @@ def roc(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray], ax: Axes | N
 
 
 def stage_times(seconds: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Table 2 as bars: seconds a slide by stage, one bar a method.
+    """Table 2 as bars: seconds per slide by stage, one bar per method.
 
     Args:
-        seconds: Index: methods; columns: stages in order; values: mean seconds a slide.
+        seconds: Mean seconds per slide, methods by stages, both in the order in which they are drawn.
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax, (6.4, 0.7 + 0.55 * len(seconds)))
-    left = np.zeros(len(seconds))
-    for i, stage in enumerate(seconds):
-        values = seconds[stage].fillna(0).to_numpy()
-        ax.barh(seconds.index, values, left=left, color=CYCLE[i % len(CYCLE)], label=stage, height=0.6)
-        left = left + values
-    for row, total in enumerate(left):
-        saved = f"  {total:.2f} s" + (f" (−{1 - total / left[0]:.0%})" if row and total < left[0] else "")
-        ax.text(total, row, saved, va="center", fontsize=9)
-    ax.set(xlabel="seconds a slide", xlim=(0, left.max() * 1.25))
+    names = seconds.rename(index=plain, columns=plain)
+    colors = [STAGES.get(stage, CYCLE[i % len(CYCLE)]) for i, stage in enumerate(seconds)]
+    names.plot.barh(stacked=True, color=colors, width=0.6, ax=ax)
+    totals = seconds.sum(axis=1).to_numpy()
+    for row, total in enumerate(totals):
+        saved = f" (−{1 - total / totals[0]:.0%})" if row and total < totals[0] else ""
+        ax.text(total, row, f"  {total:.2f} s{saved}", va="center", fontsize=9)
+    ax.set(xlabel="seconds per slide", ylabel="", xlim=(0, totals.max() * 1.25))
     ax.invert_yaxis()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(seconds.columns), borderaxespad=0.2)
     return ax
 
 
 def cost_growth(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Seconds a slide against its tiles, both logarithmic, with the slope of each line: 1 is proportional.
+    """Seconds per slide against its tiles, both logarithmic; a line of slope 1 is proportional.
 
     Args:
-        table: Index: tiles of the slides; columns: methods; values: seconds.
+        table: Seconds by the number of tiles of the slides (index) and by method (columns).
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax)
-    for i, (name, seconds) in enumerate(table.items()):
-        slope = np.polyfit(np.log(table.index), np.log(seconds), 1)[0]
-        ax.plot(table.index, seconds, marker="osD^v"[i % 5], ms=5, label=f"{name}, slope {slope:.2f}")
-    ax.set(xscale="log", yscale="log", xlabel="tiles of the slide", ylabel="seconds a slide")
+    for name, look in looks(table).items():
+        slope = np.polyfit(np.log(table.index), np.log(table[name]), 1)[0]
+        ax.plot(table.index, table[name], label=f"{plain(name)}, slope {slope:.2f}", **look)
+    ax.set(xscale="log", yscale="log", xlabel="tiles of the slide", ylabel="seconds per slide")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.set_minor_formatter(NullFormatter())
@@ -275,21 +289,19 @@ def cost_growth(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def keep_ratio_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Accuracy against the share of tiles read, one line a method.
+    """AUC against the share of tiles read, one line per method.
 
     Args:
-        table: Columns `method`, `keep_ratio` (share), `auc`, and optionally `auc_sd`.
+        table: Columns `method`, `keep_ratio` (share of tiles) and `auc`. Several rows of one method and
+            ratio, such as those of folds, become their mean in a band of ± one standard deviation. Methods
+            that are keys of `SOURCES` have their colors.
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax)
-    for i, (method, rows) in enumerate(table.groupby("method", sort=False)):
-        rows = rows.sort_values("keep_ratio")
-        errors = rows.get("auc_sd")
-        color, marker = CYCLE[i % len(CYCLE)], "osD^v"[i % 5]
-        ax.errorbar(
-            rows["keep_ratio"], rows["auc"], errors, color=color, marker=marker, capsize=3, label=method
-        )
-    ax.set(xlabel="share of tiles kept", ylabel="AUC", xlim=(0, 1.03))
+    for method, look in looks(table["method"].unique()).items():
+        rows = table[table["method"] == method]
+        sns.lineplot(rows, x="keep_ratio", y="auc", errorbar="sd", label=plain(method), ms=7, ax=ax, **look)
+    ax.set(xlabel="share of tiles read", ylabel="AUC", xlim=(0, 1.03))
     ax.legend(loc="lower right")
     return ax
 
@@ -298,19 +310,16 @@ def method_scores(table: pd.DataFrame, ax: Axes | None = None, *, metric: str = 
     """Methods side by side: mean over folds with its standard deviation, and every fold as a dot.
 
     Args:
-        table: One row a method and fold, with columns `method` and `metric`.
+        table: One row per method and fold, with columns `method` and `metric`.
         ax: Axes to draw on.
         metric: Column to show, in [0, 1].
     """
-    groups = table.groupby("method", sort=False)[metric]
-    mean, sd = groups.mean(), groups.std()
-    ax = axes_or_new(ax, (6.4, 0.8 + 0.42 * len(mean)))
-    for row, (_, values) in enumerate(groups):
-        ax.scatter(values, np.full(len(values), row), color=MUTED, s=14, alpha=0.7, zorder=1)
-    ax.errorbar(mean, np.arange(len(mean)), xerr=sd, fmt="o", color=VERMILION, capsize=4, ms=7, zorder=2)
-    ax.set_yticks(np.arange(len(mean)), mean.index)
+    places = {"x": table[metric], "y": table["method"].map(plain)}
+    ax = axes_or_new(ax, (6.4, 0.8 + 0.42 * table["method"].nunique()))
+    look = {"color": BLUE, "marker": "D", "ms": 6, "ls": "none", "err_kws": {"lw": 1.8}}
+    sns.pointplot(**places, errorbar="sd", capsize=0.2, ax=ax, **look)
+    sns.stripplot(**places, color=MUTED, size=5, linewidth=0.6, edgecolor="white", jitter=False, ax=ax)
     if table[metric].min() < 0.5 < table[metric].max():
         ax.axvline(0.5, color=MUTED, lw=1, ls=":")
-    ax.set(xlabel=f"{metric.upper()} (mean ± sd over folds; dots: folds)")
-    ax.invert_yaxis()
+    ax.set(xlabel=f"{metric.upper()} (mean ± sd over folds; dots: folds)", ylabel="")
     return ax

@@ -1,4 +1,11 @@
-"""One look for every figure: colors that the color-blind tell apart (Okabe and Ito), thin axes, SI units."""
+"""One look for every figure: colors that color-blind readers can tell apart (Okabe and Ito 2008), thin axes.
+
+seaborn keeps its theme in matplotlib's settings, so `use_style` sets the theme of its figures too, without
+the seconds that importing seaborn takes: maps on a slide are drawn without it.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -8,12 +15,34 @@ MUTED = "#8a8f98"
 PALE = "#eceef1"
 ORANGE, SKY, GREEN, YELLOW = "#e69f00", "#56b4e9", "#009e73", "#f0e442"
 BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
-CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+CYCLE = (BLUE, VERMILION, PURPLE, ORANGE, SKY, GREEN, INK)
+MARKERS = "osD^vP*"
 SEQUENTIAL = "viridis"
+
+SOURCES: Mapping[str, Mapping[str, str]] = {
+    "ground truth": {"color": VERMILION, "marker": "D", "ls": "-."},
+    "DMIN attention": {"color": BLUE, "marker": "o", "ls": "-"},
+    "LIPN": {"color": GREEN, "marker": "s", "ls": "-"},
+    "LIPN, evidence": {"color": "#6fa30e", "marker": "v", "ls": "--"},
+    "random": {"color": INK, "marker": "^", "ls": ":"},
+}
+"""What chooses the tiles that are read, from the most informed to the least, and how its line is drawn.
+
+These colors mean the same in every figure: vermilion the tumor, blue DMIN, green LIPN.
+"""
+
+STAGES: Mapping[str, str] = {
+    "thumbnail": MUTED,
+    "lipn": SOURCES["LIPN"]["color"],
+    "crop": SKY,
+    "features": PURPLE,
+    "dmin": SOURCES["DMIN attention"]["color"],
+}
+"""Colors of the stages of inference, in their order."""
 
 
 def use_style() -> None:
-    """Make this look matplotlib's default; notebooks call it once in their set-up cell."""
+    """Make this look the default of matplotlib and seaborn; notebooks call it once in their set-up cell."""
     plt.rcParams.update(
         {
             "figure.figsize": (6.4, 3.6),
@@ -34,6 +63,7 @@ def use_style() -> None:
             "image.cmap": SEQUENTIAL,
             "legend.fontsize": 9,
             "legend.frameon": False,
+            "legend.title_fontsize": 9,
             "lines.linewidth": 1.8,
             "xtick.color": MUTED,
             "xtick.labelcolor": INK,
@@ -48,3 +78,23 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] | None = None) -> Axe
     if ax is not None:
         return ax
     return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def plain(text: object) -> str:
+    """Text that matplotlib draws as it is, never as markup.
+
+    Names of slides, classes and methods come from files: a `$` in them would start a formula, and a byte that
+    is no UTF-8 could not be drawn.
+    """
+    return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def looks(names: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """Color, marker and line style of each name: those of `SOURCES`, others get a free color."""
+    names = list(names)
+    taken = {SOURCES[name]["color"] for name in names if name in SOURCES}
+    free = cycle([color for color in CYCLE if color not in taken])
+    markers = cycle(MARKERS)
+    return {
+        name: SOURCES.get(name) or {"color": next(free), "marker": next(markers), "ls": "-"} for name in names
+    }

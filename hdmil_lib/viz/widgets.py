@@ -1,8 +1,8 @@
-"""Widgets over the plot functions: move a control, see the same figure drawn again.
+"""Widgets over the plot functions: moving a control draws the same figure again.
 
-A figure is shown as an image beside its controls, so redrawing needs no special matplotlib backend. The
-first drawing happens in the cell: an error there fails the cell. A later error is shown in place of the
-figure's caption and raised again.
+A figure is shown as an image below its controls, so that redrawing needs no special matplotlib backend. The
+first drawing happens in the cell: an error there fails the cell. A later error is shown below the figure and
+raised again.
 """
 
 import io
@@ -33,7 +33,7 @@ class Explorer(w.VBox):
     Args:
         draw: Called with the controls' values by name; draws on an axes of `figure` and returns nothing.
         size: Width and height of the figure in inches.
-        live: Redraw while a slider moves; False: when it is let go.
+        live: Whether to redraw while a slider moves; if not, when it is released.
         controls: Widgets with a `value`.
     """
 
@@ -69,7 +69,7 @@ class Explorer(w.VBox):
 
 
 class LiveSlide(w.VBox):
-    """A slide while it is classified: seconds by stage, tiles read, and the answer so far.
+    """A slide while it is classified: seconds of each stage, tiles read, and the answer so far.
 
     Args:
         classes: Class names.
@@ -89,7 +89,7 @@ class LiveSlide(w.VBox):
         super().__init__([w.HBox(columns), self.status])
 
     def show(self, step: "AnytimeStep") -> None:
-        """Bring every bar to where a step is."""
+        """Set every bar to the state of a step."""
         n_read, total = len(step.rows), step.seconds["total"]
         _set_bar(self.tiles, n_read / step.n_tiles, f"{n_read:,} of {step.n_tiles:,}")
         for name, pair in self.stages.items():
@@ -113,7 +113,7 @@ def watch(steps: "Iterator[AnytimeStep]", classes: Sequence[str]) -> "AnytimeSte
     """Show a slide while it is classified; the notebook's stop button ends it.
 
     Args:
-        steps: From `Predictor.anytime`.
+        steps: What `HDMIL.stream` returns.
         classes: Class names.
 
     Returns:
@@ -128,7 +128,7 @@ def watch(steps: "Iterator[AnytimeStep]", classes: Sequence[str]) -> "AnytimeSte
 
 
 def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5) -> Explorer:
-    """Temperature and threshold of the student's mask, on `plots.gumbel_sigmoid`."""
+    """Temperature and threshold of the student's mask, drawn by `plots.gumbel_sigmoid`."""
 
     def draw(figure: Figure, tau: float, gamma: float) -> None:
         plots.gumbel_sigmoid(tau, gamma, figure.subplots())
@@ -142,7 +142,7 @@ def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5) -> Explorer:
 
 
 def phi(degree: int = 12, target: str = "bump") -> Explorer:
-    """Degree of the Chebyshev basis, and what one activation of that degree can follow."""
+    """Degree of the Chebyshev basis, and the curves that one activation of that degree can follow."""
 
     def draw(figure: Figure, degree: int, target: str) -> None:
         left, right = figure.subplots(1, 2, sharex=True)
@@ -160,13 +160,13 @@ def phi(degree: int = 12, target: str = "bump") -> Explorer:
 def mask_on_slide(
     grid: OnGrid, scores: np.ndarray, tumor_share: np.ndarray | None = None, keep_ratio: float = 0.6
 ) -> Explorer:
-    """The keep ratio r: which tiles survive, and the threshold on the scores that it stands for.
+    """The keep ratio r: which tiles are kept, and the threshold on the scores that keeps them.
 
     Args:
-        grid: A `TileGrid` or `Prediction`.
-        scores: (N,) a tile's score: its highest LIPN output, or attention, over the branches.
-        tumor_share: (N,) share of tumor in each tile, to show what is lost; only for teaching.
-        keep_ratio: Where the slider starts.
+        grid: A `TileGrid`, `Prediction` or `Bag`.
+        scores: Score of each tile, (N,): its highest LIPN output, or attention, over the branches.
+        tumor_share: Share of tumor in each tile, (N,), to show what is lost; only for teaching.
+        keep_ratio: Keep ratio at the start.
     """
 
     def draw(figure: Figure, keep_ratio: float) -> None:
@@ -180,12 +180,12 @@ def mask_on_slide(
 
 
 def tile_browser(slide: Slide, grid: TileGrid, scores: np.ndarray | None = None) -> Explorer:
-    """Walk over a slide's tiles: the place on the slide, the tile, and its patch.
+    """The tiles of a slide, one at a time: the place on the slide, the tile, and its patch.
 
     Args:
-        slide: The open slide; keep it open while the widget is used.
-        grid: Its tiles.
-        scores: (N,) numbers; tiles then come highest first.
+        slide: The slide, which must stay open while the widget is used.
+        grid: The tiles of the slide.
+        scores: Score of each tile, (N,): tiles then come highest first.
     """
     order = np.arange(len(grid)) if scores is None else np.argsort(-np.asarray(scores))
 
@@ -202,7 +202,7 @@ def tile_browser(slide: Slide, grid: TileGrid, scores: np.ndarray | None = None)
 
 
 def program_grid() -> Explorer:
-    """Which program of a kernel owns which elements, and how many lanes idle behind a mask."""
+    """Which program of a kernel owns which elements, and the share of elements that a mask hides."""
     sizes = [16, 32, 64, 128]
     return Explorer(
         lambda figure, rows, columns, height, width: plots.program_grid(

@@ -1,11 +1,12 @@
-"""A kernel in float32 against its reference in float64, forward and backward."""
+"""Comparison of a kernel in float32 with its reference in float64, forward and backward."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-FORWARD, BACKWARD = 1e-5, 2e-5  # of the largest output, of the gradient's norm: some 100 roundings of float32
+# Tolerances relative to the largest output and the norm of a gradient: about 100 rounding errors of float32.
+FORWARD, BACKWARD = 1e-5, 2e-5
 
 
 def assert_kernel_equals_reference(
@@ -15,13 +16,13 @@ def assert_kernel_equals_reference(
     backward: float = BACKWARD,
     **options,
 ) -> None:
-    """Outputs and gradients of all floating tensors, for random gradients of the outputs."""
+    """Compare the outputs, and the gradients of all floating tensors for random gradients of the outputs."""
     kernel, kernel_grads = _run(operator, tensors, backend="triton", **options)
     exact, exact_grads = _run(operator, [_double(t) for t in tensors], backend="torch", **options)
     for ours, wanted in zip(kernel, exact, strict=True):
         assert ours.shape == wanted.shape
         assert (ours - wanted).abs().amax() <= forward * wanted.abs().amax().clamp(min=1.0)
-    # A gradient that cancels to nothing (softmax of one tile) is compared with a tenth of the largest one.
+    # A gradient that cancels to zero (softmax of one tile) is judged relative to a tenth of the largest one.
     floor = max((g.norm() for g in exact_grads), default=0.0) / 10 + 1e-6
     for ours, wanted in zip(kernel_grads, exact_grads, strict=True):
         assert (ours - wanted).norm() <= backward * wanted.norm().clamp(min=floor)

@@ -1,12 +1,12 @@
-"""The Chebyshev kernel: sizes around its blocks, the paper's degrees, several outputs."""
+"""The Chebyshev kernel: sizes around its blocks, the degrees of the paper, several outputs."""
 
 import pytest
 import torch
 from comparison import assert_kernel_equals_reference
 
 from hdmil_lib.kernels import chebyshev_kan
+from hdmil_lib.kernels.chebyshev_kan.gpu import INPUTS, ROWS
 from hdmil_lib.kernels.chebyshev_kan.op import _forward
-from hdmil_lib.kernels.chebyshev_kan.triton import INPUTS, ROWS
 
 
 def draw(device, n_rows, n_inputs, n_outputs, degree, dtype=torch.float32):
@@ -50,7 +50,7 @@ def test_no_rows(device):
 
 
 def test_saturated_inputs(device):
-    """Far out, tanh is +-1, where every T_k is +-1 and the gradient vanishes."""
+    """For large inputs tanh is +-1, where every T_k is +-1 and the gradient vanishes."""
     coefficients = torch.rand(4, 1, 17, device=device)
     inputs = torch.tensor([[-1e4], [-50.0], [50.0], [1e4]], device=device).expand(-1, 4).contiguous()
     output = chebyshev_kan(inputs, coefficients, backend="triton")
@@ -68,7 +68,7 @@ def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     arguments = draw(device, 10_000, 512, 2, 12, torch.bfloat16)
-    # bfloat16 outputs keep 8 bits; the sums are taken in float32.
+    # Outputs in bfloat16 have 8 bits; the sums are computed in float32.
     assert_kernel_equals_reference(chebyshev_kan, arguments, forward=8e-3, backward=8e-3)
     first = chebyshev_kan(*arguments)
     assert all(torch.equal(first, chebyshev_kan(*arguments)) for _ in range(20))

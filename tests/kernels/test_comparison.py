@@ -1,4 +1,4 @@
-"""The check itself: what it must not let pass, and what a kernel does not compute."""
+"""The comparison itself: it must detect wrong results, and kernels must refuse float64."""
 
 import pytest
 import torch

@@ -5,8 +5,8 @@ import torch
 from comparison import assert_kernel_equals_reference
 
 from hdmil_lib.kernels import gated_attention
+from hdmil_lib.kernels.gated_attention.gpu import BRANCHES, EMBED, HIDDEN, TILES
 from hdmil_lib.kernels.gated_attention.op import _forward
-from hdmil_lib.kernels.gated_attention.triton import BRANCHES, EMBED, HIDDEN, TILES
 
 
 def draw(device, n_tiles=20, embed_dim=24, hidden=20, n_branches=2, dtype=torch.float32):
@@ -73,7 +73,7 @@ def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     tensors = draw(device, 20_000, 512, 256, 2, torch.bfloat16)
-    # bfloat16 keeps 8 bits; pre-activations of the backward pass are rounded to it too.
+    # bfloat16 has 8 bits; the pre-activations of the backward pass are rounded to it too.
     assert_kernel_equals_reference(
         gated_attention, tensors, forward=2e-2, backward=2e-2, dropout=0.25, seed=1
     )

@@ -1,14 +1,14 @@
-"""Attention and pooling in one kernel: what joins the two operators, which have their own tests."""
+"""Attention and pooling in one kernel: how the two operators are joined; each has tests of its own."""
 
 import pytest
 import torch
 from comparison import assert_kernel_equals_reference
 from test_gated_attention import draw
-from test_segment_softmax_pool import bags
 
 from hdmil_lib.kernels import gated_attention_pool
+from hdmil_lib.kernels.gated_attention_pool.gpu import BRANCHES, TILES
 from hdmil_lib.kernels.gated_attention_pool.op import _forward
-from hdmil_lib.kernels.gated_attention_pool.triton import BRANCHES, TILES
+from hdmil_lib.kernels.segments import Segments
 
 
 @pytest.mark.parametrize("n_tiles", [1, TILES - 1, TILES, TILES + 1, 300])
@@ -22,7 +22,7 @@ def test_masked_ragged_bags_with_dropout(device, n_branches):
     tensors = draw(device, sum(lengths), n_branches=n_branches)
     mask = (torch.rand(sum(lengths), n_branches, device=device) < 0.5).float()
     mask[:3, 0] = 0
-    options = {"cu_seqlens": bags(device, *lengths), "dropout": 0.25, "seed": 4}
+    options = {"segments": Segments(lengths, device), "dropout": 0.25, "seed": 4}
     assert_kernel_equals_reference(gated_attention_pool, (*tensors, mask), **options)
 
 
@@ -44,7 +44,7 @@ def test_no_tiles(device):
 
 def test_the_operator_is_registered_correctly(device):
     tensors = [t.requires_grad_() for t in draw(device, 5, 4, 5)]
-    torch.library.opcheck(_forward, (*tensors, None, bags(device, 2, 3), 0.25, 1))
+    torch.library.opcheck(_forward, (*tensors, None, Segments((2, 3), device).offsets, 0.25, 1))
 
 
 @pytest.mark.gpu
@@ -52,6 +52,7 @@ def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     tensors = draw(device, 20_000, 512, 256, 2, torch.bfloat16)
-    assert_kernel_equals_reference(gated_attention_pool, tensors, forward=2e-2, backward=3e-2)  # 8 bits
+    # bfloat16 has 8 bits.
+    assert_kernel_equals_reference(gated_attention_pool, tensors, forward=2e-2, backward=3e-2)
     first = gated_attention_pool(*tensors)[0]
     assert all(torch.equal(first, gated_attention_pool(*tensors)[0]) for _ in range(20))

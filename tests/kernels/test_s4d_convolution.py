@@ -1,4 +1,4 @@
-"""The kernel of S4D's impulse response: lengths around its tiles, states around its block."""
+"""The kernel of the impulse response of S4D: lengths and states around its blocks."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 from comparison import assert_kernel_equals_reference
 
 from hdmil_lib.kernels import s4d_convolution
-from hdmil_lib.kernels.s4d_convolution import triton
+from hdmil_lib.kernels.s4d_convolution import gpu
 from hdmil_lib.kernels.s4d_convolution.op import _forward
 
-TILE, BLOCK = triton.COARSE.value * triton.FINE.value, triton.STATES.value
+POSITIONS, STATES = gpu.COARSE.value * gpu.FINE.value, gpu.STATES.value
 
 
 def draw(device, length, channels, states, batch=1, dtype=torch.float32):
-    """What S4D starts from: steps of 0.001 to 0.1, a = 1/2, and frequencies that are multiples of pi."""
+    """Initial parameters of S4D: steps of 0.001 to 0.1, a = 1/2, and frequencies that are multiples of pi."""
     torch.manual_seed(0)
     arguments = (
         torch.randn(batch, length, channels),
@@ -27,18 +27,18 @@ def draw(device, length, channels, states, batch=1, dtype=torch.float32):
     return tuple(argument.to(device, dtype) for argument in arguments)
 
 
-@pytest.mark.parametrize("length", [1, triton.FINE.value, 300, TILE - 1, TILE, TILE + 1])
-def test_lengths_around_a_tile(device, length):
+@pytest.mark.parametrize("length", [1, gpu.FINE.value, 300, POSITIONS - 1, POSITIONS, POSITIONS + 1])
+def test_lengths_around_a_block(device, length):
     assert_kernel_equals_reference(s4d_convolution, draw(device, length, 3, 4))
 
 
-@pytest.mark.parametrize("states", [1, BLOCK - 1, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("states", [1, STATES - 1, STATES, STATES + 1])
 def test_states_around_a_block(device, states):
-    """With enough channels that the gradient of no step, a sum of large terms, cancels in all of them."""
+    """The gradient of a step is a sum of large terms; with 12 channels it does not cancel in all of them."""
     assert_kernel_equals_reference(s4d_convolution, draw(device, 70, 12, states))
 
 
-@pytest.mark.parametrize("channels, batch", [(1, 3), (9, 2)])
+@pytest.mark.parametrize(("channels", "batch"), [(1, 3), (9, 2)])
 def test_channels_and_bags(device, channels, batch):
     assert_kernel_equals_reference(s4d_convolution, draw(device, 20, channels, 16, batch))
 
@@ -52,7 +52,7 @@ def test_inputs_that_are_not_contiguous(device):
     )
 
 
-@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_no_tiles(device, batch, length):
     arguments = [a.requires_grad_() for a in draw(device, length, 3, 4, batch)]
     output = s4d_convolution(*arguments, backend="triton")
@@ -71,7 +71,7 @@ def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     arguments = draw(device, 10_000, 512, 16, dtype=torch.bfloat16)
-    # bfloat16 outputs keep 8 bits; all else is float32.
+    # Outputs in bfloat16 have 8 bits; everything else is float32.
     assert_kernel_equals_reference(s4d_convolution, arguments, forward=8e-3, backward=8e-3)
     arguments = [a.requires_grad_() for a in arguments]
 

@@ -1,12 +1,13 @@
-"""The pooling kernels: chunks and bags of every length, masks that keep nothing, extreme logits."""
+"""The pooling kernels: chunks and bags of all lengths, masks that keep nothing, extreme logits."""
 
 import pytest
 import torch
 from comparison import assert_kernel_equals_reference
 
 from hdmil_lib.kernels import segment_softmax_pool
+from hdmil_lib.kernels.segment_softmax_pool.gpu import BRANCHES, EMBED, TILES
 from hdmil_lib.kernels.segment_softmax_pool.op import _forward
-from hdmil_lib.kernels.segment_softmax_pool.triton import BRANCHES, EMBED, TILES
+from hdmil_lib.kernels.segments import Segments
 
 
 def draw(device, n_tiles, embed_dim=20, n_branches=2, dtype=torch.float32):
@@ -14,10 +15,6 @@ def draw(device, n_tiles, embed_dim=20, n_branches=2, dtype=torch.float32):
     embeddings = torch.randn(n_tiles, embed_dim, dtype=dtype, device=device)
     logits = torch.randn(n_tiles, n_branches, dtype=dtype, device=device)
     return embeddings, logits, (torch.rand_like(logits) < 0.5).to(dtype)
-
-
-def bags(device, *lengths):
-    return torch.tensor((0, *lengths), device=device).cumsum(0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -39,12 +36,12 @@ def test_widths_around_a_block(device, embed_dim, n_branches):
 )
 def test_ragged_bags(device, lengths, masked):
     tensors = draw(device, sum(lengths))
-    options = {"cu_seqlens": bags(device, *lengths)}
+    options = {"segments": Segments(lengths, device)}
     assert_kernel_equals_reference(segment_softmax_pool, tensors if masked else tensors[:2], **options)
 
 
 def test_a_bag_without_tiles_is_pooled_to_zeros(device):
-    pooled = segment_softmax_pool(*draw(device, 4), bags(device, 0, 4, 0), backend="triton")
+    pooled = segment_softmax_pool(*draw(device, 4), Segments((0, 4, 0), device), backend="triton")
     assert not pooled[[0, 2]].any()
     assert pooled[1].all()
 
@@ -53,8 +50,8 @@ def test_a_bag_without_tiles_is_pooled_to_zeros(device):
 def test_a_branch_that_keeps_nothing_pools_its_best_tile(device, lengths):
     embeddings, logits, mask = draw(device, sum(lengths))
     mask[:, 0] = 0
-    logits[1:3, 0] = logits[:, 0].max()  # the first of equals
-    options = {"cu_seqlens": bags(device, *lengths)}
+    logits[1:3, 0] = logits[:, 0].max()  # the first of equal logits counts
+    options = {"segments": Segments(lengths, device)}
     pooled = segment_softmax_pool(embeddings, logits, mask, **options, backend="triton")
     torch.testing.assert_close(pooled[0, 0], embeddings[logits[: lengths[0], 0].argmax()])
     assert_kernel_equals_reference(segment_softmax_pool, (embeddings, logits, mask), **options)
@@ -78,18 +75,17 @@ def test_tensors_that_are_not_contiguous(device):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operator_is_registered_correctly(device, masked):
     embeddings, logits, mask = (t.requires_grad_() for t in draw(device, 5))
-    torch.library.opcheck(_forward, (embeddings, logits, mask if masked else None, bags(device, 2, 3)))
+    offsets = Segments((2, 3), device).offsets
+    torch.library.opcheck(_forward, (embeddings, logits, mask if masked else None, offsets))
 
 
 @pytest.mark.gpu
 def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
-    tensors, options = (
-        draw(device, 30_000, 512, 2, torch.bfloat16),
-        {"cu_seqlens": bags(device, 20_000, 10_000)},
-    )
-    # Weights, embeddings and outputs have 8 bits each.
+    tensors = draw(device, 30_000, 512, 2, torch.bfloat16)
+    options = {"segments": Segments((20_000, 10_000), device)}
+    # Weights, embeddings and outputs in bfloat16 have 8 bits each.
     assert_kernel_equals_reference(segment_softmax_pool, tensors, forward=2e-2, backward=2e-2, **options)
     first = segment_softmax_pool(*tensors, **options)
     assert all(torch.equal(first, segment_softmax_pool(*tensors, **options)) for _ in range(20))

@@ -6,10 +6,10 @@ from comparison import assert_kernel_equals_reference
 from torch.nn import functional as F
 
 from hdmil_lib.kernels import selective_scan
-from hdmil_lib.kernels.selective_scan import triton
+from hdmil_lib.kernels.selective_scan import gpu
 from hdmil_lib.kernels.selective_scan.op import _forward
 
-CHUNK, BLOCK = triton.MIN_CHUNK, triton.CHANNELS
+CHUNK, BLOCK = gpu.MIN_CHUNK, gpu.CHANNELS
 
 
 def draw(device, length, channels, states, batch=1, dtype=torch.float32):
@@ -38,15 +38,15 @@ def test_states_and_bags(device, states):
 
 
 def test_chunks_longer_than_the_shortest(device, monkeypatch):
-    """As those of a long bag are, where there are enough programs."""
-    monkeypatch.setattr(triton, "PROGRAMS", 2)
+    """Long bags, which give enough programs anyway, are cut into chunks longer than the minimum."""
+    monkeypatch.setattr(gpu, "PROGRAMS", 2)
     arguments = draw(device, 2 * CHUNK + 6, 3, 16)
-    assert triton.cut(arguments[0]) == (CHUNK + 4, 2, 1)
+    assert gpu.cut(arguments[0]) == (CHUNK + 4, 2, 1)
     assert_kernel_equals_reference(selective_scan, arguments)
 
 
 def test_a_state_that_is_forgotten_at_once_and_one_that_never_is(device):
-    """Products of many decays underflow to 0, and must not become nan; a decay of 0 keeps every input."""
+    """Products of many decays underflow to 0 and must not become nan; a decay of 0 keeps every input."""
     inputs, steps, decay, *others = draw(device, CHUNK + 3, 2, 2)
     decay = torch.tensor([[-1e4, 0.0], [-1e-6, -50.0]], device=device)
     assert_kernel_equals_reference(selective_scan, (inputs, steps, decay, *others))
@@ -61,7 +61,7 @@ def test_inputs_that_are_not_contiguous(device):
     )
 
 
-@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_no_tiles(device, batch, length):
     arguments = [a.requires_grad_() for a in draw(device, length, 3, 4, batch)]
     output = selective_scan(*arguments, backend="triton")
@@ -84,7 +84,7 @@ def test_bfloat16_and_repetition(device):
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     arguments = draw(device, 10_000, 1024, 16, dtype=torch.bfloat16)
-    # bfloat16 outputs keep 8 bits; states and sums are float32.
+    # Outputs in bfloat16 have 8 bits; states and sums are float32.
     assert_kernel_equals_reference(selective_scan, arguments, forward=8e-3, backward=8e-3)
     arguments = [a.requires_grad_() for a in arguments]
 

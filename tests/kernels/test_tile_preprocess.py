@@ -6,9 +6,9 @@ import torch
 
 from hdmil_lib.kernels import tile_preprocess
 from hdmil_lib.kernels.tile_preprocess import StainTransform, reference
+from hdmil_lib.kernels.tile_preprocess.gpu import PIXELS, VALUES
 from hdmil_lib.kernels.tile_preprocess.op import _forward
 from hdmil_lib.kernels.tile_preprocess.stain import LMS_OF_RGB
-from hdmil_lib.kernels.tile_preprocess.triton import PIXELS, VALUES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -31,14 +31,15 @@ def draw(device, *shape):
 
 
 def assert_close(tiles, stain="none", tolerance=1e-5, **options):
-    """The kernel against the reference in float64."""
+    """Compare the kernel with the reference in float64."""
     ours = tile_preprocess(tiles, MEAN, STD, stain=STAINS[stain], backend="triton", **options)
     scale, shift = [1 / (255 * s) for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
     numbers = STAINS[stain].numbers() if STAINS[stain] else []
     channels_last = options.get("channels_last", False)
     wanted = reference.tile_preprocess(tiles, scale, shift, numbers, torch.float64, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert ours.shape == wanted.shape and ours.is_contiguous(memory_format=layout)
+    assert ours.shape == wanted.shape
+    assert ours.is_contiguous(memory_format=layout)
     assert ours.dtype == options.get("dtype", torch.float32)
     assert (ours.double() - wanted).abs().amax() <= tolerance * wanted.abs().amax()
     return ours
@@ -59,14 +60,14 @@ def test_channels_go_on_over_blocks_of_values(device, n_pixels):
 @pytest.mark.parametrize("stain", STAINS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_float16(device, stain, channels_last):
-    """Rounded once, at the end: half of the last of 11 bits."""
+    """Results are rounded once, at the end: the error is half of the last of 11 bits."""
     assert_close(
         draw(device, 2, 5, 7), stain, 2**-11 + 1e-5, dtype=torch.float16, channels_last=channels_last
     )
 
 
 def test_every_byte_of_every_channel(device):
-    """All 256 values: black and white are finite, and cut where the map leads beyond them."""
+    """Results for all 256 values are finite, and clipped where the map leads beyond black or white."""
     tiles = torch.arange(256, dtype=torch.uint8, device=device)[None, None, :, None].expand(1, 1, 256, 3)
     for stain in STAINS:
         assert assert_close(tiles, stain).isfinite().all()
@@ -96,7 +97,7 @@ def test_bfloat16_and_repetition(device, stain, channels_last):
         pytest.skip("the interpreter computes bfloat16 wrongly")
     options = {"dtype": torch.bfloat16, "channels_last": channels_last}
     tiles = draw(device, 64, 256, 256)
-    # bfloat16 keeps 8 bits.
+    # bfloat16 has 8 bits.
     first = assert_close(tiles, stain, 2**-8, **options)
     for _ in range(20):
         assert torch.equal(first, tile_preprocess(tiles, MEAN, STD, stain=STAINS[stain], **options))

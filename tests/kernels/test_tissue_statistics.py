@@ -1,12 +1,12 @@
-"""The counting kernel: the same integers as the reference, for tiles around a block of pixels."""
+"""The counting kernel: exactly the counts of the reference, for tiles around a block of pixels."""
 
 import pytest
 import torch
 
 from hdmil_lib.kernels import tissue_statistics
-from hdmil_lib.kernels.tissue_statistics import triton
+from hdmil_lib.kernels.tissue_statistics import gpu
+from hdmil_lib.kernels.tissue_statistics.gpu import PIXELS
 from hdmil_lib.kernels.tissue_statistics.op import _forward
-from hdmil_lib.kernels.tissue_statistics.triton import PIXELS
 
 
 def draw(device, *shape):
@@ -15,11 +15,12 @@ def draw(device, *shape):
 
 
 def assert_equal(tiles, **options):
-    """Kernel and reference, to the count."""
+    """Compare the kernel with the reference exactly."""
     ours = tissue_statistics(tiles, backend="triton", **options)
     wanted = tissue_statistics(tiles, backend="torch", **options)
     for a, b in zip(ours, wanted, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
     assert (ours.histogram.sum(2) == tiles.shape[1] * tiles.shape[2]).all()
     return ours
 
@@ -40,12 +41,12 @@ def test_bins_and_thresholds(device, bins, threshold):
 
 @pytest.mark.parametrize("programs", [1, 2, 100])
 def test_any_number_of_shares_gives_the_same_counts(device, programs, monkeypatch):
-    monkeypatch.setattr(triton, "PROGRAMS", programs)
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
     assert_equal(draw(device, 1, 90, 91))
 
 
 def test_every_chroma_of_every_value(device):
-    """All pairs of largest and smallest byte, with each channel in turn the largest: hues of all signs."""
+    """All pairs of largest and smallest byte, with each channel as the largest: hues of both signs."""
     value, least = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     least = least.minimum(value)
     middle = (value + 2 * least) // 3
@@ -58,7 +59,8 @@ def test_tiles_that_are_not_contiguous_and_no_tiles(device):
     tiles = draw(device, 2, 18, 7)
     assert_equal(tiles[:, ::2].transpose(1, 2))
     histogram, share = tissue_statistics(tiles[:0], backend="triton")
-    assert histogram.shape == (0, 3, 16) and share.shape == (0,)
+    assert histogram.shape == (0, 3, 16)
+    assert share.shape == (0,)
 
 
 def test_the_operator_is_registered_correctly(device):

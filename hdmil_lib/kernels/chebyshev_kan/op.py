@@ -8,24 +8,26 @@ from hdmil_lib.kernels.dispatch import Backend, check, use_triton
 
 
 def chebyshev_kan(inputs: Tensor, coefficients: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Sum of learned polynomials, one for each pair of input and output (paper: CKA classifier).
+    """Apply a Chebyshev Kolmogorov-Arnold layer (paper: CKA classifier).
 
-    Phi(x)[o] = sum_k sum_q T_k(tanh x)[q] Omega[q, o, k].
+    Each pair of an input q and an output o has a learned polynomial, and an output is the sum of its
+    polynomials: Phi(x)[o] = sum_q sum_k T_k(tanh x)[q] Omega[q, o, k], where T_0 = 1, T_1(t) = t and
+    T_k(t) = 2 t T_{k-1}(t) - T_{k-2}(t) are the Chebyshev polynomials.
 
     Args:
-        inputs: x, (B, Q), any real number.
-        coefficients: Omega, (Q, O, K + 1) with K >= 1.
-        backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
-            again; "auto" the kernel on a GPU.
+        inputs: Inputs x, (B, Q), any real numbers.
+        coefficients: Coefficients Omega, (Q, O, K + 1), of polynomials of degree K >= 1.
+        backend: "torch" for the reference; "triton" for the kernel, which supports first derivatives only;
+            "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        (B, O).
+        Outputs Phi(x), (B, O).
 
     Raises:
-        ValueError: An argument has another shape, type or device, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or device, or the backend cannot run here.
     """
-    sizes = check(inputs=(inputs, "B Q"), coefficients=(coefficients, "Q O K+1"))
-    if sizes["K+1"] < 2:
+    check(inputs=(inputs, "B Q"), coefficients=(coefficients, "Q O K+1"))
+    if coefficients.shape[2] < 2:
         raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}: the degree must be 1 or more")
     if use_triton(backend, inputs):
         return _forward(inputs, coefficients)
@@ -34,9 +36,9 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor, *, backend: Backend = "a
 
 @torch.library.custom_op("hdmil::chebyshev_kan", mutates_args=())
 def _forward(inputs: Tensor, coefficients: Tensor) -> Tensor:
-    from hdmil_lib.kernels.chebyshev_kan import triton
+    from hdmil_lib.kernels.chebyshev_kan import gpu
 
-    return triton.forward(inputs, coefficients)
+    return gpu.forward(inputs, coefficients)
 
 
 @_forward.register_fake
@@ -46,9 +48,9 @@ def _(inputs: Tensor, coefficients: Tensor) -> Tensor:
 
 @torch.library.custom_op("hdmil::chebyshev_kan_backward", mutates_args=())
 def _backward(grad: Tensor, inputs: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    from hdmil_lib.kernels.chebyshev_kan import triton
+    from hdmil_lib.kernels.chebyshev_kan import gpu
 
-    return triton.backward(grad, inputs, coefficients)
+    return gpu.backward(grad, inputs, coefficients)
 
 
 @_backward.register_fake

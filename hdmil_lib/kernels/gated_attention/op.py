@@ -21,23 +21,27 @@ def gated_attention(
     seed: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attention logits A = [tanh(F V) * sigmoid(F U)] W, one column for each branch (paper: DMIN, attention).
+    """Compute the attention logits A = [tanh(F V) * sigmoid(F U)] W (paper: DMIN, attention).
 
     Args:
-        embeddings: F, (N, E).
-        tanh_weight, tanh_bias: V, (H, E) and (H,).
-        gate_weight, gate_bias: U, (H, E) and (H,).
-        score_weight, score_bias: W, (C, H) and (C,).
-        dropout: Share of hidden units dropped from each of the two factors; 0 in evaluation.
-        seed: Which units are dropped, as a function of seed and place; needed with dropout.
-        backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
-            again; "auto" the kernel on a GPU.
+        embeddings: Tile embeddings F, (N, E).
+        tanh_weight: Weight of V, (H, E).
+        tanh_bias: Bias of V, (H,).
+        gate_weight: Weight of U, (H, E).
+        gate_bias: Bias of U, (H,).
+        score_weight: Weight of W, (C, H).
+        score_bias: Bias of W, (C,).
+        dropout: Dropout rate of the hidden units, applied to each of the two factors; 0 in evaluation.
+        seed: Seed of the dropout, required if `dropout` is above 0. The dropped units are a function of the
+            seed and the position (`kernels.random.bits`).
+        backend: "torch" for the reference; "triton" for the kernel, which supports first derivatives only;
+            "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        Logits before the softmax over tiles, (N, C).
+        Logits A before the softmax over tiles, one column per branch, (N, C).
 
     Raises:
-        ValueError: An argument has another shape, type, device or range, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type, device or value, or the backend cannot run here.
     """
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     embeddings, *weights = same_type(embeddings, *weights)
@@ -48,7 +52,7 @@ def gated_attention(
 
 
 def check_arguments(embeddings: Tensor, weights: list[Tensor], dropout: float, seed: int | None) -> None:
-    """Raise ValueError for what is not as `gated_attention` says."""
+    """Raise a ValueError if an argument is not as `gated_attention` describes it."""
     names = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
     axes = ("H E", "H", "H E", "H", "C H", "C")
     expected = {name: (weight, axis) for name, weight, axis in zip(names, weights, axes, strict=True)}
@@ -71,10 +75,10 @@ def _forward(
     dropout: float,
     key: int,
 ) -> Tensor:
-    from hdmil_lib.kernels.gated_attention import triton
+    from hdmil_lib.kernels.gated_attention import gpu
 
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    return triton.forward(embeddings, *weights, dropout, key)
+    return gpu.forward(embeddings, *weights, dropout, key)
 
 
 @_forward.register_fake
@@ -94,11 +98,11 @@ def backward(
     dropout: float,
     key: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the seven tensors of `gated_attention`."""
-    from hdmil_lib.kernels.gated_attention import triton
+    """Return the gradients of the seven tensors of `gated_attention`, in its order."""
+    from hdmil_lib.kernels.gated_attention import gpu
 
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight)
-    return triton.backward(grad_logits, embeddings, *weights, dropout, key)
+    return gpu.backward(grad_logits, embeddings, *weights, dropout, key)
 
 
 @backward.register_fake

@@ -1,4 +1,4 @@
-"""Gated attention scores of the tiles of a bag (paper: DMIN, attention)."""
+"""Gated attention in plain PyTorch."""
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -17,7 +17,7 @@ def gated_attention(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """Logits (N, C), as `kernels.gated_attention` describes them."""
+    """Return the logits (N, C) that `kernels.gated_attention` describes."""
     hidden = linear(embeddings, tanh_weight, tanh_bias).tanh()
     hidden = hidden * linear(embeddings, gate_weight, gate_bias).sigmoid()
     if dropout > 0:
@@ -26,11 +26,11 @@ def gated_attention(
 
 
 def kept_pairs(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """Where neither factor is dropped: half of a place's 32 bits decides for each factor."""
+    """Return where neither factor is dropped: each one uses half of the 32 random bits of a position."""
     words, level = bits(seed, like.shape, like.device), drop_level(dropout)
     return ((words & 0xFFFF) >= level) & (shift(words, 16) >= level)
 
 
 def drop_level(dropout: float) -> int:
-    """Of 2^16 equally likely numbers, how many mean "dropped"."""
+    """Return how many of 2^16 equally likely numbers mean "dropped"."""
     return round(dropout * 2**16)

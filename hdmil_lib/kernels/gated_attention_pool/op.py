@@ -8,7 +8,7 @@ from hdmil_lib.kernels.gated_attention import op as attention
 from hdmil_lib.kernels.gated_attention_pool import reference
 from hdmil_lib.kernels.random import key
 from hdmil_lib.kernels.segment_softmax_pool import op as pooling
-from hdmil_lib.kernels.segments import check_segments
+from hdmil_lib.kernels.segments import Segments, check_segments
 
 
 def gated_attention_pool(
@@ -20,7 +20,7 @@ def gated_attention_pool(
     score_weight: Tensor,
     score_bias: Tensor,
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    segments: Segments | None = None,
     *,
     dropout: float = 0.0,
     seed: int | None = None,
@@ -33,12 +33,12 @@ def gated_attention_pool(
     Args:
         embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, dropout, seed:
             As `gated_attention` takes them.
-        mask, cu_seqlens: As `segment_softmax_pool` takes them.
+        mask, segments: As `segment_softmax_pool` takes them.
         backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
             again; "auto" the kernel on a GPU.
 
     Returns:
-        pooled: (B, C, E), or (C, E) without `cu_seqlens`.
+        pooled: (B, C, E), or (C, E) without `segments`.
         logits: A, (N, C).
 
     Raises:
@@ -49,12 +49,12 @@ def gated_attention_pool(
     embeddings, mask, *weights = same_type(embeddings, mask, *weights)
     attention.check_arguments(embeddings, weights, dropout, seed)
     check(embeddings=(embeddings, "N E"), score_bias=(score_bias, "C"), mask=(mask, "N C"))
-    check_segments(cu_seqlens, len(embeddings), embeddings.device)
+    check_segments(segments, len(embeddings), embeddings.device)
     if not use_triton(backend, embeddings):
-        return reference.gated_attention_pool(embeddings, weights, mask, cu_seqlens, dropout, seed or 0)
-    bags = pooling.segments(cu_seqlens, embeddings)
+        return reference.gated_attention_pool(embeddings, weights, mask, segments, dropout, seed or 0)
+    bags = pooling.bag_offsets(segments, embeddings)
     pooled, logits, *_ = _forward(embeddings, *weights, mask, bags, dropout, key(seed or 0))
-    return (pooled[0] if cu_seqlens is None else pooled), logits
+    return (pooled[0] if segments is None else pooled), logits
 
 
 @torch.library.custom_op("hdmil::gated_attention_pool", mutates_args=())
@@ -67,37 +67,37 @@ def _forward(
     score_weight: Tensor,
     score_bias: Tensor,
     mask: Tensor | None,
-    cu_seqlens: Tensor,
+    offsets: Tensor,
     dropout: float,
     key: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pooled (B, C, E), logits (N, C), and the statistics of `segment_softmax_pool`, (B, C) each."""
-    from hdmil_lib.kernels.gated_attention_pool import triton
+    from hdmil_lib.kernels.gated_attention_pool import gpu
 
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    return triton.forward(embeddings, weights, mask, cu_seqlens, dropout, key)
+    return gpu.forward(embeddings, weights, mask, offsets, dropout, key)
 
 
 @_forward.register_fake
 def _(
-    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, mask, cu_seqlens,
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, mask, offsets,
     dropout, key,
 ):  # fmt: skip
     logits = embeddings.new_empty(embeddings.shape[0], score_weight.shape[0])
-    pooled, *statistics = pooling.empty_results(embeddings, logits, cu_seqlens)
+    pooled, *statistics = pooling.empty_results(embeddings, logits, offsets)
     return pooled, logits, *statistics
 
 
 def _save(ctx, inputs, output):
-    *tensors, _score_bias, mask, cu_seqlens, ctx.dropout, ctx.key = inputs
+    *tensors, _score_bias, mask, offsets, ctx.dropout, ctx.key = inputs
     pooled, logits, *statistics = output
-    ctx.save_for_backward(*tensors, pooled, logits, mask, cu_seqlens, *statistics)
+    ctx.save_for_backward(*tensors, pooled, logits, mask, offsets, *statistics)
 
 
 def _differentiate(ctx, grad_pooled, grad_logits, *_):
     """The gradients of the pooling, then those of the attention for the logits' whole gradient."""
-    embeddings, *weights, pooled, logits, mask, cu_seqlens, largest, total, fallback = ctx.saved_tensors
-    saved = (pooled, embeddings, logits, mask, cu_seqlens, largest, total, fallback)
+    embeddings, *weights, pooled, logits, mask, offsets, largest, total, fallback = ctx.saved_tensors
+    saved = (pooled, embeddings, logits, mask, offsets, largest, total, fallback)
     from_pool, through_logits, grad_mask = pooling.backward(grad_pooled, *saved)
     through_logits = through_logits + grad_logits
     grads = attention.backward(through_logits, embeddings, *weights, ctx.dropout, ctx.key)

@@ -15,28 +15,26 @@ def gumbel_mask(
     temperature: float = 1.0,
     threshold: float = 0.5,
     backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Select tiles for each branch, and measure the share kept by at least one branch.
+) -> Tensor:
+    """Select tiles for each branch with a straight-through Gumbel-sigmoid (paper: DMIN, student branch).
 
-    A^ = sigmoid((A + G1 - G2) / tau), M = B(A^ > gamma) - stopgrad(A^) + A^, and
-    r~ = mean_j [1 - prod_c (1 - M_c^j)] over all C branches (paper: student branch, rate loss). Both are
-    exact zeros and ones going forward and carry the gradient of the sigmoid going backward. The noise is
-    a function of seed and place (`kernels.random.logistic`), so one seed gives one mask, on any device.
+    A^ = sigmoid((A + G1 - G2) / tau) and M = B(A^ > gamma) - stopgrad(A^) + A^. The mask consists of exact
+    zeros and ones; its gradient is that of the sigmoid. The noise is a function of the seed and the position
+    (`kernels.random.logistic`), so that one seed gives the same mask on every device.
 
     Args:
-        logits: A, (N, C), N >= 1.
-        seed: Of the noise G1 - G2; `None` for no noise (evaluation, and LIPN).
-        temperature: tau > 0.
-        threshold: gamma, in (0, 1).
-        backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
-            again; "auto" the kernel on a GPU.
+        logits: Attention logits A, (N, C) with N >= 1.
+        seed: Seed of the noise G1 - G2; `None` for no noise (in evaluation, and for LIPN).
+        temperature: Temperature tau of the sigmoid, more than 0.
+        threshold: Threshold gamma, between 0 and 1.
+        backend: "torch" for the reference; "triton" for the kernel, which supports first derivatives only;
+            "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        mask: M, (N, C).
-        keep_ratio: r~, a scalar.
+        Mask M, (N, C).
 
     Raises:
-        ValueError: An argument has another shape, type or range, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or value, or the backend cannot run here.
     """
     if check(logits=(logits, "N C"))["N"] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: a mask needs at least one tile")
@@ -50,46 +48,37 @@ def gumbel_mask(
 
 
 @torch.library.custom_op("hdmil::gumbel_mask", mutates_args=())
-def _forward(
-    logits: Tensor, key: int, noisy: bool, temperature: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    from hdmil_lib.kernels.gumbel_mask import triton
+def _forward(logits: Tensor, key: int, noisy: bool, temperature: float, threshold: float) -> Tensor:
+    from hdmil_lib.kernels.gumbel_mask import gpu
 
-    return triton.forward(logits, key, noisy, temperature, threshold)
+    return gpu.forward(logits, key, noisy, temperature, threshold)
 
 
 @_forward.register_fake
 def _(logits, key, noisy, temperature, threshold):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format), logits.new_empty(())
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("hdmil::gumbel_mask_backward", mutates_args=())
-def _backward(
-    grad_mask: Tensor,
-    grad_keep_ratio: Tensor,
-    logits: Tensor,
-    key: int,
-    noisy: bool,
-    temperature: float,
-    threshold: float,
-) -> Tensor:
-    from hdmil_lib.kernels.gumbel_mask import triton
+def _backward(grad_mask: Tensor, logits: Tensor, key: int, noisy: bool, temperature: float) -> Tensor:
+    from hdmil_lib.kernels.gumbel_mask import gpu
 
-    return triton.backward(grad_mask, grad_keep_ratio, logits, key, noisy, temperature, threshold)
+    return gpu.backward(grad_mask, logits, key, noisy, temperature)
 
 
 @_backward.register_fake
-def _(grad_mask, grad_keep_ratio, logits, key, noisy, temperature, threshold):
+def _(grad_mask, logits, key, noisy, temperature):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
-    logits, *ctx.settings = inputs
+    logits, ctx.key, ctx.noisy, ctx.temperature, _threshold = inputs
     ctx.save_for_backward(logits)
 
 
-def _differentiate(ctx, grad_mask, grad_keep_ratio):
-    return _backward(grad_mask, grad_keep_ratio, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+def _differentiate(ctx, grad_mask):
+    grad_logits = _backward(grad_mask, *ctx.saved_tensors, ctx.key, ctx.noisy, ctx.temperature)
+    return grad_logits, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

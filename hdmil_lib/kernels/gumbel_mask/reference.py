@@ -1,19 +1,12 @@
-"""Straight-through binary selection of tiles and the share it keeps (paper: student branch, rate loss)."""
+"""Straight-through selection of tiles in plain PyTorch."""
 
-from functools import reduce
-
-import torch
 from torch import Tensor
 
 from hdmil_lib.kernels.random import logistic
 
 
-def gumbel_mask(
-    logits: Tensor, seed: int | None, temperature: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Mask (N, C) and keep ratio, as `kernels.gumbel_mask` describes them."""
+def gumbel_mask(logits: Tensor, seed: int | None, temperature: float, threshold: float) -> Tensor:
+    """Return the mask (N, C) that `kernels.gumbel_mask` describes."""
     noisy = logits if seed is None else logits + logistic(seed, logits)
     soft = (noisy / temperature).sigmoid().to(logits.dtype)
-    mask = (soft > threshold).to(soft.dtype) + (soft - soft.detach())
-    dropped = reduce(torch.mul, (1 - mask).unbind(1))
-    return mask, 1 - dropped.mean()
+    return (soft > threshold).to(soft.dtype) + (soft - soft.detach())

@@ -5,35 +5,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, check_bytes, use_triton
 from hdmil_lib.kernels.lipn_forward import reference
 
 
 def lipn_forward(patches: Tensor, weights: Sequence[Tensor], *, backend: Backend = "auto") -> Tensor:
-    """Logits of the frozen pre-screening network, all layers at once (paper: LIPN). No gradients.
+    """Run the frozen pre-screening network, all layers in one call and without gradients (paper: LIPN).
 
-    A convolution of a map as small as LIPN's is a matrix product. The matrices have three times the
-    multiply-adds of the convolutions, 377,000 a patch, but those are what a GPU does best; on a CPU the two
-    largest layers stay convolutions.
+    On maps as small as those of LIPN, a convolution can be written as a matrix product. The matrices need
+    three times the multiply-adds of the convolutions, 377,000 per patch, but matrix products are what a GPU
+    does fastest. On a CPU the two largest layers remain convolutions.
 
     Args:
-        patches: RGB, uint8 (N, 16, 16, 3).
-        weights: What `LIPN.packed` returns: for each of eleven layers a weight, as `reference.LAYERS` lists
-            them, and a bias; their type is the one that is computed in.
-        backend: "torch" is the reference; "triton" the kernel; "auto" the kernel on a GPU for weights of 16
-            bits, which its matrix units need.
+        patches: RGB patches, uint8 (N, 16, 16, 3).
+        weights: Weights and biases of the eleven layers as `LIPN.packed` returns them; `reference.LAYERS`
+            lists the shapes. Their type is the type of the computation.
+        backend: "torch" for the reference; "triton" for the kernel; "auto" for the kernel on a GPU if the
+            weights have 16 bits, which its matrix units need, and the reference elsewhere.
 
     Returns:
-        P, (N, C), in the type of the weights.
+        Logits P, (N, C), in the type of the weights.
 
     Raises:
-        ValueError: An argument has another shape, type or device, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or device, or the backend cannot run here.
     """
-    check_tensor("patches", patches, "N 16 16 3")
-    if patches.dtype != torch.uint8 or patches.shape[1:] != (16, 16, 3):
-        raise ValueError(
-            f"patches is {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 (N, 16, 16, 3)"
-        )
+    check_bytes("patches", patches, "N 16 16 3")
     _check_weights(weights, patches.device)
     narrow = weights[0].dtype.itemsize == 2
     if backend == "triton" and patches.is_cuda and not narrow:
@@ -44,27 +40,20 @@ def lipn_forward(patches: Tensor, weights: Sequence[Tensor], *, backend: Backend
 
 
 def _check_weights(weights: Sequence[Tensor], device: torch.device) -> None:
-    shapes = [shape for name in reference.LAYERS.values() for shape in (name, name[-1:])]
-    if len(weights) != len(shapes) + 2:
-        raise ValueError(
-            f"weights has {len(weights)} tensors, expected {len(shapes) + 2}, as LIPN.packed has"
-        )
-    for place, weight in enumerate(weights):
-        check_tensor(f"weights[{place}]", weight, "...")
-    classes = weights[-1].shape[-1]
-    for place, (weight, shape) in enumerate(zip(weights, [*shapes, (64, classes), (classes,)], strict=True)):
-        if weight.shape != shape:
-            raise ValueError(f"weights[{place}] has shape {tuple(weight.shape)}, expected {shape}")
-        if weight.device != device:
-            raise ValueError(f"weights[{place}] is on {weight.device}, but patches is on {device}")
-    check(**{f"weights[{i}]": (w.flatten(), f"n{i}") for i, w in enumerate(weights)})
+    shapes = [*reference.LAYERS.values(), (64, "C")]
+    axes = [" ".join(map(str, shape)) for layer in shapes for shape in (layer, layer[-1:])]
+    if len(weights) != len(axes):
+        raise ValueError(f"weights has {len(weights)} tensors, expected the {len(axes)} of LIPN.packed")
+    check(**{f"weights[{i}]": pair for i, pair in enumerate(zip(weights, axes, strict=True))})
+    if weights[0].device != device:
+        raise ValueError(f"weights is on {weights[0].device}, but patches is on {device}: move one of them")
 
 
 @torch.library.custom_op("hdmil::lipn_forward", mutates_args=())
 def _forward(patches: Tensor, weights: list[Tensor]) -> Tensor:
-    from hdmil_lib.kernels.lipn_forward import triton
+    from hdmil_lib.kernels.lipn_forward import gpu
 
-    return triton.forward(patches, weights)
+    return gpu.forward(patches, weights)
 
 
 @_forward.register_fake

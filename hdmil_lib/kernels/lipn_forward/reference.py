@@ -1,4 +1,4 @@
-"""The frozen LIPN, its layers folded and joined (paper: LIPN)."""
+"""The frozen LIPN in plain PyTorch, with batch norms folded into its layers and adjacent layers merged."""
 
 from collections.abc import Sequence
 
@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-LAYERS = {  # name -> shape of its weight; a bias of the last size follows each
-    "first": (3, 48, 128),  # three input rows of 16 RGB pixels -> one row of 8 pixels, 16 channels
-    "second": (3, 128, 64),  # three of those rows -> one row of 4 pixels, 16 channels
-    "point": (64, 64),  # the same row, pixel by pixel
-    "third": (4, 64, 192),  # all four rows -> 2 x 2 pixels, 48 channels
-    "reduce": (192, 96),  # 24 channels
-    "expand": (96, 192),  # first block: depthwise 5x5 and expansion
-    "shrink": (192, 48),  # its second depthwise convolution, to one pixel
-    "widen": (48, 96),  # its projection; second block: depthwise and expansion
-    "scale": (96, 96),  # its second depthwise convolution: of one pixel, a diagonal
-    "head": (96, 64),  # its projection, and the head
-}  # and the classifier, (64, C)
+# Weight shapes of the layers before the classifier, whose weight is (64, C). Each has a bias too.
+LAYERS = {
+    "first": (3, 48, 128),  # three input rows of 16 RGB pixels -> one row of 8 pixels with 16 channels
+    "second": (3, 128, 64),  # three of those rows -> one row of 4 pixels with 16 channels
+    "point": (64, 64),  # pointwise convolution of that row
+    "third": (4, 64, 192),  # all four rows -> 2 x 2 pixels with 48 channels
+    "reduce": (192, 96),  # pointwise convolution to 24 channels
+    "expand": (96, 192),  # first block: depthwise 5x5 convolution and expansion
+    "shrink": (192, 48),  # first block: second depthwise convolution, to one pixel
+    "widen": (48, 96),  # first block: projection; second block: depthwise convolution and expansion
+    "scale": (96, 96),  # second block: second depthwise convolution, for one pixel a diagonal matrix
+    "head": (96, 64),  # second block: projection; head
+}
 
-
-CHUNK = 1024  # patches at a time: their activations stay in the cache of a CPU core
+CHUNK = 1024  # patches per chunk, whose activations fit into the cache of a CPU core
 
 
 def lipn_forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Logits (N, C), as `kernels.lipn_forward` describes them.
+    """Return the logits (N, C) that `kernels.lipn_forward` describes.
 
-    The first two layers, on maps of 16 and 8 pixels, as convolutions; the others, on maps of four and fewer,
-    as the products with their matrices.
+    The first two layers, on maps 16 and 8 pixels wide, run as convolutions; the others, on maps at most four
+    pixels wide, run as matrix products.
     """
     return torch.cat([_forward(chunk, weights) for chunk in patches.split(CHUNK)])
 
@@ -46,5 +46,5 @@ def _forward(patches: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _filters(rows: Tensor, channels: int) -> Tensor:
-    """The 3x3 filters (16, channels, 3, 3) in a matrix of rows: what makes pixel 1 of pixels 1 to 3."""
+    """Return the 3x3 filters (16, channels, 3, 3) that a matrix of rows applies to pixels 1 to 3."""
     return rows.reshape(3, -1, channels, rows.shape[2] // 16, 16)[:, 1:4, :, 1].permute(3, 2, 0, 1)

@@ -18,28 +18,29 @@ def s4d_convolution(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The diagonal state space model S4D (Gu et al. 2022), along the tiles of a bag.
+    """Run the diagonal state space model S4D along the tiles of bags (Gu et al. 2022).
 
-    Each of D channels has S complex states, which stand for as many conjugate pairs: with A = -a + ib
-    and a step dt, h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t and y_t = 2 Re sum_n C_n h_t,n + D u_t.
-    Nothing depends on the tile, so that y is u convolved with
+    Each of D channels has S complex states, each of which stands for a conjugate pair. With A = -a + ib and a
+    step dt, h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t and y_t = 2 Re sum_n C_n h_t,n + D u_t. No
+    parameter depends on the tile, so y is the convolution of u with the impulse response
     K_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n l), plus D u.
 
     Args:
-        inputs: u, (B, L, D).
-        log_step: log dt, (D,).
-        decay_log: log a, (D, S).
-        frequency: b, (D, S).
-        output: C, (D, S, 2): real and imaginary.
-        skip: D, (D,).
-        backend: Of K: "torch" is the reference; "triton" the kernel, whose gradients cannot be
-            differentiated again; "auto" the kernel on a GPU.
+        inputs: Inputs u, (B, L, D).
+        log_step: Logarithm of the step dt, (D,).
+        decay_log: Logarithm of the decay rate a, (D, S).
+        frequency: Frequency b, (D, S).
+        output: Output weights C, real and imaginary parts, (D, S, 2).
+        skip: Weight D of the direct path, (D,).
+        backend: Code that computes K: "torch" for the reference; "triton" for the kernel, which supports
+            first derivatives only; "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        y, (B, L, D). Computed in float32, or in float64 for float64; float32 under autocast.
+        Outputs y, (B, L, D). They are computed in float32, or in float64 if the inputs are float64, and are
+        float32 under autocast.
 
     Raises:
-        ValueError: An argument has another shape, type or device, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or device, or the backend cannot run here.
     """
     sizes = check(
         inputs=(inputs, "B L D"),
@@ -49,10 +50,6 @@ def s4d_convolution(
         output=(output, "D S 2"),
         skip=(skip, "D"),
     )
-    if sizes["2"] != 2:
-        raise ValueError(
-            f"output has shape {tuple(output.shape)}, expected real and imaginary parts (D, S, 2)"
-        )
     number = torch.promote_types(inputs.dtype, torch.float32)
     parameters = (p.to(number) for p in (log_step, decay_log, frequency, output))
     amplitudes, exponents = reference.coefficients(*parameters)
@@ -63,9 +60,9 @@ def s4d_convolution(
 
 @torch.library.custom_op("hdmil::s4d_response", mutates_args=())
 def _forward(amplitudes: Tensor, exponents: Tensor, length: int) -> Tensor:
-    from hdmil_lib.kernels.s4d_convolution import triton
+    from hdmil_lib.kernels.s4d_convolution import gpu
 
-    return triton.forward(amplitudes, exponents, length)
+    return gpu.forward(amplitudes, exponents, length)
 
 
 @_forward.register_fake
@@ -75,9 +72,9 @@ def _(amplitudes, exponents, length):
 
 @torch.library.custom_op("hdmil::s4d_response_backward", mutates_args=())
 def _backward(grad: Tensor, amplitudes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    from hdmil_lib.kernels.s4d_convolution import triton
+    from hdmil_lib.kernels.s4d_convolution import gpu
 
-    return triton.backward(grad, amplitudes, exponents)
+    return gpu.backward(grad, amplitudes, exponents)
 
 
 @_backward.register_fake

@@ -1,17 +1,17 @@
-"""The diagonal state space layer in plain PyTorch (Gu et al. 2022, S4D)."""
+"""The diagonal state space model S4D in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
-FINE = 32  # positions l = FINE q + r: exp(x l) is a product of two short tables
+FINE = 32  # with l = FINE q + r, exp(x l) is a product of entries of two short tables
 
 
 def coefficients(
     log_step: Tensor, decay_log: Tensor, frequency: Tensor, output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """C (exp(dt A) - 1) / A and dt A, both (D, S, 2): real and imaginary.
+    """Return C (exp(dt A) - 1) / A and dt A, real and imaginary parts, (D, S, 2) each.
 
-    exp(x + iy) - 1 = (exp(x) - 1) cos y - 2 sin^2(y / 2) + i exp(x) sin y keeps its digits at short steps.
+    exp(x + iy) - 1 = (exp(x) - 1) cos y - 2 sin^2(y / 2) + i exp(x) sin y, which is accurate at short steps.
     """
     step, decay = log_step.exp()[:, None], -decay_log.exp()
     x, y = step * decay, step * frequency
@@ -21,15 +21,15 @@ def coefficients(
 
 
 def impulse_response(amplitudes: Tensor, exponents: Tensor, length: int) -> Tensor:
-    """K[d, l] = 2 Re sum_n a[d, n] exp(l x[d, n]) for 0 <= l < L, as a matrix product of two tables.
+    """Compute K[d, l] = 2 Re sum_n a[d, n] exp(l x[d, n]) for 0 <= l < L as a matrix product of two tables.
 
     Args:
-        amplitudes: a, (D, S, 2): real and imaginary.
-        exponents: x, (D, S, 2), with a negative real part.
-        length: L.
+        amplitudes: Amplitudes a, real and imaginary parts, (D, S, 2).
+        exponents: Exponents x, real and imaginary parts, (D, S, 2); the real part is negative.
+        length: Length L.
 
     Returns:
-        (D, L).
+        Impulse response K, (D, L).
     """
     places = torch.arange(max(FINE, length), dtype=exponents.dtype, device=exponents.device)
     x, y = exponents[..., None, :].unbind(-1)
@@ -45,17 +45,17 @@ def impulse_response(amplitudes: Tensor, exponents: Tensor, length: int) -> Tens
 
 
 def convolve(inputs: Tensor, response: Tensor, skip: Tensor) -> Tensor:
-    """y_t = sum_{l <= t} K_l u_{t - l} + D u_t, by the Fourier transform of twice the length.
+    """Compute y_t = sum_{l <= t} K_l u_{t - l} + D u_t with a Fourier transform of twice the length.
 
     Args:
-        inputs: u, (B, L, D).
-        response: K, (D, L).
-        skip: D, (D,).
+        inputs: Inputs u, (B, L, D).
+        response: Impulse response K, (D, L).
+        skip: Weight D of the direct path, (D,).
 
     Returns:
-        y, (B, L, D).
+        Outputs y, (B, L, D).
     """
-    if not inputs.numel():  # which has no transform
+    if not inputs.numel():  # empty inputs have no Fourier transform
         return inputs * (response.sum(1) + skip)
     length, size = inputs.shape[1], 2 * inputs.shape[1]
     spectrum = torch.fft.rfft(inputs.mT, size) * torch.fft.rfft(response, size)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, same_type, use_triton
 from hdmil_lib.kernels.segment_softmax_pool import reference
-from hdmil_lib.kernels.segments import check_segments
+from hdmil_lib.kernels.segments import Segments, check_segments
 
 
 def segment_softmax_pool(
     embeddings: Tensor,
     logits: Tensor,
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    segments: Segments | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -27,13 +27,12 @@ def segment_softmax_pool(
         embeddings: F, (N, E).
         logits: A, (N, C).
         mask: M, (N, C), 1 (or True) for a kept and 0 for a dropped tile; `None` keeps all (the teacher).
-        cu_seqlens: Where each of B bags starts and the last one ends, integers (B + 1,) from 0 to N; `None`
-            for one bag.
+        segments: Where each of B bags lies among the N tiles; `None` for one bag.
         backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
             again; "auto" the kernel on a GPU.
 
     Returns:
-        (B, C, E), or (C, E) without `cu_seqlens`.
+        (B, C, E), or (C, E) without `segments`.
 
     Raises:
         ValueError: An argument has another shape, type or device, or the backend cannot run.
@@ -41,11 +40,11 @@ def segment_softmax_pool(
     mask = as_numbers(mask, embeddings)
     embeddings, logits, mask = same_type(embeddings, logits, mask)
     check(embeddings=(embeddings, "N E"), logits=(logits, "N C"), mask=(mask, "N C"))
-    check_segments(cu_seqlens, len(embeddings), embeddings.device)
+    check_segments(segments, len(embeddings), embeddings.device)
     if not use_triton(backend, embeddings):
-        return reference.segment_softmax_pool(embeddings, logits, mask, cu_seqlens)
-    pooled = _forward(embeddings, logits, mask, segments(cu_seqlens, embeddings))[0]
-    return pooled[0] if cu_seqlens is None else pooled
+        return reference.segment_softmax_pool(embeddings, logits, mask, segments)
+    pooled = _forward(embeddings, logits, mask, bag_offsets(segments, embeddings))[0]
+    return pooled[0] if segments is None else pooled
 
 
 def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
@@ -57,26 +56,26 @@ def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
     return mask.to(embeddings.dtype)
 
 
-def segments(cu_seqlens: Tensor | None, embeddings: Tensor) -> Tensor:
-    """`cu_seqlens`, or that of one bag."""
-    if cu_seqlens is not None:
-        return cu_seqlens
-    return torch.tensor([0, len(embeddings)], device=embeddings.device)
+def bag_offsets(segments: Segments | None, embeddings: Tensor) -> Tensor:
+    """Offsets (B + 1,) of the bags, or of one bag of all tiles."""
+    if segments is None:
+        segments = Segments([len(embeddings)], embeddings.device)
+    return segments.offsets
 
 
 @torch.library.custom_op("hdmil::segment_softmax_pool", mutates_args=())
 def _forward(
-    embeddings: Tensor, logits: Tensor, mask: Tensor | None, cu_seqlens: Tensor
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pooled (B, C, E); largest kept logit, sum of weights, and tile pooled where none is kept: (B, C)."""
-    from hdmil_lib.kernels.segment_softmax_pool import triton
+    from hdmil_lib.kernels.segment_softmax_pool import gpu
 
-    return triton.forward(embeddings, logits, mask, cu_seqlens)
+    return gpu.forward(embeddings, logits, mask, offsets)
 
 
-def empty_results(embeddings: Tensor, logits: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+def empty_results(embeddings: Tensor, logits: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """Tensors as `_forward` returns them, without values."""
-    shape = (len(cu_seqlens) - 1, logits.shape[1])
+    shape = (len(offsets) - 1, logits.shape[1])
     largest, total = (embeddings.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return (
         embeddings.new_empty(*shape, embeddings.shape[1]),
@@ -87,8 +86,8 @@ def empty_results(embeddings: Tensor, logits: Tensor, cu_seqlens: Tensor) -> tup
 
 
 @_forward.register_fake
-def _(embeddings, logits, mask, cu_seqlens):
-    return empty_results(embeddings, logits, cu_seqlens)
+def _(embeddings, logits, mask, offsets):
+    return empty_results(embeddings, logits, offsets)
 
 
 @torch.library.custom_op("hdmil::segment_softmax_pool_backward", mutates_args=())
@@ -98,20 +97,20 @@ def backward(
     embeddings: Tensor,
     logits: Tensor,
     mask: Tensor | None,
-    cu_seqlens: Tensor,
+    offsets: Tensor,
     largest: Tensor,
     total: Tensor,
     fallback: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of embeddings, logits and mask; the last one is empty without a mask."""
-    from hdmil_lib.kernels.segment_softmax_pool import triton
+    from hdmil_lib.kernels.segment_softmax_pool import gpu
 
-    saved = (embeddings, logits, mask, cu_seqlens, largest, total, fallback)
-    return triton.backward(grad_pooled, pooled, *saved)
+    saved = (embeddings, logits, mask, offsets, largest, total, fallback)
+    return gpu.backward(grad_pooled, pooled, *saved)
 
 
 @backward.register_fake
-def _(grad_pooled, pooled, embeddings, logits, mask, cu_seqlens, largest, total, fallback):
+def _(grad_pooled, pooled, embeddings, logits, mask, offsets, largest, total, fallback):
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_mask = logits.new_empty(0) if mask is None else torch.empty_like(grad_logits)
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format), grad_logits, grad_mask

@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
+from hdmil_lib.kernels.segments import Segments
+
 
 def segment_softmax_pool(
-    embeddings: Tensor, logits: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, segments: Segments | None
 ) -> Tensor:
     """Bag embeddings, as `kernels.segment_softmax_pool` describes them: bag after bag."""
-    if cu_seqlens is None:
+    if segments is None:
         return pool(embeddings, logits, mask)
-    lengths = cu_seqlens.diff().tolist()
+    lengths = list(segments.lengths)
     masks = [None] * len(lengths) if mask is None else mask.split(lengths)
     bags = zip(embeddings.split(lengths), logits.split(lengths), masks, strict=True)
     return torch.stack([pool(*bag) for bag in bags])

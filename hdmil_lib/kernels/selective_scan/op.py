@@ -5,8 +5,7 @@ from torch import Tensor
 
 from hdmil_lib.kernels.dispatch import Backend, check, in_float32, use_triton
 from hdmil_lib.kernels.selective_scan import reference
-
-MAX_STATES = 16  # that the kernel holds in registers
+from hdmil_lib.kernels.selective_scan.limits import MAX_STATES
 
 
 @in_float32
@@ -20,27 +19,27 @@ def selective_scan(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The selective state space model of Mamba (Gu & Dao 2023, section 3), along the tiles of a bag.
+    """Run the selective state space model of Mamba along the tiles of bags (Gu & Dao 2023, section 3).
 
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t from h_0 = 0, and y_t = <C_t, h_t> + D u_t; each of D
-    channels has S states of its own.
+    With h_0 = 0, h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and y_t = <C_t, h_t> + D u_t. Each of D
+    channels has S states.
 
     Args:
-        inputs: u, (B, L, D).
-        steps: delta, (B, L, D); positive, as softplus makes it.
-        decay: A, (D, S); negative.
-        input_matrix: B, (B, L, S).
-        output_matrix: C, (B, L, S).
-        skip: D, (D,).
-        backend: "torch" is the reference; "triton" the kernel, for up to 16 states, whose gradients cannot
-            be differentiated again; "auto" the kernel on a GPU.
+        inputs: Inputs u, (B, L, D).
+        steps: Step sizes delta, (B, L, D), positive.
+        decay: Decay rates A, (D, S), negative.
+        input_matrix: Input weights B, (B, L, S).
+        output_matrix: Output weights C, (B, L, S).
+        skip: Weight D of the direct path, (D,).
+        backend: "torch" for the reference; "triton" for the kernel, which takes at most 16 states and
+            supports first derivatives only; "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        y, (B, L, D). States are float32 in the kernel, of the type of the inputs in the reference,
-        and everything is float32 under autocast.
+        Outputs y, (B, L, D). The states are float32 in the kernel and have the type of the inputs in the
+        reference; everything is float32 under autocast.
 
     Raises:
-        ValueError: An argument has another shape, type or device, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or device, or the backend cannot run here.
     """
     sizes = check(
         inputs=(inputs, "B L D"),
@@ -53,7 +52,9 @@ def selective_scan(
     if not use_triton(backend, inputs):
         return reference.selective_scan(inputs, steps, decay, input_matrix, output_matrix, skip)
     if sizes["S"] > MAX_STATES:
-        raise ValueError(f"decay has {sizes['S']} states, the kernel holds {MAX_STATES}: use backend='torch'")
+        raise ValueError(
+            f"decay has {sizes['S']} states, the kernel takes at most {MAX_STATES}: use backend='torch'"
+        )
     return _forward(inputs, steps, decay, input_matrix, output_matrix, skip)[0]
 
 
@@ -61,17 +62,17 @@ def selective_scan(
 def _forward(
     inputs: Tensor, steps: Tensor, decay: Tensor, input_matrix: Tensor, output_matrix: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the state at the start of every chunk, which the backward pass needs."""
-    from hdmil_lib.kernels.selective_scan import triton
+    """Return the outputs, and the state at the start of every chunk for the backward pass."""
+    from hdmil_lib.kernels.selective_scan import gpu
 
-    return triton.forward(inputs, steps, decay, input_matrix, output_matrix, skip)
+    return gpu.forward(inputs, steps, decay, input_matrix, output_matrix, skip)
 
 
 @_forward.register_fake
 def _(inputs, steps, decay, input_matrix, output_matrix, skip):
-    from hdmil_lib.kernels.selective_scan import triton
+    from hdmil_lib.kernels.selective_scan import gpu
 
-    return torch.empty_like(inputs, memory_format=torch.contiguous_format), triton.new_states(inputs)
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format), gpu.new_states(inputs)
 
 
 @torch.library.custom_op("hdmil::selective_scan_backward", mutates_args=())
@@ -85,9 +86,9 @@ def _backward(
     output_matrix: Tensor,
     skip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from hdmil_lib.kernels.selective_scan import triton
+    from hdmil_lib.kernels.selective_scan import gpu
 
-    return triton.backward(grad, starts, inputs, steps, decay, input_matrix, output_matrix, skip)
+    return gpu.backward(grad, starts, inputs, steps, decay, input_matrix, output_matrix, skip)
 
 
 @_backward.register_fake

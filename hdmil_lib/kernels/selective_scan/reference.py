@@ -1,29 +1,15 @@
-"""The selective scan in plain PyTorch: blocks of steps, one after the other (Gu & Dao 2023, section 3)."""
+"""The selective scan in plain PyTorch, one block of steps after another."""
 
 import torch
 from torch import Tensor
 
-STEPS = 16  # of a block: its tensors, (S, D) a step, then stay in the cache of a core
+STEPS = 16  # steps per block, whose tensors, (S, D) per step, fit into the cache of a CPU core
 
 
 def selective_scan(
     inputs: Tensor, steps: Tensor, decay: Tensor, input_matrix: Tensor, output_matrix: Tensor, skip: Tensor
 ) -> Tensor:
-    """A linear recurrence whose step size, input and output depend on the tile.
-
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t from h_0 = 0, and y_t = <C_t, h_t> + D u_t.
-
-    Args:
-        inputs: u, (B, L, D).
-        steps: delta, (B, L, D), positive.
-        decay: A, (D, S), negative.
-        input_matrix: B, (B, L, S).
-        output_matrix: C, (B, L, S).
-        skip: D, (D,).
-
-    Returns:
-        y, (B, L, D).
-    """
+    """Return the outputs (B, L, D) that `kernels.selective_scan` describes."""
     if not inputs.numel():
         return skip * inputs
     rates = decay.T.contiguous()

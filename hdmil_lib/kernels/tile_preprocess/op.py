@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check_tiles, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check_bytes, use_triton
 from hdmil_lib.kernels.tile_preprocess import reference
 from hdmil_lib.kernels.tile_preprocess.stain import StainTransform
 
@@ -22,27 +22,28 @@ def tile_preprocess(
     channels_last: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """What an encoder wants to see of RGB bytes: (x / 255 - mean) / std, channels first.
+    """Convert RGB bytes to the input of an encoder: (x / 255 - mean) / std with channels first.
 
-    Computed as x * scale + shift in float32 and rounded once to `dtype`; nothing is differentiable. A stain
-    normalization comes first, in the same pass, and is not rounded to bytes in between.
+    It is computed as x * scale + shift in float32 and rounded once to `dtype`; nothing is differentiable. If
+    the stain is normalized, this happens before, in the same pass and without rounding to bytes.
 
     Args:
-        tiles: RGB pixels, uint8 (B, H, W, 3).
-        mean: Of each channel, for pixels in [0, 1]; 3 numbers.
-        std: Standard deviation of each channel; 3 numbers above 0.
-        stain: Made by `fit_macenko` or `fit_reinhard`.
-        dtype: Of the result: float32, float16 or bfloat16.
-        channels_last: The result lies in memory as (B, H, W, 3), as `torch.channels_last` says.
-        backend: "torch" is the reference; "triton" the kernel; "auto" the kernel on a GPU.
+        tiles: RGB tiles, uint8 (B, H, W, 3).
+        mean: Mean of each channel for pixels in [0, 1], 3 numbers.
+        std: Standard deviation of each channel, 3 numbers above 0.
+        stain: Stain normalization from `fit_macenko` or `fit_reinhard`; `None` for no normalization.
+        dtype: Type of the result: float32, float16 or bfloat16.
+        channels_last: Whether the memory format of the result is `torch.channels_last`.
+        backend: "torch" for the reference; "triton" for the kernel; "auto" for the kernel on a GPU and the
+            reference elsewhere.
 
     Returns:
-        (B, 3, H, W).
+        Normalized tiles, (B, 3, H, W).
 
     Raises:
-        ValueError: An argument has another shape, type or value, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or value, or the backend cannot run here.
     """
-    check_tiles(tiles)
+    check_bytes("tiles", tiles, "B H W 3")
     for name, values in (("mean", mean), ("std", std)):
         if isinstance(values, Tensor) or len(values) != 3:
             raise ValueError(f"{name} is {values!r}, expected three numbers: red, green, blue")
@@ -51,7 +52,7 @@ def tile_preprocess(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if stain is not None and not isinstance(stain, StainTransform):
-        raise ValueError(f"stain is a {type(stain).__name__}, expected what fit_macenko or fit_reinhard made")
+        raise ValueError(f"stain is a {type(stain).__name__}, expected one from fit_macenko or fit_reinhard")
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     numbers = [] if stain is None else stain.numbers()
@@ -69,9 +70,9 @@ def _forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    from hdmil_lib.kernels.tile_preprocess import triton
+    from hdmil_lib.kernels.tile_preprocess import gpu
 
-    return triton.forward(tiles, (*scale, *shift, *stain), dtype, channels_last)
+    return gpu.forward(tiles, (*scale, *shift, *stain), dtype, channels_last)
 
 
 @_forward.register_fake

@@ -1,11 +1,11 @@
-"""Normalized tiles in plain PyTorch."""
+"""Normalization of tiles in plain PyTorch."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-LARGEST_LOG = 10.0  # e^10: far beyond white, and still finite in every product
+LARGEST_LOG = 10.0  # limit of logarithms: e^10 is far beyond white and still finite in every product
 
 
 def tile_preprocess(
@@ -16,23 +16,15 @@ def tile_preprocess(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """x * scale + shift of each channel, after `normalize_stain` where there is a stain.
+    """Return the tiles (B, 3, H, W) that `kernels.tile_preprocess` describes, as x * scale + shift.
 
-    Args:
-        tiles: uint8 (B, H, W, 3).
-        scale: 3 numbers.
-        shift: 3 numbers.
-        stain: Empty, or `StainTransform.numbers`.
-        dtype: Of the result; computed in float32, or in float64 for float64.
-        channels_last: Memory is (B, H, W, 3).
-
-    Returns:
-        (B, 3, H, W).
+    `stain` is empty or holds the numbers of a `StainTransform`. The computation is in float32, or in float64
+    if `dtype` is float64.
     """
     number = torch.promote_types(dtype, torch.float32)
     scale, shift = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
     batch, height, width, _ = tiles.shape
-    if channels_last and not stain:  # as rows of W x 3 values: long lines are fast
+    if channels_last and not stain:  # rows of W x 3 values, which are faster than pixels of 3
         values = tiles.reshape(batch, height, width * 3).to(number)
         values = values * scale.repeat(width) + shift.repeat(width)
         return values.to(dtype).view(batch, height, width, 3).permute(0, 3, 1, 2)
@@ -44,7 +36,7 @@ def tile_preprocess(
 
 
 def normalize_stain(pixels: Tensor, stain: Sequence[float]) -> Tensor:
-    """256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, between 0 and 255, of floating pixels (B, 3, P)."""
+    """Return 256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, clipped to [0, 255], for pixels x, (B, 3, P)."""
     space, matrix, offset, back = pixels.new_tensor(stain).split((9, 9, 3, 9))
     mixes = list(stain[:9]) != [1, 0, 0, 0, 1, 0, 0, 0, 1]
     light = (pixels + 1) / 256

@@ -1,13 +1,14 @@
-"""Stain normalization: how to change the colors of one slide to those of another, estimated from pixels.
+"""Stain normalization: maps from the colors of one slide to those of another, estimated from pixels.
 
-Two ways, one form. A pixel x is taken to a linear color space S, to logarithms, through an affine map
-(M, t), and back: 256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, cut to 0..255. The 1 keeps black finite.
+Both methods have the same form. A pixel x is transformed to a linear color space S, to logarithms, by an
+affine map (M, t), and back: 256 S^-1 exp(M log(S (x + 1) / 256) + t) - 1, clipped to [0, 255]. Adding 1 keeps
+the logarithm of black finite.
 
 - Macenko et al. 2009, "A method for normalizing histology slides for quantitative analysis": S = 1, so that
-  -log is the optical density, where stains add up (Beer-Lambert); M = target stains * ratio of strengths *
-  pseudo-inverse of the source stains.
-- Reinhard et al. 2001, "Color transfer between images": S = cone responses LMS; M and t stretch and shift
-  each axis of l-alpha-beta so that its mean and standard deviation become the target's.
+  -log is the optical density, in which stains are additive (Beer-Lambert law), and M = target stains * ratio
+  of strengths * pseudo-inverse of the source stains.
+- Reinhard et al. 2001, "Color transfer between images": S gives the cone responses LMS; M and t scale and
+  shift each axis of l-alpha-beta so that its mean and standard deviation become those of the target.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-MIN_DENSITY = 0.15  # optical density of a stained pixel (Macenko: beta)
-EXTREME_PERCENT = 1.0  # robust extremes of angles and strengths (Macenko: alpha)
-MIN_PIXELS = 16  # stained ones, for an estimate
-MIN_ANGLE = 0.02  # radians between two stains; a little over 1 degree
+MIN_DENSITY = 0.15  # lowest optical density of a stained pixel (beta of Macenko et al.)
+EXTREME_PERCENT = 1.0  # percentile taken as the minimum of angles and strengths (alpha of Macenko et al.)
+MIN_PIXELS = 16  # number of stained pixels that an estimate needs
+MIN_ANGLE = 0.02  # smallest angle between two stains in radians, a little over 1 degree
 
 LMS_OF_RGB = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
 LAB_OF_LOG_LMS = np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])
@@ -31,10 +32,10 @@ class StainTransform:
     """A map of colors for `tile_preprocess`.
 
     Attributes:
-        space: S, (3, 3) and invertible, without negative numbers: linear RGB -> color space.
-        matrix: M, (3, 3): logarithms there -> logarithms of the normalized pixel.
-        offset: t, (3,), in natural logarithms.
-        back: The inverse of S, (3, 3).
+        space: Color space S as a map from linear RGB, (3, 3), invertible and without negative numbers.
+        matrix: Map M from the logarithms of a pixel in S to those of the normalized pixel, (3, 3).
+        offset: Offset t in natural logarithms, (3,).
+        back: Inverse of S, (3, 3).
     """
 
     space: Matrix
@@ -43,16 +44,16 @@ class StainTransform:
     back: Matrix
 
     def numbers(self) -> list[float]:
-        """S, M, t and the inverse of S, row by row: 30 numbers."""
+        """Return S, M, t and the inverse of S, row by row: 30 numbers."""
         return [n for row in (*self.space, *self.matrix, self.offset, *self.back) for n in row]
 
 
 def fit_macenko(pixels: Tensor | np.ndarray, target: Tensor | np.ndarray) -> StainTransform:
-    """Give pixels the stains of others: their two colors and how strong each is.
+    """Fit the map that gives a slide the two stain colors of another slide and their strengths.
 
     Args:
-        pixels: RGB of the slide to change, uint8 (..., 3); its background is left out of the estimate.
-        target: RGB of the slide to resemble, uint8 (..., 3).
+        pixels: RGB pixels of the slide to normalize, uint8 (..., 3). Background pixels are ignored.
+        target: RGB pixels of the target slide, uint8 (..., 3). Background pixels are ignored.
 
     Raises:
         ValueError: `pixels` or `target` is not RGB in uint8, has no tissue, or shows one stain only.
@@ -64,16 +65,14 @@ def fit_macenko(pixels: Tensor | np.ndarray, target: Tensor | np.ndarray) -> Sta
 
 
 def fit_reinhard(pixels: Tensor | np.ndarray, target: Tensor | np.ndarray) -> StainTransform:
-    """Give pixels the means and standard deviations of others in l-alpha-beta.
-
-    Both are those of stained pixels, so that the share of background does not matter.
+    """Fit the map that gives a slide the means and standard deviations of another slide in l-alpha-beta.
 
     Args:
-        pixels: RGB of the slide to change, uint8 (..., 3).
-        target: RGB of the slide to resemble, uint8 (..., 3).
+        pixels: RGB pixels of the slide to normalize, uint8 (..., 3). Background pixels are ignored.
+        target: RGB pixels of the target slide, uint8 (..., 3). Background pixels are ignored.
 
     Raises:
-        ValueError: `pixels` or `target` is not RGB in uint8, has no tissue, or `pixels` are of one color.
+        ValueError: `pixels` or `target` is not RGB in uint8, has no tissue, or `pixels` have a single color.
     """
     source, wanted = (
         np.log(np.exp(-_stained_densities(p, name)) @ LMS_OF_RGB.T) @ LAB_OF_LOG_LMS.T
@@ -81,7 +80,7 @@ def fit_reinhard(pixels: Tensor | np.ndarray, target: Tensor | np.ndarray) -> St
     )
     spread = source.std(0)
     if spread.min() < 1e-6:
-        raise ValueError("pixels vary along fewer than three axes of color: nothing to stretch")
+        raise ValueError("pixels vary along fewer than three axes of color, so they cannot be scaled")
     stretch = wanted.std(0) / spread
     back = np.linalg.inv(LAB_OF_LOG_LMS)
     offset = back @ (wanted.mean(0) - stretch * source.mean(0))
@@ -89,18 +88,18 @@ def fit_reinhard(pixels: Tensor | np.ndarray, target: Tensor | np.ndarray) -> St
 
 
 def stain_vectors(pixels: Tensor | np.ndarray, name: str = "pixels") -> tuple[np.ndarray, np.ndarray]:
-    """Hematoxylin and eosin of stained pixels (Macenko et al. 2009).
+    """Estimate the colors of hematoxylin and eosin from stained pixels (Macenko et al. 2009).
 
-    Densities of two stains fill a wedge of a plane: its edges are the stains. The plane is that of the two
-    largest singular values, the edges are percentiles 1 and 99 of the angles in it.
+    The optical densities of two stains fill a wedge of a plane, whose edges are the stains. The plane is that
+    of the two largest singular values; the edges are percentiles 1 and 99 of the angles in it.
 
     Args:
-        pixels: RGB, uint8 (..., 3).
-        name: Of the argument, for errors.
+        pixels: RGB pixels, uint8 (..., 3).
+        name: Name of the argument in error messages.
 
     Returns:
         The optical densities of both stains as unit columns, (3, 2), hematoxylin first (it absorbs more
-        red), and the 99th percentile of the amount of each, (2,).
+        red), and the 99th percentile of the amount of each stain, (2,).
 
     Raises:
         ValueError: `pixels` is not RGB in uint8, has no tissue, or shows one stain only.
@@ -111,7 +110,7 @@ def stain_vectors(pixels: Tensor | np.ndarray, name: str = "pixels") -> tuple[np
     along, across = (densities @ plane).T
     low, high = np.percentile(np.arctan2(across, along), [EXTREME_PERCENT, 100 - EXTREME_PERCENT])
     if high - low < MIN_ANGLE:
-        raise ValueError(f"{name} shows one stain only: two cannot be told apart")
+        raise ValueError(f"{name} shows one stain only, but an estimate needs two")
     stains = plane @ np.array([[np.cos(low), np.cos(high)], [np.sin(low), np.sin(high)]])
     stains = stains[:, np.argsort(-stains[0])]
     amounts = densities @ np.linalg.pinv(stains).T
@@ -119,7 +118,7 @@ def stain_vectors(pixels: Tensor | np.ndarray, name: str = "pixels") -> tuple[np
 
 
 def _stained_densities(pixels: Tensor | np.ndarray, name: str) -> np.ndarray:
-    """-log((x + 1) / 256) of the pixels that are not background, float64 (n, 3)."""
+    """Return -log((x + 1) / 256) for the pixels that are not background, float64 (n, 3)."""
     pixels = pixels.cpu().numpy() if isinstance(pixels, Tensor) else np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
         raise ValueError(f"{name} is {pixels.dtype} {pixels.shape}, expected uint8 (..., 3)")

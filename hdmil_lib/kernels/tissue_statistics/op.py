@@ -5,18 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check_tiles, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check_bytes, use_triton
 from hdmil_lib.kernels.tissue_statistics import reference
 
 MAX_BINS = 128
 
 
 class TissueStatistics(NamedTuple):
-    """Colors of tiles.
+    """Color statistics of tiles.
 
     Attributes:
-        histogram: Pixels of each tile in each bin of hue, saturation and value, int64 (N, 3, bins).
-        tissue_share: Share of pixels more saturated than the threshold, float32 (N,).
+        histogram: Number of pixels of each tile in each bin of hue, saturation and value, int64 (N, 3, bins).
+        tissue_share: Share of the pixels of each tile whose saturation exceeds the threshold, float32 (N,).
     """
 
     histogram: Tensor
@@ -26,32 +26,35 @@ class TissueStatistics(NamedTuple):
 def tissue_statistics(
     tiles: Tensor, *, bins: int = 16, threshold: int = 15, backend: Backend = "auto"
 ) -> TissueStatistics:
-    """Histograms of hue, saturation and value, and the share of tissue, of each tile.
+    """Compute histograms of hue, saturation and value and the share of tissue for each tile.
 
-    All in integers, so that every backend counts the same, and the same as OpenCV's `COLOR_RGB2HSV` of
-    bytes: with v = max(r, g, b), c = v - min(r, g, b) and [x] the nearest integer,
+    Everything is computed in integers, so that all backends give the same counts. Hue, saturation and value
+    equal those of OpenCV's `COLOR_RGB2HSV` for bytes: with v = max(r, g, b), c = v - min(r, g, b) and [x] for
+    the nearest integer,
 
     - value v, 0 to 255;
     - saturation (c [255 * 4096 / v] + 2048) >> 12, 0 to 255; 0 for black;
     - hue in steps of two degrees, 0 to 179: (d [30 * 4096 / c] + 2048) >> 12, plus 180 if negative, where d
       is g - b if r = v, else b - r + 2 c if g = v, else r - g + 4 c; 0 for gray.
 
-    Bin i of B holds the hues h with h * B // 180 = i, the saturations and values x with x * B // 256 = i.
+    Bin i of B counts hues h with h * B // 180 = i and saturations and values x with x * B // 256 = i. Nothing
+    is differentiable.
 
     Args:
-        tiles: RGB pixels, uint8 (N, H, W, 3) with H and W of 1 or more.
-        bins: Of each histogram, 1 to 128.
-        threshold: A pixel is tissue if its saturation is above; the default is the least that
-            `tissue_mask` takes. 0 to 255.
-        backend: "torch" is the reference; "triton" the kernel; "auto" the kernel on a GPU.
+        tiles: RGB tiles, uint8 (N, H, W, 3) with H >= 1 and W >= 1.
+        bins: Number of bins of each histogram, 1 to 128.
+        threshold: Saturation above which a pixel counts as tissue, 0 to 255; the default is the lowest
+            threshold that `tissue_mask` chooses.
+        backend: "torch" for the reference; "triton" for the kernel; "auto" for the kernel on a GPU and the
+            reference elsewhere.
 
     Returns:
-        `TissueStatistics`; nothing is differentiable.
+        Histograms and shares of tissue of the tiles.
 
     Raises:
-        ValueError: An argument has another shape, type or value, or the backend cannot run.
+        ValueError: An argument has a wrong shape, type or value, or the backend cannot run here.
     """
-    check_tiles(tiles)
+    check_bytes("tiles", tiles, "N H W 3")
     n_pixels = tiles.shape[1] * tiles.shape[2]
     if n_pixels == 0:
         raise ValueError(f"tiles has shape {tuple(tiles.shape)}: tiles without pixels have no statistics")
@@ -66,9 +69,9 @@ def tissue_statistics(
 
 @torch.library.custom_op("hdmil::tissue_statistics", mutates_args=())
 def _forward(tiles: Tensor, bins: int, threshold: int) -> tuple[Tensor, Tensor]:
-    from hdmil_lib.kernels.tissue_statistics import triton
+    from hdmil_lib.kernels.tissue_statistics import gpu
 
-    return triton.forward(tiles, bins, threshold)
+    return gpu.forward(tiles, bins, threshold)
 
 
 @_forward.register_fake

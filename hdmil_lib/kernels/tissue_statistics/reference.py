@@ -1,21 +1,11 @@
-"""Histograms of hue, saturation and value in plain PyTorch."""
+"""Color statistics of tiles in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
 
 def tissue_statistics(tiles: Tensor, bins: int, threshold: int) -> tuple[Tensor, Tensor]:
-    """Count the pixels of each tile.
-
-    Args:
-        tiles: uint8 (N, H, W, 3).
-        bins: B, of each histogram.
-        threshold: Of the saturation, 0 to 255.
-
-    Returns:
-        Pixels in each bin of hue, saturation and value, int64 (N, 3, B), and pixels of a saturation above
-        the threshold, int64 (N,).
-    """
+    """Return the histograms that `kernels.tissue_statistics` describes, and the tissue pixels, int64 (N,)."""
     hue, saturation, value = hsv(*tiles.flatten(1, 2).unbind(2))
     places = torch.stack([hue * bins // 180, saturation * bins >> 8, value * bins >> 8], 1)
     total = 3 * len(tiles) * bins
@@ -25,7 +15,7 @@ def tissue_statistics(tiles: Tensor, bins: int, threshold: int) -> tuple[Tensor,
 
 
 def hsv(red: Tensor, green: Tensor, blue: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """OpenCV's hue (0 to 179), saturation and value of bytes, int32."""
+    """Return hue (0 to 179), saturation and value of bytes as OpenCV computes them, int32."""
     value = red.maximum(green).maximum(blue)
     red, green, blue, least = (x.int() for x in (red, green, blue, red.minimum(green).minimum(blue)))
     value = value.int()
@@ -38,7 +28,7 @@ def hsv(red: Tensor, green: Tensor, blue: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def nearest(number: int, divisor: Tensor) -> Tensor:
-    """The integer nearest to number / divisor, for divisors of 0 (as 1) to 255: looked up."""
+    """Look up the integer nearest to number / divisor for divisors from 0 (which counts as 1) to 255."""
     divisors = torch.arange(256, dtype=torch.int32, device=divisor.device).clamp(min=1)
     quotients = (2 * number + divisors) // (2 * divisors)
     return quotients.index_select(0, divisor.flatten()).view_as(divisor)

@@ -1,0 +1,296 @@
+"""One HDF5 file per slide: features, places and patches of its tiles, whole or absent."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hdmil_lib.errors import BagError
+from hdmil_lib.storage import write_whole
+from hdmil_lib.version import __version__
+
+SCHEMA_VERSION = 2
+PATCH_SIZE = 16
+TRIDENT_ATTRS = (
+    "patch_size",
+    "patch_size_level0",
+    "level0_magnification",
+    "target_magnification",
+    "overlap",
+    "name",
+    "level0_width",
+    "level0_height",
+)
+"""Attributes that TRIDENT keeps on the data set `coords`; all others are attributes of the file."""
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which encoder made features: its name and the hash of its weights."""
+
+    name: str
+    weights_hash: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (weights {self.weights_hash})"
+
+
+UNKNOWN = EncoderIdentity("unknown", "unknown")
+
+
+@dataclass(frozen=True, eq=False)
+class Bag:
+    """A slide as multiple-instance learning sees it; row i is the same tile in every array.
+
+    Attributes:
+        slide_id: Name of the slide.
+        features: (N, D), float16 as stored.
+        coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2).
+        rowcol: Position of the tiles on the slide's grid, int64 (N, 2).
+        shape: (rows, cols) of the whole grid, tissue or not.
+        patches: The tiles at low resolution, uint8 (N, 16, 16, 3); `None` in a bag of another tool.
+        encoder: Which encoder made the features.
+        attrs: Further provenance and geometry: mpp_x, patch_size_level0, min_tissue and the like.
+    """
+
+    slide_id: str
+    features: np.ndarray
+    coords: np.ndarray
+    rowcol: np.ndarray
+    shape: tuple[int, int]
+    patches: np.ndarray | None
+    encoder: EncoderIdentity = UNKNOWN
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def known_patches(self) -> np.ndarray:
+        """The patches.
+
+        Raises:
+            BagError: The bag has none.
+        """
+        if self.patches is None:
+            raise BagError(
+                f"bag {self.slide_id} has no patches for LIPN; use all tiles, or extract the slide with hdmil"
+            )
+        return self.patches
+
+    @property
+    def thumbnail(self) -> np.ndarray:
+        """The slide at 8 um/px put together from its patches, white where there is none, uint8."""
+        rows, cols = self.shape
+        blocks = np.full((rows, cols, PATCH_SIZE, PATCH_SIZE, 3), 255, np.uint8)
+        if self.patches is not None:
+            blocks[self.rowcol[:, 0], self.rowcol[:, 1]] = self.patches
+        return blocks.swapaxes(1, 2).reshape(rows * PATCH_SIZE, cols * PATCH_SIZE, 3)
+
+
+def write_bag(
+    path: str | Path, bag: Bag, tile_labels: np.ndarray | None = None, *, compress: bool = False
+) -> None:
+    """Write a bag, readable by users of CLAM and TRIDENT; a crash leaves the old file or none.
+
+    Args:
+        path: The .h5 file; its folder is made.
+        bag: What to write; features are stored as float16.
+        tile_labels: Share of tumor in each tile, (N,); for teaching and evaluation only.
+        compress: Whether patches are stored with gzip: smaller to ship, slower to read.
+
+    Raises:
+        BagError: The arrays do not fit together, or features are not finite in float16.
+    """
+    path = Path(path)
+    with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
+        features = np.asarray(bag.features).astype(np.float16)
+    arrays = {
+        "features": features,
+        "coords": bag.coords.astype(np.int64),
+        "rowcol": bag.rowcol.astype(np.int64),
+    }
+    if bag.patches is not None:
+        arrays["patches"] = bag.patches
+    if tile_labels is not None:
+        arrays["tile_labels"] = np.asarray(tile_labels, np.float32)
+    _check(path, arrays, bag.shape)
+
+    def write(part: Path) -> None:
+        with h5py.File(part, "w") as file:
+            for name, values in arrays.items():
+                gzip = dict(compression="gzip", compression_opts=9) if compress and name == "patches" else {}
+                file.create_dataset(name, data=values, **gzip)
+            attrs = {**bag.attrs, "name": bag.slide_id, "slide_id": bag.slide_id, "shape": list(bag.shape)}
+            attrs |= {"encoder": bag.encoder.name, "weights_hash": bag.encoder.weights_hash}
+            attrs |= {"library_version": __version__, "schema_version": SCHEMA_VERSION}
+            for key, value in attrs.items():
+                (file["coords"] if key in TRIDENT_ATTRS else file).attrs[key] = value
+
+    write_whole(path, write)
+
+
+def read_bag(path: str | Path) -> Bag:
+    """Read a bag; never its tile labels.
+
+    A bag without grid positions, of hdmil before 0.2 or of CLAM or TRIDENT, gets them from its coordinates.
+
+    Raises:
+        BagError: The file is missing, damaged or inconsistent, or is no bag.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        present = [name for name in ("rowcol", "patches") if name in file]
+        arrays = _read(path, file, ["features", "coords", *present])
+        attrs = _attrs(file)
+    shape = attrs.pop("shape", None)
+    if "rowcol" not in arrays or shape is None:
+        arrays["rowcol"], shape = _grid_positions(path, arrays["coords"], attrs)
+    shape = (int(shape[0]), int(shape[1]))
+    _check(path, arrays, shape)
+    return Bag(
+        slide_id=str(attrs.get("slide_id", path.stem)),
+        features=arrays["features"],
+        coords=arrays["coords"],
+        rowcol=arrays["rowcol"],
+        shape=shape,
+        patches=arrays.get("patches"),
+        encoder=_encoder(attrs),
+        attrs=attrs,
+    )
+
+
+def read_tile_labels(path: str | Path) -> np.ndarray | None:
+    """Share of tumor in each tile, float32 (N,), or None where the truth is unknown.
+
+    For teaching and evaluation: nothing that trains may call this.
+
+    Raises:
+        BagError: The file is missing or damaged.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return _read(path, file, ["tile_labels"])["tile_labels"] if "tile_labels" in file else None
+
+
+def bag_info(path: str | Path) -> dict[str, Any]:
+    """A bag's attributes with `n_tiles` and `dim`, without reading its arrays.
+
+    Raises:
+        BagError: The file is missing, damaged, or no bag.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        if "features" not in file or file["features"].ndim != 2:
+            raise BagError(f"{path}: holds no features (N, D). {_REMEDY}")
+        n_tiles, dim = file["features"].shape
+        return _attrs(file) | {"n_tiles": n_tiles, "dim": dim}
+
+
+def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
+    """Hold that bags can be learned from together: one encoder, one set of weights, one width.
+
+    Returns:
+        The encoder of all bags.
+
+    Raises:
+        BagError: Some bags differ from most; the first of them is named. Or there is no bag.
+    """
+    kinds = {bag.slide_id: (bag.encoder, bag.features.shape[1]) for bag in bags}
+    if not kinds:
+        raise BagError("there are no bags; extract features first (`hdmil extract`)")
+    usual = Counter(kinds.values()).most_common(1)[0][0]
+    odd = [slide_id for slide_id, kind in kinds.items() if kind != usual]
+    if odd:
+        ours, theirs = ("encoder {}, width {}".format(*kind) for kind in (kinds[odd[0]], usual))
+        raise BagError(
+            f"Bag {odd[0]!r} holds features of {ours}, {len(kinds) - len(odd)} of {len(kinds)} bags those of "
+            f"{theirs}. Extract all slides with one encoder."
+        )
+    return usual[0]
+
+
+_REMEDY = "Delete the file and extract the slide again."
+
+
+def _encoder(attrs: Mapping[str, Any]) -> EncoderIdentity:
+    name, digest = (str(attrs.get(key, "unknown")) for key in ("encoder", "weights_hash"))
+    return EncoderIdentity(name, digest)
+
+
+def _grid_positions(
+    path: Path, coords: np.ndarray, attrs: Mapping[str, Any]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Grid positions (N, 2) and shape, from the first tile on, of tiles that were stored without.
+
+    The pitch is the exact tile size where the bag knows its scale; otherwise TRIDENT's rounded one, or the
+    smallest step between tiles.
+    """
+    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) == 0:
+        raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {_REMEDY}")
+    offset = coords - coords.min(axis=0)
+    if {"mpp_x", "mpp_y", "patch_size", "tile_mpp"} <= set(attrs):
+        pitch = attrs["patch_size"] * attrs["tile_mpp"] / np.array([attrs["mpp_x"], attrs["mpp_y"]])
+    elif attrs.get("patch_size_level0"):
+        pitch = np.full(2, float(attrs["patch_size_level0"]))
+    else:
+        steps = np.concatenate([np.diff(np.unique(axis)) for axis in offset.T])
+        pitch = np.full(2, float(steps.min(initial=1) if len(steps) else 1))
+    rowcol = np.rint(offset / pitch).astype(np.int64)[:, ::-1]
+    rows, cols = (rowcol.max(axis=0) + 1).tolist()
+    return np.ascontiguousarray(rowcol), (rows, cols)
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise BagError(f"{path}: no such bag. Extract its slide first (`hdmil extract`).")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise BagError(f"{path}: damaged or not HDF5 ({error}). {_REMEDY}") from error
+
+
+def _read(path: Path, file: h5py.File, names: Iterable[str]) -> dict[str, np.ndarray]:
+    missing = [name for name in names if name not in file]
+    if missing:
+        raise BagError(f"{path}: lacks {', '.join(missing)}; made by another tool? {_REMEDY}")
+    try:
+        return {name: file[name][()] for name in names}
+    except (OSError, RuntimeError) as error:
+        raise BagError(f"{path}: damaged ({error}). {_REMEDY}") from error
+
+
+def _attrs(file: h5py.File) -> dict[str, Any]:
+    coords = file["coords"].attrs if "coords" in file else {}
+    return {key: _plain(value) for key, value in (*coords.items(), *file.attrs.items())}
+
+
+def _plain(value: Any) -> Any:
+    """Python's own type for what h5py returns as a numpy scalar."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check(path: Path, arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
+    features, coords, rowcol = arrays["features"], arrays["coords"], arrays["rowcol"]
+    patches = arrays.get("patches")
+    n = len(features)
+    shapes = ", ".join(f"{name} {values.shape}" for name, values in arrays.items())
+    fits = features.ndim == 2 and coords.shape == (n, 2) and rowcol.shape == (n, 2)
+    if patches is not None:
+        fits &= patches.ndim == 4 and patches.shape[3] == 3
+    if n == 0 or not fits or any(len(values) != n for values in arrays.values()):
+        raise BagError(f"{path}: arrays do not describe the same tiles: {shapes}. {_REMEDY}")
+    if patches is not None and patches.dtype != np.uint8:
+        raise BagError(f"{path}: patches are {patches.dtype}, not uint8. {_REMEDY}")
+    if rowcol.min() < 0 or (rowcol >= shape).any():
+        raise BagError(f"{path}: rowcol reaches beyond the grid of {shape[0]} x {shape[1]} tiles. {_REMEDY}")
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad):
+        raise BagError(
+            f"{path}: features of {len(bad)} of {n} tiles are NaN or infinite, first in row {bad[0]}. Check "
+            "the encoder (float16 holds at most 65504), then extract the slide again."
+        )

@@ -1,0 +1,168 @@
+"""Bags of a cohort in memory, one after the other, from which a step takes as many as it wants."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
+from hdmil_lib.errors import BagError
+from hdmil_lib.kernels.segments import Segments
+
+MAX_TILES = 65_536
+"""Tiles that a prediction holds at once."""
+
+
+class TakesBags(Protocol):
+    """A network that says which fields of a batch it takes."""
+
+    inputs: Any
+
+
+@dataclass(frozen=True, eq=False)
+class BagBatch:
+    """B bags with N tiles together, on one device; row i is the same tile in every tensor.
+
+    Attributes:
+        slide_ids: The slides, B of them.
+        segments: Where each bag lies among the tiles.
+        features: (N, D), float32.
+        patches: uint8 (N, 16, 16, 3); `None` where the bags have none.
+        rowcol: Position of the tiles on their slide's grid, int64 (N, 2).
+        labels: Class indices, int64 (B,); `None` where they are not known.
+    """
+
+    slide_ids: tuple[str, ...]
+    segments: Segments
+    features: Tensor
+    patches: Tensor | None
+    rowcol: Tensor
+    labels: Tensor | None
+
+    def inputs_for(self, model: TakesBags) -> dict[str, Any]:
+        """What `model.forward` takes, by name: `model(**batch.inputs_for(model))`.
+
+        Raises:
+            BagError: The model needs patches, which the bags do not have.
+        """
+        inputs = {name: getattr(self, name) for name in model.inputs}
+        if "patches" in inputs and self.patches is None:
+            raise BagError(
+                f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide with hdmil"
+            )
+        return inputs | {"segments": self.segments}
+
+
+class BagDataset:
+    """Bags in memory with their labels: one matrix for each field, features in half precision.
+
+    Args:
+        bags: Bags by slide_id, of one encoder.
+        labels: Class index by slide_id, where known.
+        device: Device of the batches.
+
+    Attributes:
+        slide_ids: The slides, in the order of `bags`.
+        labels: Class index by slide_id.
+        encoder: Which encoder made the features.
+        dim: Width of the features, D.
+        device: Device of the batches.
+
+    Raises:
+        BagError: There is no bag, a bag has no tiles or features that are not finite, or bags are of
+            different encoders or widths.
+    """
+
+    def __init__(
+        self,
+        bags: Mapping[str, Bag],
+        labels: Mapping[str, int] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        for slide_id, bag in bags.items():
+            _check(slide_id, bag)
+        self.encoder: EncoderIdentity = check_same_features(bags.values())
+        self.slide_ids = tuple(bags)
+        self.labels = dict(labels or {})
+        self.device = torch.device(device)
+        bounds = [0, *accumulate(len(bag) for bag in bags.values())]
+        self._span = dict(zip(bags, pairwise(bounds), strict=True))
+        chosen = list(bags.values())
+        self.dim = chosen[0].features.shape[1]
+        self._features = torch.from_numpy(np.concatenate([bag.features for bag in chosen]))
+        self._rowcol = torch.from_numpy(np.concatenate([bag.rowcol for bag in chosen]))
+        patches = [bag.patches for bag in chosen]
+        known = [p for p in patches if p is not None]
+        self._patches = torch.from_numpy(np.concatenate(known)) if len(known) == len(patches) else None
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def length(self, slide_id: str) -> int:
+        """Number of tiles of a slide.
+
+        Raises:
+            BagError: The slide has no bag.
+        """
+        first, end = self._rows(slide_id)
+        return end - first
+
+    def batch(self, slide_ids: Sequence[str]) -> BagBatch:
+        """These bags, one after the other, on the device.
+
+        Raises:
+            BagError: A slide has no bag.
+        """
+        spans = [self._rows(slide_id) for slide_id in slide_ids]
+        labels = [self.labels[s] for s in slide_ids if s in self.labels]
+        return BagBatch(
+            slide_ids=tuple(slide_ids),
+            segments=Segments([end - first for first, end in spans], self.device),
+            features=self._take(self._features, spans).float(),
+            patches=None if self._patches is None else self._take(self._patches, spans),
+            rowcol=self._take(self._rowcol, spans),
+            labels=torch.tensor(labels, device=self.device) if len(labels) == len(spans) else None,
+        )
+
+    def batches(self, slide_ids: Sequence[str], max_tiles: int = MAX_TILES) -> Iterator[BagBatch]:
+        """The slides in their order, as many at a time as have `max_tiles` tiles together, or one."""
+        chunk: list[str] = []
+        total = 0
+        for slide_id in slide_ids:
+            if chunk and total + self.length(slide_id) > max_tiles:
+                yield self.batch(chunk)
+                chunk, total = [], 0
+            chunk.append(slide_id)
+            total += self.length(slide_id)
+        if chunk:
+            yield self.batch(chunk)
+
+    def digest(self, slide_ids: Sequence[str]) -> str:
+        """Short hash of the features of these slides."""
+        digest = hashlib.sha256()
+        for slide_id in slide_ids:
+            digest.update(self._features[slice(*self._rows(slide_id))].numpy())
+        return digest.hexdigest()[:16]
+
+    def _rows(self, slide_id: str) -> tuple[int, int]:
+        if slide_id not in self._span:
+            raise BagError(
+                f"slide '{slide_id}' of the split has no bag; extract its features, or split again"
+            )
+        return self._span[slide_id]
+
+    def _take(self, rows: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+        parts = [rows[first:end] for first, end in spans]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+
+
+def _check(slide_id: str, bag: Bag) -> None:
+    if len(bag.features) == 0:
+        raise BagError(f"bag '{slide_id}': no tiles; check its tissue mask, or leave the slide out")
+    if not np.isfinite(bag.features).all():
+        raise BagError(f"bag '{slide_id}': features with nan or infinite values; extract them again")

@@ -1,0 +1,332 @@
+"""Cohorts: tables of slides and labels, and splits by case."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from hdmil_lib.bags import Bag, check_same_features, read_bag
+from hdmil_lib.errors import CohortError
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A table of slides, as CLAM writes it, and where their files lie.
+
+    Attributes:
+        table: One row per slide: `slide_id`, `case_id`, `label` (a name out of `classes`), `path` (relative
+            to `root`, or missing where only bags are at hand), and optionally `mpp` and `split`.
+        classes: Class names; the index of a class is its position here.
+        root: Folder that relative paths start from.
+        bag_dir: Folder with one `<slide_id>.h5` per slide, or None before extraction.
+    """
+
+    table: pd.DataFrame
+    classes: tuple[str, ...]
+    root: Path
+    bag_dir: Path | None = None
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,
+        classes: Sequence[str] | None = None,
+        *,
+        bags: str | Path | None = None,
+    ) -> "Cohort":
+        """Read and check a label file.
+
+        Args:
+            path: CSV with `slide_id`, `case_id`, `label` and `path`; labels are class names, or indices into
+                `classes`.
+            classes: Class names in order; default: the labels found, sorted.
+            bags: Folder of extracted bags. With it every slide needs a bag, and the `path` column may be
+                absent; without it every slide file must exist. Bags without a row are left out.
+
+        Raises:
+            CohortError: A column, a label or a file is missing, a slide is listed twice, a label is unknown,
+                or there is only one class.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CohortError(f"{path}: no such label file; give a CSV with slide_id, case_id, label, path")
+        table = pd.read_csv(path, dtype={"slide_id": str, "case_id": str, "path": str, "label": str})
+        table, classes = _check_table(table, classes, source=path, needs_path=bags is None)
+        cohort = cls(table, classes, path.parent, Path(bags) if bags is not None else None)
+        cohort._check_files(path)
+        return cohort
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def slide_ids(self) -> list[str]:
+        """Slide identifiers in table order."""
+        return self.table["slide_id"].tolist()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class indices in table order, int64 (number of slides,)."""
+        return self.table["label"].map(self.classes.index).to_numpy(np.int64)
+
+    @property
+    def label_of(self) -> dict[str, int]:
+        """Class index by slide_id."""
+        return dict(zip(self.slide_ids, self.labels.tolist(), strict=True))
+
+    @property
+    def case_of(self) -> dict[str, str]:
+        """Case by slide_id."""
+        return dict(zip(self.slide_ids, self.table["case_id"], strict=True))
+
+    def slide_path(self, slide_id: str) -> Path:
+        """The slide's file."""
+        value = self.table.loc[self.table["slide_id"] == slide_id, "path"].item()
+        if pd.isna(value):
+            raise CohortError(
+                f"slide '{slide_id}' of {self.root} has no file, only a bag; prepare the full cohort"
+            )
+        return self.root / value
+
+    def bag_path(self, slide_id: str) -> Path:
+        """The slide's bag."""
+        if self.bag_dir is None:
+            raise CohortError(f"the cohort in {self.root} has no bags; extract features first")
+        return self.bag_dir / f"{slide_id}.h5"
+
+    def select(self, slide_ids: Sequence[str]) -> "Cohort":
+        """The cohort of these slides only, in the order given."""
+        table = self.table.set_index("slide_id", drop=False).loc[list(slide_ids)].reset_index(drop=True)
+        return Cohort(table, self.classes, self.root, self.bag_dir)
+
+    def load_bags(self, progress: bool = False) -> dict[str, Bag]:
+        """All bags in memory by slide_id, features in float16; tile labels are never read.
+
+        Raises:
+            BagError: A bag is missing or damaged, or of another encoder, weights or width than the others.
+            CohortError: The cohort has no bags yet.
+        """
+        ids = tqdm(self.slide_ids, desc="bags", unit="bag", disable=not progress)
+        bags = {slide_id: read_bag(self.bag_path(slide_id)) for slide_id in ids}
+        check_same_features(bags.values())
+        return bags
+
+    def set_aside(self, share: float, seed: int) -> tuple["Cohort", "Cohort"]:
+        """Divide the cohort by case, stratified by class: a part to make choices on, and the rest to score.
+
+        Over the folds of a cross-validation the validation slides are the other folds' test slides: whoever
+        chooses a setting by all of them has seen every test slide. Choose on the first part, by a
+        cross-validation of its own, and report scores of the second.
+
+        Args:
+            share: Share of the cases in the first part, between 0 and 1.
+            seed: Seed of the draw.
+
+        Returns:
+            The part for choices, and the rest; no case stands in both.
+
+        Raises:
+            ValueError: The share is out of range.
+            CohortError: A class has too few cases for both parts.
+        """
+        from sklearn.model_selection import train_test_split
+
+        if not 0 < share < 1:
+            raise ValueError(f"share is {share}, expected a number between 0 and 1")
+        cases = _case_classes(self)
+        try:
+            first, _ = train_test_split(cases.index, train_size=share, random_state=seed, stratify=cases)
+        except ValueError as error:
+            raise CohortError(f"{self.root}: too few cases to set {share:.0%} aside ({error})") from error
+        chosen = self.table["case_id"].isin(first)
+        ids = self.table["slide_id"]
+        return self.select(ids[chosen].tolist()), self.select(ids[~chosen].tolist())
+
+    def permuted(self, seed: int) -> "Cohort":
+        """The cohort with its labels dealt anew among the cases: a control, on which nothing can be learned.
+
+        A case counts for the highest class among its slides, which all get its new label.
+        """
+        cases = _case_classes(self)
+        dealt = pd.Series(np.random.default_rng(seed).permutation(cases.to_numpy()), index=cases.index)
+        labels = self.table["case_id"].map(dealt).map(dict(enumerate(self.classes)))
+        return Cohort(self.table.assign(label=labels), self.classes, self.root, self.bag_dir)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the label file that `from_csv` reads."""
+        self.table.to_csv(path, index=False)
+
+    def _check_files(self, source: Path) -> None:
+        if self.bag_dir is None:
+            absent = [s for s in self.slide_ids if not self.slide_path(s).is_file()]
+            _refuse(
+                absent, f"{source}: no slide file for", "correct `path` (relative to the CSV), or drop them"
+            )
+            return
+        bags = {bag.stem for bag in self.bag_dir.glob("*.h5")}
+        absent = [s for s in self.slide_ids if s not in bags]
+        _refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
+
+
+def _case_classes(cohort: Cohort) -> pd.Series:
+    """Class index of each case: the highest among its slides."""
+    return pd.Series(cohort.labels, index=cohort.table["case_id"]).groupby(level=0).max()
+
+
+def _refuse(slides: Sequence[str], what: str, remedy: str) -> None:
+    """Raise a CohortError that names the first few slides, if there are any."""
+    if slides:
+        names = ", ".join(map(str, slides[:5])) + (f" and {len(slides) - 5} more" if len(slides) > 5 else "")
+        raise CohortError(f"{what} {names}; {remedy}")
+
+
+def _check_table(
+    table: pd.DataFrame, classes: Sequence[str] | None, *, source: Path, needs_path: bool
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Check rows and map labels to class names."""
+    required = ["slide_id", "case_id", "label"] + ["path"] * needs_path
+    missing = [column for column in required if column not in table]
+    if missing:
+        found = ", ".join(table.columns)
+        raise CohortError(f"{source}: no column {', '.join(missing)} among {found}; add or rename it")
+    table = table.assign(path=table.get("path", pd.Series(pd.NA, index=table.index)))
+    for column in required:
+        empty = table.loc[table[column].isna(), "slide_id"].fillna("(no slide_id)").tolist()
+        _refuse(empty, f"{source}: no {column} for slide(s)", f"fill in `{column}`, or drop the rows")
+    repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
+    _refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
+
+    found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdigit() else (1, 0, v))
+    names = tuple(map(str, classes)) if classes is not None else tuple(found)
+    by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
+    to_name = by_index | {name: name for name in names}
+    unknown = table.loc[~table["label"].isin(to_name), "slide_id"].tolist()
+    _refuse(unknown, f"{source}: labels other than {', '.join(names)} for", "correct them, or pass `classes`")
+    table = table.assign(label=table["label"].map(to_name))
+    if table["label"].nunique() < 2:
+        raise CohortError(
+            f"{source}: every slide is '{table['label'].iloc[0]}'; a classifier needs two classes or more"
+            if len(table)
+            else f"{source}: no slides; add rows"
+        )
+    return table, names
+
+
+@dataclass(frozen=True)
+class Split:
+    """Slide identifiers of one fold's three parts."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
+    """Cross-validation by case, stratified by class: no case stands in two parts of a fold.
+
+    The cases are dealt into `n_folds` groups; fold k tests on group k, stops early on group k + 1 and trains
+    on the rest. A case counts for the highest class among its slides. A choice between settings must not be
+    made on all validation parts together, which are all test slides: see `Cohort.set_aside`.
+
+    Raises:
+        CohortError: Fewer than three folds, or a class has fewer cases than there are folds.
+    """
+    if n_folds < 3:
+        raise CohortError(f"{n_folds} folds cannot hold train, validation and test; ask for three or more")
+    from sklearn.model_selection import StratifiedKFold  # takes a second to import
+
+    cases = _case_classes(cohort)
+    for index, name in enumerate(cohort.classes):
+        count = int((cases == index).sum())
+        if count < n_folds:
+            raise CohortError(
+                f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
+                "ask for fewer folds, or add cases"
+            )
+    dealer = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    dealt = [cases.index[members] for _, members in dealer.split(cases.index, cases)]
+    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(dealt)])
+    groups = cohort.table["case_id"].map(group_of).to_numpy()
+    slides = cohort.table["slide_id"].to_numpy()
+
+    splits = []
+    for fold in range(n_folds):
+        test, val = groups == fold, groups == (fold + 1) % n_folds
+        splits.append(Split(*(tuple(slides[part].tolist()) for part in (~test & ~val, val, test))))
+    return splits
+
+
+def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
+    """Write `splits_<k>.csv` as CLAM does: columns train, val, test, shorter ones padded with blanks."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, split in enumerate(splits):
+        columns = {part: pd.Series(getattr(split, part), dtype=str) for part in ("train", "val", "test")}
+        pd.DataFrame(columns).to_csv(folder / f"splits_{k}.csv")
+
+
+def read_splits(folder: str | Path) -> list[Split]:
+    """Read CLAM's `splits_0.csv`, `splits_1.csv`, ... in order.
+
+    Raises:
+        CohortError: No split files, a column is missing, or a slide stands in two parts of a fold.
+    """
+    folder = Path(folder)
+    splits = []
+    while (path := folder / f"splits_{len(splits)}.csv").is_file():
+        table = pd.read_csv(path, dtype=str)
+        if not {"train", "val", "test"} <= set(table.columns):
+            raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
+        split = Split(*(tuple(table[part].dropna()) for part in ("train", "val", "test")))
+        everyone = pd.Series([*split.train, *split.val, *split.test])
+        _refuse(everyone[everyone.duplicated()].tolist(), f"{path}: in two parts:", "remove the repetition")
+        splits.append(split)
+    if not splits:
+        raise CohortError(f"{folder}: no splits_0.csv; write splits with `write_splits`")
+    return splits
+
+
+def column_split(cohort: Cohort) -> Split | None:
+    """The official split of the table's column `split` ("train", "val", "test"); None where it has none.
+
+    Raises:
+        CohortError: A slide has another value, or a part is empty.
+    """
+    if "split" not in cohort.table:
+        return None
+    parts = cohort.table["split"].astype(str).str.strip().str.lower()
+    names = ("train", "val", "test")
+    wrong = cohort.table.loc[~parts.isin(names), "slide_id"].tolist()
+    what = f"{cohort.root}: `split` is none of {', '.join(names)} for"
+    _refuse(wrong, what, "correct it, or drop the column")
+    ids = cohort.table["slide_id"]
+    split = Split(*(tuple(ids[parts == name].tolist()) for name in names))
+    empty = [name for name in names if not getattr(split, name)]
+    if empty:
+        raise CohortError(f"{cohort.root}: no slide has `split` {empty[0]}; add some, or drop the column")
+    return split
+
+
+def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
+    """Hold splits to a cohort.
+
+    Raises:
+        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a case stands in
+            two parts of a split.
+    """
+    known = cohort.case_of
+    if not splits:
+        raise CohortError(f"{cohort.root}: there are no splits")
+    for fold, split in enumerate(splits):
+        cases: dict[str, str] = {}
+        for part in ("train", "val", "test"):
+            slides = getattr(split, part)
+            if not slides:
+                raise CohortError(f"split {fold} has no slides in its part {part}; add some")
+            unknown = [slide_id for slide_id in slides if slide_id not in known]
+            _refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
+            twice = [s for s in slides if cases.setdefault(known[s], part) != part]
+            _refuse(twice, f"split {fold}: the case stands in two parts, of", "keep each case in one part")

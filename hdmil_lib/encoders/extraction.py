@@ -1,0 +1,402 @@
+"""Slides to bags: tiles are streamed through an encoder, runs can be interrupted and resumed."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
+from hdmil_lib.errors import BagError, CohortError, SlideError
+from hdmil_lib.slides import Slide, TileGrid
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hdmil_lib.encoders.loading import Encoder
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
+"""Files in a folder that are taken for slides."""
+
+TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
+"""What says, for a slide file and its grid, which share of each tile is tumor; None where that is unknown."""
+
+TILE_SIZE, TILE_MPP = 256, 0.5
+
+
+def encode_tiles(
+    slide: Slide,
+    grid: TileGrid,
+    rows: Sequence[int],
+    encoder: "Encoder",
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> np.ndarray:
+    """Read and encode the given tiles, and only these (paper, section 3.3: the fast path).
+
+    Args:
+        slide: The open slide.
+        grid: Its tiles.
+        rows: Rows of the grid to encode, (n,).
+        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
+        progress: Show a bar.
+        **options: Options of `encode_blocks`.
+
+    Returns:
+        float32 (n, D), in the order of `rows`.
+
+    Raises:
+        SlideError: A tile cannot be read, and `strict`.
+    """
+    features, done = np.empty((len(rows), encoder.dim), np.float32), 0
+    with (
+        tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar,
+        closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks,
+    ):
+        for block in blocks:
+            features[done : done + len(block)] = block
+            done += len(block)
+            bar.update(len(block))
+    return features
+
+
+def spread_tiles(
+    slide_paths: Sequence[str | Path],
+    n_tiles: int = 96,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Tiles from which an int8 encoder takes the ranges of its numbers, spread over some slides.
+
+    Args:
+        slide_paths: Slides like those to come.
+        n_tiles: Largest number of tiles of all slides together.
+        mpp: Micrometers per level-0 pixel of all slides, where the files do not say.
+
+    Returns:
+        Tiles taken evenly from the slides and over each, uint8 (n, 256, 256, 3).
+
+    Raises:
+        SlideError: A slide cannot be read or holds no tissue.
+    """
+    tiles = []
+    for path in slide_paths:
+        with Slide(path, mpp) as slide:
+            grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP)
+            rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(slide_paths))).astype(int)
+            tiles += [grid.read_tile(slide, row) for row in rows]
+    return np.stack(tiles)
+
+
+def encode_blocks(
+    slide: Slide,
+    grid: TileGrid,
+    rows: Sequence[int],
+    encoder: "Encoder",
+    *,
+    batch_size: int | None = None,
+    n_readers: int = 2,
+    strict: bool = True,
+    seconds: dict[str, float] | None = None,
+) -> Iterator[np.ndarray]:
+    """Features of the given tiles, block by block, while the next ones are read.
+
+    Threads read ahead while the encoder runs, at most `n_readers` + 1 blocks, so memory does not grow
+    with the slide. To stop early, close the iterator: what is not being read yet is not read.
+
+    Args:
+        slide: The open slide.
+        grid: Its tiles.
+        rows: Rows of the grid to encode, (n,).
+        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
+        batch_size: Tiles per block and encoder call; the encoder's `batch_size` by default.
+        n_readers: Number of reading threads; 0 reads in this thread, so that the seconds of both stages add
+            up.
+        strict: Whether a tile that cannot be read is an error; otherwise its features are nan.
+        seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
+            spent in the encoder.
+
+    Yields:
+        float32 (b, D), in the order of `rows`.
+
+    Raises:
+        SlideError: A tile cannot be read, and `strict`.
+    """
+    seconds = {} if seconds is None else seconds
+    batch_size = batch_size or encoder.batch_size
+    # Closed here and now: readers must be gone before an error, or Ctrl-C, lets the slide be closed.
+    with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict)) as batches:
+        for tiles, whole, crop_seconds in batches:
+            start = time.perf_counter()
+            if whole.all():
+                features = encoder(tiles)
+            else:
+                features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
+                if whole.any():
+                    features[whole] = encoder(tiles[whole])
+            seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
+            seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
+            yield features
+
+
+def extract_slide(
+    slide_path: str | Path,
+    encoder: "Encoder",
+    out_path: str | Path,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+    batch_size: int | None = None,
+    min_tissue: float = 0.25,
+    tile_labels: TileLabels | None = None,
+    progress: bool = False,
+) -> Bag:
+    """Turn one slide into a bag file.
+
+    Args:
+        slide_path: A slide that OpenSlide reads.
+        encoder: Encoder from `load_encoder`.
+        out_path: The .h5 file to write, whole or not at all.
+        mpp: Micrometers per level-0 pixel where the file does not say, or says it wrongly.
+        batch_size: Tiles per encoder call; the encoder's by default.
+        min_tissue: Least share of tissue in a tile.
+        tile_labels: What knows the share of tumor in each tile, to be stored for teaching and evaluation.
+        progress: Whether a bar is shown.
+
+    Returns:
+        The bag as written.
+
+    Raises:
+        SlideError: The slide cannot be read or holds no tissue.
+        BagError: The features are not finite.
+    """
+    with Slide(slide_path, mpp=mpp) as slide:
+        grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
+        rows = range(len(grid))
+        features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
+        attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
+        attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
+        bag = Bag(
+            slide_id=slide.name,
+            features=features,
+            coords=grid.coords,
+            rowcol=grid.rowcol,
+            shape=grid.shape,
+            patches=grid.patches,
+            encoder=EncoderIdentity(encoder.name, encoder.weights_hash),
+            attrs=attrs,
+        )
+        write_bag(out_path, bag, labels)
+    return read_bag(out_path)
+
+
+def extract(
+    slides: str | Path | Sequence[str | Path],
+    encoder: "Encoder",
+    out: str | Path,
+    *,
+    mpp: float | tuple[float, float] | None = None,
+    batch_size: int | None = None,
+    min_tissue: float = 0.25,
+    tile_labels: TileLabels | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> "pd.DataFrame":
+    """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
+
+    A bag that the same encoder made with the same settings is skipped, so an interrupted run is
+    resumed by starting it again.
+
+    Args:
+        slides: A folder, a CSV file with a column `path`, slide files, or several of these.
+        encoder: Encoder from `load_encoder`.
+        out: Folder of the bags.
+        mpp: Micrometers per level-0 pixel of all slides, where the files do not say.
+        batch_size: Tiles per encoder call; the encoder's by default.
+        min_tissue: Least share of tissue in a tile.
+        tile_labels: What knows the share of tumor in each tile; see `extract_slide`.
+        overwrite: Whether slides whose bags are there are extracted again.
+        progress: Whether bars of slides and tiles are shown.
+
+    Returns:
+        One row per slide: slide_id, status ("done", "skipped" or "failed"), n_tiles, seconds, error.
+
+    Raises:
+        SlideError: No slide is named, or a folder or table names none.
+        BagError: Two slides have the same name, so one bag would replace the other; or `out` is a file.
+    """
+    import pandas as pd
+
+    paths, out = slide_files(slides), Path(out)
+    if out.exists() and not out.is_dir():
+        raise BagError(f"{out}: is a file; give a folder for the bags")
+    twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    if twice:
+        raise BagError(f"several slides are called {twice[0]!r}; rename them, or give each a folder of bags")
+
+    def run(path: Path) -> tuple[str, int]:
+        out_path = out / f"{path.stem}.h5"
+        if out_path.is_file() and not overwrite:
+            return "skipped", _check_made_by(out_path, _settings(encoder, min_tissue) | _given_scale(mpp))
+        bag = extract_slide(
+            path,
+            encoder,
+            out_path,
+            mpp=mpp,
+            batch_size=batch_size,
+            min_tissue=min_tissue,
+            tile_labels=tile_labels,
+            progress=progress,
+        )
+        return "done", len(bag)
+
+    records = []
+    bar = tqdm(paths, desc="slides", unit="slide", disable=not progress)
+    for path in bar:
+        start = time.perf_counter()
+        error = ""
+        try:
+            status, n_tiles = run(path)
+        except Exception as caught:  # whatever it is, it is this slide's, and the others go on
+            status, n_tiles, error = "failed", 0, str(caught) or type(caught).__name__
+        records.append((path.stem, status, n_tiles, time.perf_counter() - start, error))
+        _show_rate(bar, records)
+    return pd.DataFrame(records, columns=["slide_id", "status", "n_tiles", "seconds", "error"])
+
+
+def slide_files(sources: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Slide files out of files, folders and label files, each once, in their order.
+
+    Args:
+        sources: A slide file, a folder, a CSV file with a column `path` (relative to it), or several of these.
+
+    Raises:
+        SlideError: A folder or label file names no slide, or nothing is named.
+        CohortError: A label file is missing or has no column `path`.
+    """
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    paths: list[Path] = []
+    for source in map(Path, sources):
+        found = [source]
+        if source.is_dir():
+            found = sorted(p for p in source.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
+        elif source.suffix.lower() == ".csv":
+            found = _paths_of_csv(source)
+        if not found:
+            raise SlideError(f"{source}: no slides in it; known suffixes are {', '.join(SLIDE_SUFFIXES)}")
+        paths += found
+    if not paths:
+        raise SlideError("no slides are named; give slide files, a folder, or a CSV with a column `path`")
+    return list(dict.fromkeys(paths))
+
+
+def _paths_of_csv(source: Path) -> list[Path]:
+    import pandas as pd
+
+    if not source.is_file():
+        raise CohortError(f"{source}: no such label file; give a CSV with a column `path`")
+    table = pd.read_csv(source, dtype=str)
+    if "path" not in table:
+        raise CohortError(f"{source}: missing column path; it has {', '.join(table.columns)}")
+    return [source.parent / path for path in table["path"].dropna()]
+
+
+def _read_batches(
+    slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int, strict: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Batches of tiles in order, which of them are whole, and the seconds that reading took.
+
+    A batch is to be used before the next is asked for: its memory is filled again.
+    """
+
+    def read_tile(row: int, out: np.ndarray) -> bool:
+        try:
+            grid.read_tile(slide, row, out)
+        except SlideError:
+            if strict:
+                raise
+            return False
+        return True
+
+    def read(batch: Sequence[int], out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        start = time.perf_counter()
+        whole = [read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)]
+        return out[: len(batch)], np.array(whole), time.perf_counter() - start
+
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    shape = (min(batch_size, len(rows)), grid.tile_size, grid.tile_size, 3)
+    memory = deque(np.empty((n_readers + 1, *shape), np.uint8))
+    if n_readers == 0:
+        for batch in batches:
+            yield read(batch, memory[0])
+        return
+    with ThreadPoolExecutor(n_readers) as pool:
+        waiting: deque = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(read, batch, memory[0]))
+                memory.rotate(-1)
+                if len(waiting) > n_readers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
+    """The attributes that must agree for a bag to count as already extracted."""
+    return {
+        "encoder": encoder.name,
+        "weights_hash": encoder.weights_hash,
+        "patch_size": TILE_SIZE,
+        "tile_mpp": TILE_MPP,
+        "min_tissue": min_tissue,
+    }
+
+
+def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
+    if mpp is None:
+        return {}
+    return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
+
+
+def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
+    """TRIDENT's attributes of `coords`, and the exact scale beside their rounded magnifications."""
+    return {
+        "patch_size_level0": grid.tile_size_level0[0],
+        "level0_magnification": round(10 / slide.mpp[0]),
+        "target_magnification": round(10 / grid.mpp),
+        "overlap": 0,
+        "level0_width": slide.dimensions[0],
+        "level0_height": slide.dimensions[1],
+        "mpp_x": slide.mpp[0],
+        "mpp_y": slide.mpp[1],
+    }
+
+
+def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
+    """Number of tiles of a bag that was made with the wanted settings."""
+    info = bag_info(path)
+    for key, value in wanted.items():
+        if info.get(key) != value:
+            raise BagError(
+                f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
+                "another folder, or delete the bag to extract the slide again."
+            )
+    return info["n_tiles"]
+
+
+def _show_rate(bar: tqdm, records: list[tuple]) -> None:
+    """Tiles per second over all slides so far, and how many failed, beside the bar."""
+    n_tiles, spent = (sum(r[column] for r in records if r[1] == "done") for column in (2, 3))
+    failed = sum(r[1] == "failed" for r in records)
+    bar.set_postfix({"tiles/s": f"{n_tiles / spent:.0f}" if spent else "-", "failed": failed})

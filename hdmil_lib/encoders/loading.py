@@ -1,0 +1,257 @@
+"""`load_encoder`: a frozen network that turns tiles into features, fast on the machine at hand."""
+
+import hashlib
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hdmil_lib import devices
+from hdmil_lib.config import cache_dir
+from hdmil_lib.encoders.engines import (
+    OpenVINOEngine,
+    Precision,
+    TorchEngine,
+    convert,
+    has_fast_bf16,
+    has_nncf,
+    has_openvino,
+    quantize,
+)
+from hdmil_lib.encoders.networks import build_network, fuse_batch_norms, weights_hash, weights_source
+from hdmil_lib.encoders.registry import ENCODERS, EncoderSpec
+from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.storage import write_json
+from hdmil_lib.version import __version__
+
+COMPILES_ITSELF = "The engine 'openvino' compiles by itself; compiled=True is for engine='torch'."
+
+__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "load_encoder"]
+
+MIN_COSINE = 0.999
+"""Least cosine between features in bf16 and in fp32 at which precision="auto" takes bf16."""
+
+
+class Encoder:
+    """A frozen encoder; call it with uint8 tiles (B, H, W, 3) for float32 features (B, D).
+
+    Attributes:
+        spec: Entry in `ENCODERS`.
+        name: Name in `ENCODERS`.
+        dim: Number of features per tile, D.
+        input_size: Side of the image that the network sees, in pixels; tiles of other sizes are resized.
+        weights_hash: First 12 hex digits of the sha256 of weights and normalization.
+        engine: "openvino" or "torch".
+        precision: "fp32", "bf16" or "int8", as the engine really computes.
+        batch_size: Number of tiles per call at which it is fast: 32 on a CPU, where more only adds waiting,
+            256 on a GPU.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights_hash: str,
+        run: OpenVINOEngine | TorchEngine,
+        batch_size: int = 32,
+    ):
+        self.spec = spec
+        self.name, self.dim, self.input_size = spec.name, spec.dim, spec.input_size
+        self.weights_hash = weights_hash
+        self.engine, self.precision = run.name, run.precision
+        self.batch_size = batch_size
+        self._run = run
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        """Encode tiles.
+
+        Args:
+            tiles: RGB pixels, uint8 (B, H, W, 3); B may be 0.
+
+        Returns:
+            float32 (B, D), in the order of the tiles.
+
+        Raises:
+            ValueError: `tiles` is not a batch of RGB images in uint8.
+        """
+        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
+            raise ValueError(f"tiles must be uint8 (B, H, W, 3), got {tiles.dtype} {tiles.shape}")
+        if len(tiles) == 0:
+            return np.empty((0, self.dim), np.float32)
+        return self._run(_fit(tiles, self.spec.resize, self.input_size))
+
+    def compile(self) -> None:
+        """Compile the network by `torch.compile` for tiles of `input_size`, now; this takes about a minute.
+
+        Raises:
+            HDMILError: The engine is not "torch", or there is no compiler that it can use.
+        """
+        if not isinstance(self._run, TorchEngine):
+            raise HDMILError(COMPILES_ITSELF)
+        self._run.compile(self.input_size)
+
+    def __repr__(self) -> str:
+        return f"Encoder({self.name!r}, dim={self.dim}, {self.engine} {self.precision}, {self.weights_hash})"
+
+
+def load_encoder(
+    name: str = "efficientnet_lite0",
+    *,
+    device: str | torch.device = "auto",
+    engine: Literal["auto", "torch", "openvino"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+    int8_tiles: np.ndarray | None = None,
+    compiled: bool = False,
+) -> Encoder:
+    """Load a frozen encoder (paper, section 3.1: instance features).
+
+    The OpenVINO model of an encoder is kept in the cache; from the second call on it is read without building
+    the network. For an encoder of the hub it is that of the revision in the hub's local cache.
+
+    Args:
+        name: A key of `ENCODERS`. The default's weights are installed with hdmil; others are downloaded.
+        device: Device that runs the encoder, as `devices.resolve` takes it.
+        engine: "auto" takes OpenVINO on a CPU where it is installed, else PyTorch.
+        precision: "auto" takes bf16 where the hardware is faster in it and the features of probe tiles
+            stay within a cosine of 0.999 of fp32. "int8" is used only when named: the fastest on a CPU, at a
+            cosine of about 0.998 on tiles like `int8_tiles`.
+        int8_tiles: Tiles from which int8 takes the ranges of its numbers, uint8 (n, H, W, 3). A hundred
+            from several slides like those to be encoded suffice; see `extraction.spread_tiles`.
+        compiled: Whether to call `Encoder.compile`; for the engine "torch" only. Features differ from those
+            of the uncompiled network by rounding.
+
+    Raises:
+        HDMILError: The name, the device or the combination is unknown, or the weights are not available.
+    """
+    if name not in ENCODERS:
+        known = ", ".join(ENCODERS)
+        raise HDMILError(f"Unknown encoder {name!r}{nearest(name, ENCODERS)}; known are {known}.")
+    spec = ENCODERS[name]
+    device = devices.resolve(device)
+    engine = _choose_engine(engine, device)
+    if compiled and engine != "torch":
+        raise HDMILError(COMPILES_ITSELF)
+    if precision == "int8":
+        int8_tiles = _checked_int8_tiles(int8_tiles, engine, spec)
+
+    if engine == "openvino":
+        digest, model_path = _converted(spec)
+        if precision == "int8":
+            model_path = _quantized(model_path, int8_tiles)
+    else:
+        network = build_network(spec)
+        digest = weights_hash(network)
+        fuse_batch_norms(network)
+
+    def start(precision: Precision) -> Encoder:
+        if engine == "openvino":
+            return Encoder(spec, digest, OpenVINOEngine(model_path, precision))
+        batch_size = 256 if device.type == "cuda" else 32
+        return Encoder(spec, digest, TorchEngine(network, device, precision), batch_size)
+
+    encoder = start("fp32" if precision == "auto" else precision)
+    if precision == "auto" and has_fast_bf16(device):
+        fast = start("bf16")
+        if _least_cosine(encoder, fast) >= MIN_COSINE:
+            encoder = fast
+    if compiled:
+        encoder.compile()
+    return encoder
+
+
+def _choose_engine(engine: str, device: torch.device) -> str:
+    if engine == "auto":
+        return "openvino" if device.type == "cpu" and has_openvino() else "torch"
+    if engine == "openvino" and not has_openvino():
+        raise HDMILError(
+            "The engine 'openvino' is not installed. Run `pip install openvino`, or use 'torch'."
+        )
+    if engine == "openvino" and device.type != "cpu":
+        raise HDMILError(f"The engine 'openvino' runs on the CPU, not on {device}; use engine='torch' there.")
+    return engine
+
+
+def _converted(spec: EncoderSpec) -> tuple[str, Path]:
+    """Weights hash of an encoder and its OpenVINO model in the cache, converted where it is missing.
+
+    A record beside the model maps the source of the weights to their hash, which is part of the model's name.
+    Where the record is missing, damaged or of other weights, the network is built and the record is replaced.
+    """
+    import openvino as ov
+
+    versions = f"{__version__}-openvino{ov.__version__.split('-')[0]}"
+    folder = cache_dir() / "encoders"
+    record_path = folder / f"{spec.name}-{versions}.json"
+
+    def model_path(digest: str) -> Path:
+        return folder / f"{spec.name}-{digest}-{versions}.xml"
+
+    source = weights_source(spec)
+    digest = _recorded_hash(record_path, source)
+    if digest is not None and model_path(digest).is_file():
+        return digest, model_path(digest)
+    network = build_network(spec)
+    digest = weights_hash(network)
+    if not model_path(digest).is_file():
+        fuse_batch_norms(network)
+        convert(network, spec.input_size, model_path(digest))
+    # Weights that were replaced meanwhile get no record; those downloaded just now have no source before.
+    source_after = weights_source(spec)
+    if source_after is not None and source in (None, source_after):
+        with suppress(OSError):  # without the record the next call is slower, no more
+            write_json(record_path, {"weights_hash": digest, "source": source_after})
+    return digest, model_path(digest)
+
+
+def _recorded_hash(path: Path, source: dict[str, str] | None) -> str | None:
+    """Hash of the weights of a source, or None without a readable record of that source."""
+    if source is None:
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("source") != source:
+        return None
+    digest = record.get("weights_hash")
+    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{12}", digest) else None
+
+
+def _quantized(model_path: Path, tiles: np.ndarray) -> Path:
+    """The int8 copy of a model in the cache for these tiles, written where it is missing."""
+    path = model_path.with_name(f"{model_path.stem}-int8-{hashlib.sha256(tiles).hexdigest()[:8]}.xml")
+    if not path.is_file():
+        quantize(model_path, tiles, path)
+    return path
+
+
+def _checked_int8_tiles(tiles: np.ndarray | None, engine: str, spec: EncoderSpec) -> np.ndarray:
+    if engine != "openvino" or not has_nncf():
+        raise HDMILError("int8 needs OpenVINO and NNCF, on a CPU. Run `pip install openvino nncf`.")
+    if tiles is None or len(tiles) == 0:
+        raise HDMILError("int8 takes the ranges of its numbers from tiles: pass int8_tiles=.")
+    return _fit(tiles, spec.resize, spec.input_size)
+
+
+def _fit(tiles: np.ndarray, resize: int, input_size: int) -> np.ndarray:
+    """Tiles resized and center-cropped as the encoder's authors do, contiguous in memory."""
+    if tiles.shape[1:3] != (resize, resize):
+        resized = (Image.fromarray(t).resize((resize, resize), Image.Resampling.BICUBIC) for t in tiles)
+        tiles = np.stack([np.asarray(image) for image in resized])
+    edge = (resize - input_size) // 2
+    return np.ascontiguousarray(tiles[:, edge : edge + input_size, edge : edge + input_size])
+
+
+def _least_cosine(exact: Encoder, fast: Encoder) -> float:
+    """Smallest cosine between two encoders' features of the same probe tiles: coarse colors with noise."""
+    rng = np.random.default_rng(0)
+    side = exact.input_size
+    colors = rng.integers(0, 256, (8, 8, 8, 3)).repeat(-(-side // 8), 1).repeat(-(-side // 8), 2)
+    noise = rng.normal(0, 20, (8, side, side, 3))
+    tiles = np.clip(colors[:, :side, :side] + noise, 0, 255).astype(np.uint8)
+    a, b = exact(tiles), fast(tiles)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

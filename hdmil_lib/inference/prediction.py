@@ -1,0 +1,160 @@
+"""What HDMIL says about one slide, and where the seconds went."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hdmil_lib.storage import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@contextmanager
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What HDMIL says about one slide of N tiles and C classes; row i is the same tile in every array.
+
+    Attributes:
+        slide_id: Name of the slide.
+        classes: Class names, in the order of the probabilities and branches.
+        probabilities: Class probabilities, (C,).
+        coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2).
+        tile_size_level0: (width, height) of a tile in level-0 pixels.
+        shape: (rows, cols) of the tile grid.
+        rowcol: Position of the tiles on the grid, int64 (N, 2).
+        attention: DMIN's attention logits, one column per branch, float32 (N, C); nan where a tile was not
+            read.
+        mask: Tiles kept for each branch, bool (N, C): LIPN's choice of what to read or, where all tiles were
+            read, DMIN's choice of what to pool.
+        seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
+        thumbnail: The slide at 8 um/px, uint8 (H, W, 3); put together from the patches for a bag.
+        broken: Rows of tiles that were to be read and could not be, int64; the answer is of the other tiles.
+    """
+
+    slide_id: str
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    coords: np.ndarray
+    tile_size_level0: tuple[int, int]
+    shape: tuple[int, int]
+    rowcol: np.ndarray
+    attention: np.ndarray
+    mask: np.ndarray
+    seconds: dict[str, float]
+    thumbnail: np.ndarray
+    broken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles with tissue, N."""
+        return len(self.coords)
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.classes[int(self.probabilities.argmax())]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Tiles kept for at least one branch, bool (N,)."""
+        return self.mask.any(axis=1)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the tiles that are kept for at least one branch."""
+        return float(self.kept.mean())
+
+    @property
+    def read(self) -> np.ndarray:
+        """Tiles that were read and encoded, bool (N,)."""
+        return ~np.isnan(self.attention[:, 0])
+
+    @property
+    def n_read(self) -> int:
+        """Number of tiles that were read and encoded."""
+        return int(self.read.sum())
+
+    def __repr__(self) -> str:
+        ranked = ", ".join(f"{self.classes[c]} {self.probabilities[c]:.3f}" for c in self.ranking)
+        return f"Prediction({self.slide_id!r}: {ranked}; {self.n_read:,} of {self.n_tiles:,} tiles read)"
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """Class indices by falling probability, (C,)."""
+        return self.probabilities.argsort()[::-1]
+
+    def to_row(self) -> dict[str, Any]:
+        """The prediction as one row of a table, without arrays."""
+        probabilities = {
+            f"p_{name}": float(p) for name, p in zip(self.classes, self.probabilities, strict=True)
+        }
+        return {
+            "slide_id": self.slide_id,
+            "label": self.label,
+            **probabilities,
+            "n_tiles": self.n_tiles,
+            "n_read": self.n_read,
+            "n_broken": len(self.broken),
+            "seconds": round(self.seconds["total"], 3),
+        }
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw attention of the predicted class beside the tiles that were read.
+
+        Args:
+            path: Picture to write, whole or not at all; by default none.
+
+        Returns:
+            The figure.
+        """
+        from hdmil_lib.viz.overlays import prediction_figure
+
+        figure = prediction_figure(self)
+        if path is not None:
+            path = Path(path)
+            write_whole(path, lambda part: figure.savefig(part, dpi=150, format=path.suffix[1:]))
+        return figure
+
+    def to_geojson(self, path: str | Path, *, kept_only: bool = True) -> None:
+        """Write tiles as GeoJSON polygons in level-0 pixels, which QuPath opens on the slide.
+
+        Args:
+            path: The .geojson file, written whole or not at all.
+            kept_only: Whether dropped tiles are left out.
+        """
+        features = [self._polygon(i) for i in range(self.n_tiles) if self.kept[i] or not kept_only]
+        content = json.dumps({"type": "FeatureCollection", "features": features})
+        write_whole(Path(path), lambda part: part.write_text(content, encoding="utf-8"))
+
+    def _polygon(self, i: int) -> dict[str, Any]:
+        (x, y), (width, height) = self.coords[i].tolist(), self.tile_size_level0
+        ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+        attention = {
+            f"attention {name}": round(float(a), 4)
+            for name, a in zip(self.classes, self.attention[i], strict=True)
+            if np.isfinite(a)
+        }
+        return {
+            "type": "Feature",
+            "id": f"tile-{i}",
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {
+                "objectType": "tile",
+                "classification": {"name": "kept" if self.kept[i] else "dropped"},
+                "measurements": attention,
+            },
+        }

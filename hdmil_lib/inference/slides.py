@@ -1,0 +1,234 @@
+"""One slide or many: LIPN chooses tiles on the thumbnail, only those are read, DMIN classifies."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hdmil_lib.bags import Bag, EncoderIdentity
+from hdmil_lib.encoders.extraction import encode_tiles, slide_files
+from hdmil_lib.errors import BagError, CheckpointError, SlideError
+from hdmil_lib.inference.prediction import Prediction, stage
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models.hdmil import HDMIL
+from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.storage import write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def predict(model: HDMIL, slide: str | Path | Bag, **options: Any) -> Prediction:
+    """Classify a slide file or a bag; see `HDMIL.predict`."""
+    if isinstance(slide, Bag):
+        return predict_bag(model, slide, **options)
+    return predict_slide(model, slide, **options)
+
+
+@torch.inference_mode()
+def predict_slide(
+    model: HDMIL,
+    slide_path: str | Path,
+    *,
+    all_tiles: bool = False,
+    mpp: float | tuple[float, float] | None = None,
+    n_readers: int = 2,
+    strict: bool = False,
+    progress: bool = False,
+) -> Prediction:
+    """Classify a slide file; tiles that LIPN drops are never read at tile resolution.
+
+    A damaged tile is left out and stands in `Prediction.broken`, unless `strict`.
+
+    Args:
+        model: The model; put into evaluation mode.
+        slide_path: The slide file.
+        all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
+        mpp: Micrometers per level-0 pixel, where the file does not say or is wrong.
+        n_readers: Number of threads that read ahead while the encoder runs; with 0 the stages' seconds add up.
+        strict: Whether a tile that cannot be read is an error.
+        progress: Whether a bar over the tiles is shown.
+
+    Raises:
+        SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue; a
+            tile, or with `strict=False` every tile, is damaged.
+        CheckpointError: The model does not know its encoder, or the encoder has changed.
+    """
+    model.eval()
+    encoder, info = model.encoder, model.known_info
+    seconds: dict[str, float] = {}
+    with stage(seconds, "total"), Slide(slide_path, mpp) as slide:
+        with stage(seconds, "thumbnail"):
+            grid = TileGrid.from_slide(
+                slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
+            )
+        mask, rows = None, np.arange(len(grid))
+        if not all_tiles:
+            with stage(seconds, "lipn"):
+                mask = _screen(model, grid.patches)
+            rows = np.flatnonzero(mask.any(axis=1))
+        features = encode_tiles(
+            slide, grid, rows, encoder, n_readers=n_readers, strict=strict, seconds=seconds, progress=progress
+        )
+        whole = ~np.isnan(features).all(axis=1)
+        if not whole.any():
+            raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
+        result = _classify(model, features[whole], rows[whole], mask, len(grid), seconds)
+    return Prediction(
+        slide_id=slide.name,
+        classes=model.classes,
+        coords=grid.coords,
+        tile_size_level0=grid.tile_size_level0,
+        shape=grid.shape,
+        rowcol=grid.rowcol,
+        thumbnail=grid.thumbnail,
+        seconds=seconds,
+        broken=rows[~whole],
+        **result,
+    )
+
+
+@torch.inference_mode()
+def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Prediction:
+    """Classify a slide from its stored bag, as `predict_slide` does from the file.
+
+    Raises:
+        BagError: The bag is of another encoder, or has no patches.
+        CheckpointError: The model does not know its encoder.
+    """
+    model.eval()
+    check_bag(model, bag)
+    seconds: dict[str, float] = {}
+    with stage(seconds, "total"):
+        mask, rows = None, np.arange(len(bag))
+        if not all_tiles:
+            with stage(seconds, "lipn"):
+                mask = _screen(model, bag.known_patches)
+            rows = np.flatnonzero(mask.any(axis=1))
+        features = np.asarray(bag.features[rows], dtype=np.float32)
+        result = _classify(model, features, rows, mask, len(bag), seconds)
+    width = int(bag.attrs.get("patch_size_level0", model.known_info.tile_size))
+    return Prediction(
+        slide_id=bag.slide_id,
+        classes=model.classes,
+        coords=bag.coords,
+        tile_size_level0=(width, width),
+        shape=bag.shape,
+        rowcol=bag.rowcol,
+        thumbnail=bag.thumbnail,
+        seconds=seconds,
+        **result,
+    )
+
+
+def predict_many(
+    model: HDMIL,
+    slides: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    all_tiles: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> "pd.DataFrame":
+    """Classify many slides into a CSV file, one row per slide, written after every slide.
+
+    Slides that stand in the file without an error are not predicted again, so an interrupted run is resumed
+    by starting it again. A slide that fails gets a row that says why; the others go on.
+
+    Args:
+        model: The model.
+        slides: A folder, a CSV file with a column `path`, slide files, or several of these.
+        out: The CSV file.
+        all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
+        progress: Whether a bar over slides is shown.
+        **options: Further options of `predict_slide`.
+
+    Returns:
+        The table: the columns of `Prediction.to_row`, and `error`, empty where the slide was predicted.
+
+    Raises:
+        SlideError: No slide is named, or two have the same name.
+        CheckpointError: `out` is a table of something else.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    paths, out = slide_files(slides), Path(out)
+    twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    if twice:
+        raise SlideError(f"several slides are called {twice[0]!r}; rename them, or predict them apart")
+    rows = _rows_of(out)
+    model.encoder  # noqa: B018  loaded before the first slide: a model without its encoder fails at once
+    todo = [path for path in paths if rows.get(path.stem, {"error": "new"})["error"]]
+    with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress) as bar:
+        for path in todo:
+            try:
+                prediction = predict_slide(model, path, all_tiles=all_tiles, **options)
+                rows[path.stem] = prediction.to_row() | {"error": ""}
+            except Exception as error:  # whatever it is, it is this slide's, and the others go on
+                message = " ".join(str(error).split()) or type(error).__name__
+                rows[path.stem] = {"slide_id": path.stem, "error": message}
+            write_table(out, pd.DataFrame(rows.values()))
+            bar.update()
+            bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()))
+    wanted = [rows[path.stem] for path in paths]
+    return pd.DataFrame(wanted).reset_index(drop=True)
+
+
+def _rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by slide_id."""
+    import pandas as pd
+
+    if not out.is_file():
+        return {}
+    try:
+        table = pd.read_csv(out, dtype={"slide_id": str, "error": str}).fillna({"error": ""})
+        return {row["slide_id"]: dict(row) for row in table.to_dict(orient="records")}
+    except (ValueError, KeyError, pd.errors.ParserError) as error:
+        raise CheckpointError(f"{out}: no table of predictions ({error}); choose another file") from error
+
+
+def check_bag(model: HDMIL, bag: Bag) -> None:
+    """Hold a bag to the model's encoder.
+
+    Raises:
+        BagError: Its features are of another encoder.
+    """
+    info = model.known_info
+    wanted = EncoderIdentity(info.encoder, info.encoder_weights)
+    if bag.encoder != wanted:
+        raise BagError(
+            f"bag {bag.slide_id} holds features of {bag.encoder}, the model was trained on {wanted}; extract "
+            "the slide with that encoder"
+        )
+
+
+def _screen(model: HDMIL, patches: np.ndarray) -> np.ndarray:
+    """LIPN's mask, bool (N, C)."""
+    on_device = torch.from_numpy(patches).to(model.device)
+    return model.screen(on_device, Segments([len(patches)], model.device)).cpu().numpy()
+
+
+def _classify(
+    model: HDMIL,
+    features: np.ndarray,
+    rows: np.ndarray,
+    mask: np.ndarray | None,
+    n_tiles: int,
+    seconds: dict[str, float],
+) -> dict[str, np.ndarray]:
+    """DMIN on the features (n, D) of the tiles `rows`, as fields of a prediction over all tiles."""
+    with stage(seconds, "dmin"):
+        own = None
+        if mask is not None and model.pooling == "lipn":
+            own = torch.from_numpy(mask[rows]).to(model.device)
+        output = model.dmin(torch.from_numpy(features).to(model.device), mask=own)
+        probabilities = output.logits[0].softmax(0).cpu().numpy()
+    attention = np.full((n_tiles, model.n_classes), np.nan, dtype=np.float32)
+    attention[rows] = output.attention.cpu().numpy()
+    if mask is None:
+        mask = np.ones_like(attention) if output.mask is None else output.mask.cpu().numpy()
+    return {"probabilities": probabilities, "attention": attention, "mask": mask.astype(bool)}

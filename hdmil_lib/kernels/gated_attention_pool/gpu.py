@@ -1,0 +1,98 @@
+"""Attention and pooling on a GPU in one kernel: embeddings are read from memory once, and once from a cache.
+
+A program processes a chunk of one bag. It computes the logits of the chunk as `gated_attention` does, writes
+them (they are an output), and pools the chunk as `segment_softmax_pool` does while the logits are in
+registers and the embeddings of the chunk, at most 64 kB in 16 bits, are still in a cache. The chunks are
+combined, and gradients computed, by the kernels of the two operators.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hdmil_lib.kernels.gated_attention import gpu as attention
+from hdmil_lib.kernels.gated_attention.gpu import attention_logits
+from hdmil_lib.kernels.segment_softmax_pool import gpu as pooling
+from hdmil_lib.kernels.segment_softmax_pool.gpu import pool_chunk
+from hdmil_lib.kernels.variants import Variant
+
+TILES, EMBED, BRANCHES, WARPS = pooling.TILES, attention.EMBED, pooling.BRANCHES, attention.WARPS
+
+
+@triton.jit
+def forward_kernel(
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias,
+    mask, table, logits, largest, total, best, best_tile, sums,
+    embed_dim, n_hidden, n_branches, key, level, scale,
+    TILES: tl.constexpr, HIDDEN: tl.constexpr, EMBED: tl.constexpr, BRANCHES: tl.constexpr,
+    DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write the logits of a chunk and its contribution to its bag, for a block of branches."""
+    chunk = tl.program_id(0)
+    tile = tl.load(table + chunk * 3 + 1) + tl.arange(0, TILES)
+    inside = tile < tl.load(table + chunk * 3 + 2)
+    branch = tl.program_id(1) * BRANCHES + tl.arange(0, BRANCHES)
+    values = attention_logits(
+        embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias,
+        tile, inside, branch, embed_dim, n_hidden, n_branches, key, level, scale,
+        TILES, HIDDEN, EMBED, BRANCHES, DROPOUT,
+    )  # fmt: skip
+    there = inside[:, None] & (branch[None, :] < n_branches)
+    place = tile[:, None] * n_branches + branch[None, :]
+    tl.store(logits + place, values, there)
+    values = values.to(logits.dtype.element_ty).to(tl.float32)  # rounded as the backward pass reads them
+    kept = there
+    if MASKED:
+        kept = tl.load(mask + place, there, 0.0) > 0.5
+    pool_chunk(
+        values, kept, embeddings, tile, inside, branch, chunk, largest, total, best, best_tile, sums,
+        0, embed_dim, embed_dim, n_branches, EMBED, MASKED,
+    )  # fmt: skip
+
+
+def forward(
+    embeddings: Tensor,
+    weights: Sequence[Tensor],
+    mask: Tensor | None,
+    offsets: Tensor,
+    dropout: float,
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch `forward_kernel` and combine the chunks.
+
+    Returns:
+        Pooled embeddings (B, C, E), logits (N, C), and `largest`, `total` and `fallback` of
+        `segment_softmax_pool`, (B, C), for the backward pass.
+    """
+    (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, weights[4].shape
+    embeddings, masked = embeddings.contiguous(), mask is not None
+    partials = pooling.Partials(offsets, n_tiles, n_branches, embed_dim)
+    logits = embeddings.new_empty(n_tiles, n_branches)
+    forward_kernel[(len(partials.table), triton.cdiv(n_branches, BRANCHES))](
+        embeddings, *(w.contiguous() for w in weights), mask.contiguous() if masked else logits,
+        partials.table, logits, *partials.tensors, embed_dim, n_hidden, n_branches,
+        *attention.drop_arguments(dropout, key), TILES,
+        attention.hidden_block(embeddings.dtype), EMBED, BRANCHES, dropout > 0, masked, num_warps=WARPS,
+    )  # fmt: skip
+    pooled, *statistics = partials.combine(embeddings, masked)
+    return pooled, logits, *statistics
+
+
+def variants() -> Iterator[Variant]:
+    """Return all that `forward` can launch, in three types of numbers."""
+    for dtype, number in attention.NUMBER.items():
+        types = dict.fromkeys(("embeddings", *attention.WEIGHTS, "mask", "logits"), number)
+        types |= {"table": "*i32"} | attention.SIZES | attention.DROP | pooling.PARTIALS
+        blocks = {
+            "TILES": TILES,
+            "HIDDEN": attention.hidden_block(dtype),
+            "EMBED": EMBED,
+            "BRANCHES": BRANCHES,
+        }
+        for dropout in (False, True):
+            for masked in (False, True):
+                options = {"DROPOUT": dropout, "MASKED": masked}
+                matrix = {"uses_tensor_cores": number != "*fp32"}
+                yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)

@@ -1,0 +1,353 @@
+"""HDMIL: LIPN chooses tiles on the thumbnail, DMIN classifies from these alone (paper: inference)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hdmil_lib.errors import CheckpointError
+from hdmil_lib.kernels import lipn_forward
+from hdmil_lib.kernels.segments import Segments, check_segments
+from hdmil_lib.models import pretrained
+from hdmil_lib.models.base import MILOutput
+from hdmil_lib.models.dmin import DMIN
+from hdmil_lib.models.info import ModelInfo
+from hdmil_lib.models.lipn import LIPN, keep_mask
+
+if TYPE_CHECKING:  # the rooms above, which read slides; the methods open their doors
+    import pandas as pd
+
+    from hdmil_lib.bags import Bag
+    from hdmil_lib.encoders.loading import Encoder
+    from hdmil_lib.inference.anytime import AnytimeStep, Trajectory
+    from hdmil_lib.inference.prediction import Prediction
+
+Pooling = Literal["dmin", "lipn"]
+PATCHES_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class HDMILOutput(MILOutput):
+    """What HDMIL says about B bags of N tiles; `attention` is DMIN's (N, C), nan where a tile was not read.
+
+    Attributes:
+        mask: Tiles kept for each branch, bool (N, C): LIPN's choice of what to read or, where all tiles were
+            read, DMIN's choice of what to pool.
+        read: Tiles that DMIN saw, bool (N,).
+        keep_ratio: Share of each bag's tiles that DMIN saw, (B,).
+    """
+
+    mask: Tensor
+    read: Tensor
+    keep_ratio: Tensor
+
+
+Self = TypeVar("Self", bound="HDMIL")
+
+
+class HDMIL(nn.Module):
+    """The two networks of HDMIL and the rules between them: one object from training to a slide's diagnosis.
+
+    LIPN decides which tiles are read: the union over branches. Of these DMIN selects by itself, as it does
+    without LIPN. The paper's branches pool the tiles that LIPN kept for them instead
+    (`pooling="lipn"`), though DMIN has then seen each at full resolution; on synthetic slides that costs accuracy (notebook 06).
+    `all_tiles=True` reads every tile and asks DMIN alone, which is the paper's HDMIL†.
+
+    Args:
+        dmin: Trained classifier.
+        lipn: Pre-screening network trained for it.
+        thresholds: Thresholds on LIPN's sigmoid, one number or one per branch; DMIN's gamma by default.
+        margin: Lead in log odds at which `stream` stops; infinite to read everything.
+        pooling: Whose selection a branch pools, "dmin" or, as published, "lipn".
+        trained_thresholds: Thresholds that training chose, where `thresholds` are others.
+        info: What the model was trained for; needed for slides and for saving.
+
+    Attributes:
+        inputs: Fields of a `BagBatch` that `forward` takes.
+
+    Raises:
+        ValueError: The networks have different classes, or a threshold, the margin or `info` does not fit.
+    """
+
+    inputs = ("features", "patches")
+
+    def __init__(
+        self,
+        dmin: DMIN,
+        lipn: LIPN,
+        *,
+        thresholds: float | Sequence[float] | Tensor | None = None,
+        margin: float = math.inf,
+        pooling: Pooling = "dmin",
+        trained_thresholds: float | Sequence[float] | Tensor | None = None,
+        info: ModelInfo | None = None,
+    ):
+        super().__init__()
+        if dmin.n_classes != lipn.n_classes:
+            raise ValueError(f"dmin has {dmin.n_classes} classes, lipn has {lipn.n_classes}")
+        if info is not None and len(info.classes) != dmin.n_classes:
+            raise ValueError(f"info names {len(info.classes)} classes, the networks have {dmin.n_classes}")
+        if pooling not in ("dmin", "lipn"):
+            raise ValueError(f"pooling is {pooling!r}, expected 'dmin' or 'lipn'")
+        if not margin > 0:
+            raise ValueError(f"margin is {margin}, expected more than 0")
+        gamma = dmin.settings.threshold
+        chosen = gamma if thresholds is None else thresholds
+        self.dmin, self.lipn, self.pooling, self.info = dmin, lipn, pooling, info
+        self.thresholds: Tensor
+        self.trained_thresholds: Tensor
+        self.margin: Tensor
+        self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
+        trained = self.thresholds if trained_thresholds is None else trained_thresholds
+        self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
+        self.register_buffer("margin", torch.tensor(float(margin)))
+        self._packed: list[Tensor] | None = None
+        self._encoder: Encoder | None = None
+        self.eval()
+
+    # --- bags -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        features: Tensor,
+        patches: Tensor,
+        segments: Segments | None = None,
+        *,
+        all_tiles: bool = False,
+    ) -> HDMILOutput:
+        """Two-stage inference on bags whose features are all at hand.
+
+        Args:
+            features: Tiles of all bags one after the other, (N, D).
+            patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3).
+            segments: Where each of B bags lies; `None` for one bag.
+            all_tiles: Whether DMIN sees every tile and LIPN is not asked (HDMIL†).
+
+        Raises:
+            BagError: Features or patches have another shape than the networks take, or a bag has no tiles.
+            ValueError: `segments` does not cover the tiles.
+        """
+        segments = segments or Segments([len(features)], features.device)
+        check_segments(segments, len(features), features.device)
+        if all_tiles:
+            output = self.dmin(features, segments)
+            mask = torch.ones_like(output.attention) if output.mask is None else output.mask
+            read = torch.ones(len(features), dtype=torch.bool, device=features.device)
+            return HDMILOutput(
+                logits=output.logits,
+                segments=segments,
+                attention=output.attention,
+                mask=mask > 0.5,
+                read=read,
+                keep_ratio=torch.ones(segments.n_bags, device=features.device),
+            )
+        mask = self.screen(patches, segments)
+        read = mask.any(1)
+        rows = read.nonzero()[:, 0]
+        kept = Segments.from_offsets(torch.searchsorted(rows, segments.offsets))
+        output = self.dmin(features[rows], kept, mask=mask[rows] if self.pooling == "lipn" else None)
+        attention = output.attention.new_full(mask.shape, torch.nan)
+        return HDMILOutput(
+            logits=output.logits,
+            segments=segments,
+            attention=attention.index_put((rows,), output.attention),
+            mask=mask,
+            read=read,
+            keep_ratio=kept.sizes / segments.sizes,
+        )
+
+    def screen(self, patches: Tensor, segments: Segments) -> Tensor:
+        """Tiles that LIPN keeps for each branch, bool (N, C), of patches uint8 (N, 16, 16, 3)."""
+        return keep_mask(self.lipn_logits(patches), self.thresholds, segments)
+
+    def lipn_logits(self, patches: Tensor) -> Tensor:
+        """LIPN's logits P, float32 (N, C), of patches uint8 (N, 16, 16, 3) on the model's device.
+
+        On a CPU they are those of the module to the bit; on a GPU `kernels.lipn_forward` computes them in 16
+        bits, from weights that are packed once.
+        """
+        if not patches.is_cuda:
+            return torch.cat([self.lipn(chunk) for chunk in patches.split(PATCHES_AT_ONCE)])
+        if self._packed is None:
+            self._packed = self.lipn.packed(torch.float16)
+        return lipn_forward(patches, self._packed).float()
+
+    def with_rules(
+        self,
+        *,
+        thresholds: float | Sequence[float] | Tensor | None = None,
+        margin: float | None = None,
+        pooling: Pooling | None = None,
+    ) -> "HDMIL":
+        """The same networks with other rules; what is `None` stays.
+
+        Args:
+            thresholds: Thresholds on LIPN's sigmoid, one number or one per branch.
+            margin: Lead in log odds at which `stream` stops; infinite to read everything.
+            pooling: Whose selection a branch pools.
+        """
+        other = HDMIL(
+            self.dmin,
+            self.lipn,
+            thresholds=self.thresholds if thresholds is None else thresholds,
+            margin=float(self.margin) if margin is None else margin,
+            pooling=pooling or self.pooling,
+            trained_thresholds=self.trained_thresholds,
+            info=self.info,
+        )
+        other._encoder = self._encoder
+        return other.to(self.device)
+
+    # --- slides ---------------------------------------------------------------------------------------------
+
+    def predict(self, slide: "str | Path | Bag", *, all_tiles: bool = False, **options: Any) -> "Prediction":
+        """Classify one slide; tiles that LIPN drops are never read at tile resolution.
+
+        Args:
+            slide: A slide file, or a bag of the model's encoder.
+            all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
+            **options: For a slide file, the options of `inference.slides.predict_slide`: `mpp`, `n_readers`,
+                `strict`, `progress`.
+
+        Raises:
+            SlideError: The slide cannot be read, has no scale or no tissue, or its tiles are damaged.
+            BagError: The bag is of another encoder, or has no patches.
+            CheckpointError: The model does not know its encoder, or the encoder has changed.
+        """
+        from hdmil_lib.inference.slides import predict
+
+        return predict(self, slide, all_tiles=all_tiles, **options)
+
+    def predict_many(
+        self, slides: "str | Path | Sequence[str | Path]", *, out: str | Path, **options: Any
+    ) -> "pd.DataFrame":
+        """Classify many slides into a CSV file, one row per slide; see `inference.slides.predict_many`.
+
+        What stands in the file already is not predicted again, and a slide that fails does not end the run.
+        """
+        from hdmil_lib.inference.slides import predict_many
+
+        return predict_many(self, slides, out=out, **options)
+
+    def stream(self, slide: str | Path, **options: Any) -> "Iterator[AnytimeStep]":
+        """Classify a slide tile by tile, with an answer after each block; see `inference.anytime.stream`."""
+        from hdmil_lib.inference.anytime import stream
+
+        return stream(self, slide, **options)
+
+    def trajectory(self, bag: "Bag", **options: Any) -> "Trajectory":
+        """How `stream` would go on a slide whose bag is stored; see `inference.anytime.trajectory`."""
+        from hdmil_lib.inference.anytime import trajectory
+
+        return trajectory(self, bag, **options)
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The encoder that the model was trained on, loaded when it is first needed.
+
+        Raises:
+            CheckpointError: The model does not know its encoder, or the encoder has other weights.
+        """
+        if self._encoder is None:
+            from hdmil_lib.encoders.loading import load_encoder
+
+            self.encoder = load_encoder(self.known_info.encoder, device=self.device)
+        assert self._encoder is not None
+        return self._encoder
+
+    @encoder.setter
+    def encoder(self, encoder: "Encoder") -> None:
+        info = self.known_info
+        if (encoder.name, encoder.weights_hash) != (info.encoder, info.encoder_weights):
+            raise CheckpointError(
+                f"the model was trained on features of {info.encoder} (weights {info.encoder_weights}), not "
+                f"of {encoder.name} (weights {encoder.weights_hash}); use that encoder, or train a model on "
+                "bags of this one"
+            )
+        self._encoder = encoder
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model folder: `model.safetensors`, `config.json` and a card, `README.md`.
+
+        A model that the folder holds already stays whole until the new one is.
+
+        Raises:
+            CheckpointError: The model does not know what it was trained for (`info`).
+        """
+        pretrained.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> "HDMIL":
+        """Read a model folder, or fetch one from the Hugging Face hub.
+
+        Args:
+            name: Folder that `save_pretrained` wrote, or `owner/name` on the hub.
+            revision: Branch, tag or commit on the hub.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: Files are missing, damaged, of the old layout, out of bounds, or do not fit
+                together; or the hub cannot be reached.
+        """
+        return pretrained.load(cls, name, revision)
+
+    # --- the module -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.thresholds.device
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, C."""
+        return self.dmin.n_classes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; their indices where the model was not told them."""
+        return self.info.classes if self.info else tuple(str(c) for c in range(self.n_classes))
+
+    @property
+    def known_info(self) -> ModelInfo:
+        """What the model was trained for.
+
+        Raises:
+            CheckpointError: The model was not told.
+        """
+        if self.info is None:
+            raise CheckpointError(
+                "the model does not know its encoder and classes; make it with info=ModelInfo(...), or load "
+                "one that cross_validate or save_pretrained wrote"
+            )
+        return self.info
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; packed weights are made anew after training."""
+        self._packed = None
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+
+def _one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:
+    """Thresholds as float32 (C,)."""
+    values = torch.as_tensor(thresholds, dtype=torch.float32).detach().clone()
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != n_classes):
+        shape = tuple(values.shape)
+        raise ValueError(
+            f"thresholds have shape {shape}, expected one number, or one for each of {n_classes} branches"
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"thresholds are {values.tolist()}, expected numbers from 0 to 1")
+    return values.expand(n_classes).clone()

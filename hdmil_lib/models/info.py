@@ -1,0 +1,39 @@
+"""What a model was trained for: the part of a model folder that people ask about."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from hdmil_lib.schema import Schema
+from hdmil_lib.version import __version__
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class ModelInfo(Schema):
+    """What a model was trained for; its model folder keeps it.
+
+    Attributes:
+        classes: Class names in the order of the branches.
+        encoder: Name of the encoder that made the features.
+        encoder_weights: Hash of the encoder's weights.
+        tile_size: Side of the tiles in pixels.
+        tile_mpp: Scale of the tiles in um/px.
+        patch_size: Side of the patches in pixels.
+        cohort: What it was trained on.
+        metrics: Test scores by name.
+        license: License of the weights.
+        library_version: Version of hdmil that trained it.
+    """
+
+    classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=1000)]
+    encoder: Name
+    encoder_weights: str
+    tile_size: Annotated[int, Field(ge=1, le=65_536)] = 256
+    tile_mpp: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    patch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    cohort: str = ""
+    metrics: Mapping[str, float | str] = {}
+    license: str = ""
+    library_version: str = __version__

@@ -1,0 +1,208 @@
+"""A model folder: `model.safetensors`, `config.json` and a card, as the Hugging Face hub has them."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from hdmil_lib.errors import CheckpointError
+from hdmil_lib.models.dmin import DMIN, DMINSettings
+from hdmil_lib.models.info import ModelInfo
+from hdmil_lib.models.lipn import LIPN
+from hdmil_lib.schema import Schema, read_schema, to_json
+from hdmil_lib.storage import write_json, write_whole
+
+if TYPE_CHECKING:
+    from hdmil_lib.models.hdmil import HDMIL
+
+WEIGHTS, CONFIG, PENDING, CARD = "model.safetensors", "config.json", "config.json.pending", "README.md"
+OLD_FILES = ("dmin.safetensors", "lipn.safetensors")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+AGAIN = "save the model again with `save_pretrained`, or copy the whole folder again"
+
+Model = TypeVar("Model", bound="HDMIL")
+
+
+def save(model: "HDMIL", folder: Path) -> None:
+    """Write a model folder; see `HDMIL.save_pretrained`.
+
+    The new configuration waits as `config.json.pending` until the weights that it describes are there: killed
+    at any point, the folder holds the old model or the new one.
+    """
+    info = model.known_info
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = to_bytes(tensors, {"format": "pt"})
+    config = {
+        "format": 2,
+        "architecture": "HDMIL",
+        "pooling": model.pooling,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "info": to_json(info),
+        "dmin": to_json(model.dmin.settings),
+    }
+    config["config_sha256"] = _digest(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PENDING, config)
+    write_whole(folder / WEIGHTS, lambda part: part.write_bytes(weights))
+    os.replace(folder / PENDING, folder / CONFIG)
+    write_whole(folder / CARD, lambda part: part.write_text(_card(model, info), encoding="utf-8"))
+
+
+def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
+    """Read a model folder, or fetch it from the hub; see `HDMIL.from_pretrained`."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not HUB_NAME.fullmatch(str(name)):
+            raise CheckpointError(f"{name}: no such model folder; give a folder that `hdmil train` wrote")
+        folder = _download(str(name), revision)
+    if any((folder / file).is_file() for file in OLD_FILES) and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder}: a model folder of hdmil 0.1; train again, or convert it as CHANGELOG.md shows"
+        )
+    config = _config(folder)
+    with torch.device("meta"):
+        dmin = DMIN(**dict(config.dmin))
+        lipn = LIPN(dmin.n_classes)
+    expected = {f"dmin.{key}": tuple(t.shape) for key, t in dmin.state_dict().items()}
+    expected |= {f"lipn.{key}": tuple(t.shape) for key, t in lipn.state_dict().items()}
+    rules = {"thresholds": (dmin.n_classes,), "trained_thresholds": (dmin.n_classes,), "margin": ()}
+    tensors = _tensors(folder / WEIGHTS, expected | rules)
+    for part, network in (("dmin.", dmin), ("lipn.", lipn)):
+        state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
+        network.load_state_dict(state, assign=True)
+    try:
+        return kind(
+            dmin,
+            lipn,
+            thresholds=tensors["thresholds"],
+            trained_thresholds=tensors["trained_thresholds"],
+            margin=float(tensors["margin"]),
+            pooling=config.pooling,
+            info=config.info,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; {AGAIN}") from error
+
+
+def _config(folder: Path) -> "_Config":
+    """The configuration that belongs to the weights: that of `config.json`, or of a save that was cut off.
+
+    Raises:
+        CheckpointError: Neither describes the weights.
+    """
+    path = folder / CONFIG
+    if not path.is_file() and not (folder / PENDING).is_file():
+        raise CheckpointError(f"{path}: no such file; give a model folder, as `hdmil train` writes it")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: no such file; {AGAIN}")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    found = [read_schema(p, _Config, AGAIN) for p in (path, folder / PENDING) if p.is_file()]
+    for config in found:
+        n_named, n_classes = len(config.info.classes), config.dmin.n_classes
+        if n_named != n_classes:
+            raise CheckpointError(f"{path}: names {n_named} classes for networks of {n_classes}; {AGAIN}")
+        if config.config_sha256 != _digest(to_json(config)):
+            raise CheckpointError(f"{path}: was changed after it was saved; {AGAIN}")
+        if config.weights_sha256 == digest:
+            return config
+    raise CheckpointError(f"{weights}: damaged, or of another model than {CONFIG} describes; {AGAIN}")
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration, its own hash left out."""
+    content = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of the file, after their names and shapes were compared with those expected."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        wrong = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+        if wrong:
+            key = wrong[0]
+            raise CheckpointError(
+                f"{path}: {key} has shape {found.get(key)}, {CONFIG} describes {expected.get(key)}; {AGAIN}"
+            )
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {AGAIN}") from error
+    for key, tensor in tensors.items():
+        if key != "margin" and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {key} holds nan or infinite numbers; train the model again")
+    return tensors
+
+
+class _Config(Schema):
+    """What `config.json` holds."""
+
+    format: Literal[2]
+    architecture: Literal["HDMIL"]
+    pooling: Literal["dmin", "lipn"]
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    config_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    info: ModelInfo
+    dmin: DMINSettings
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Fetch a model's three files from the Hugging Face hub into its cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        paths = [hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS)]
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: neither a folder here nor to be fetched from the Hugging Face hub ({reason}); check "
+            "the name, the connection, and `hf auth login` for private models"
+        ) from error
+    return Path(paths[0]).parent
+
+
+def _card(model: "HDMIL", info: ModelInfo) -> str:
+    """A model card: what the model is for, how it was scored, how it is used."""
+    metrics = "\n".join(f"| {name} | {value} |" for name, value in info.metrics.items())
+    scores = f"\n## Scores\n| score | value |\n| --- | --- |\n{metrics}\n" if metrics else ""
+    header = {"library_name": "hdmil", "pipeline_tag": "image-classification", "tags": ["pathology", "mil"]}
+    if info.license:
+        header["license"] = info.license
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    margin = "none, all tiles are read" if model.margin.isinf() else f"{float(model.margin):.2f}"
+    return f"""---
+{lines}
+---
+# HDMIL: {", ".join(info.classes)}
+
+Two-stage classification of whole-slide images: LIPN chooses tiles on the thumbnail, DMIN classifies from
+these (HDMIL, CVPR 2025, arXiv 2502.21130). A research model, not a medical device.
+
+```python
+import hdmil_lib as hdmil
+
+model = hdmil.HDMIL.from_pretrained("path/of/this/folder")
+print(model.predict("slide.svs"))
+```
+
+| | |
+| --- | --- |
+| trained on | {info.cohort or "not said"} |
+| features | {info.encoder} (weights {info.encoder_weights}) |
+| tiles | {info.tile_size} px at {info.tile_mpp} um/px |
+| thresholds of LIPN | {", ".join(f"{t:.4f}" for t in model.thresholds.tolist())} |
+| margin of `stream` | {margin} |
+| license | {info.license or "not said"} |
+| hdmil | {info.library_version} |
+{scores}"""

@@ -1,0 +1,1 @@
+"""Reproducing the paper: its settings and figures, its tables, and its claims held against ours."""

@@ -1,0 +1,15 @@
+"""The paper's settings on its three data sets, and those of the synthetic cohorts made after them."""
+
+from hdmil_lib.training.recipes import Recipe, published_recipe, small_recipe
+
+RECIPES: dict[str, Recipe] = {
+    "camelyon16": published_recipe(),
+    "nsclc": published_recipe(degree=16, keep_ratio=0.7, learning_rate=3e-5, subtyping=True),
+    "brca": published_recipe(keep_ratio=0.7, subtyping=True),
+}
+RECIPES |= {
+    "camelyon-mini": small_recipe(RECIPES["camelyon16"]),
+    "nsclc-mini": small_recipe(RECIPES["nsclc"]),
+    "brca-mini": small_recipe(RECIPES["brca"]),
+}
+"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones made after them."""

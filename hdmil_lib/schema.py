@@ -1,0 +1,56 @@
+"""Files that are read back are held to a schema: types, bounds, and nothing that is not known."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hdmil_lib.errors import CheckpointError
+
+Kind = TypeVar("Kind", bound="Schema")
+
+
+class Schema(BaseModel):
+    """A frozen record with checked fields; unknown fields and numbers in quotes are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem that a schema found, in one line: which field, its value, what is expected."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the file"
+    value = repr(problem["input"])
+    shown = value if len(value) <= 40 else f"{value[:40]}..."
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{place} is not known"
+    return f"{place} is {shown}, expected {message}"
+
+
+def read_schema(path: Path, kind: type[Kind], remedy: str) -> Kind:
+    """Read a JSON file that must fit a schema.
+
+    Args:
+        path: The file.
+        kind: Its schema.
+        remedy: What the user can do about a file that does not fit.
+
+    Raises:
+        CheckpointError: The file is missing, is not JSON, or does not fit.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {first_problem(error)}; {remedy}") from error
+
+
+def to_json(record: Schema) -> dict[str, Any]:
+    """A record as plain JSON values."""
+    return record.model_dump(mode="json")

@@ -1,0 +1,286 @@
+"""Teaching LIPN which tiles a trained DMIN needs (paper: LIPN).
+
+The paper's targets are DMIN's masks. These keep tissue of every kind, as DMIN is free to select most tiles
+and each branch its own, so that 16x16 pixels tell little about them. "evidence" scores a tile by what DMIN
+would conclude from it alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hdmil_lib.batches import BagBatch, BagDataset
+from hdmil_lib.cohort import Split
+from hdmil_lib.kernels import gumbel_mask
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models import DMIN, HDMIL, LIPN, LossTerms
+from hdmil_lib.models.dmin import union
+from hdmil_lib.models.lipn import thresholds_for_keep_ratio
+from hdmil_lib.models.ragged import bag_mean
+from hdmil_lib.storage import read_json, weights_digest, write_json
+from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, optimize
+
+LIPNTarget = Literal["mask", "evidence"]
+
+
+@dataclass(frozen=True)
+class LIPNLossWeights:
+    """b1 and b2 of LIPN's loss; the paper does not give them, so the rate weighs as in DMIN's loss."""
+
+    mask: float = 1.0
+    rate: float = 2.0
+
+
+class Screening(Objective):
+    """LIPN learns what a frozen DMIN selects, or concludes, from the patches of a batch.
+
+    The validation loss is that of the two-stage prediction: with "mask" at DMIN's threshold gamma, with
+    "evidence" at thresholds that keep DMIN's target ratio.
+    """
+
+    def __init__(
+        self,
+        lipn: LIPN,
+        dmin: DMIN,
+        data: BagDataset,
+        slide_ids: Sequence[str],
+        target: LIPNTarget,
+        weights: LIPNLossWeights,
+        augment: bool,
+    ):
+        self.learner = self.lipn = lipn
+        self.dmin, self.data = dmin.eval(), data
+        self.target, self.weights, self.augment = target, weights, augment
+        self.targets = lipn_targets(target, dmin, data, slide_ids)
+        self.files = {WEIGHTS: lipn}
+
+    def loss(self, batch: BagBatch) -> LossTerms:
+        patches = batch.inputs_for(_Patches)["patches"]
+        logits = self.lipn(turn_patches(patches) if self.augment else patches)
+        wanted = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
+        if self.target == "evidence":
+            return evidence_loss(logits, wanted, batch.segments)
+        settings = self.dmin.settings
+        return lipn_loss(
+            logits, wanted, settings.keep_ratio, self.weights, batch.segments, threshold=settings.threshold
+        )
+
+    def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+        thresholds: float | list[float] = self.dmin.settings.threshold
+        if self.target == "evidence":
+            thresholds = trained_thresholds(self.lipn, self.data, slide_ids, self.dmin.settings.keep_ratio)
+        model = HDMIL(self.dmin, self.lipn, thresholds=thresholds)
+        return predict_screened(model, self.data, slide_ids)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.lipn.param_groups()
+
+
+class _Patches:
+    """What LIPN takes of a batch."""
+
+    inputs = ("patches",)
+
+
+def fit_lipn(
+    lipn: LIPN,
+    dmin: DMIN,
+    data: BagDataset,
+    split: Split,
+    settings: TrainSettings,
+    *,
+    out: str | Path,
+    target: LIPNTarget = "mask",
+    weights: LIPNLossWeights | None = None,
+    augment: bool = False,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN needs.
+
+    DMIN is frozen and in evaluation mode: the targets are computed once per bag. Afterwards `config.json`
+    also says, as `thresholds`, where LIPN's scores must be cut to keep DMIN's target ratio on the validation
+    slides; see `thresholds_for_keep_ratio`. Everything else is as in `fit`.
+
+    Args:
+        lipn: The network, with its initial weights.
+        dmin: Trained classifier.
+        data: Bags with patches and labels of the slides of `split`.
+        split: Slides to train on and to stop early by; the test part is not looked at.
+        settings: Optimizer, length and seed.
+        out: Folder of this run alone.
+        target: "mask" is what DMIN selects (paper: LIPN); "evidence" what it concludes from each tile alone,
+            see `evidence_targets`.
+        weights: Weights of the loss with "mask".
+        augment: Whether each patch is shown in one of its eight positions, drawn anew whenever it comes up.
+        progress: Whether a bar over epochs is shown.
+
+    Returns:
+        As `fit`; the terms are `mask` and `rate`, or `evidence`.
+
+    Raises:
+        ValueError: The target is unknown, or a DMIN without self-distillation has no masks.
+        BagError: The bags have no patches.
+    """
+    weights = weights or LIPNLossWeights()
+    config = describe_run(lipn, data, split, settings) | {
+        "loss": {"target": target, "augment": augment} | (asdict(weights) if target == "mask" else {}),
+        "dmin": weights_digest(dmin),
+    }
+    objective = Screening(lipn, dmin, data, split.train, target, weights, augment)
+    history = optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
+    store_thresholds(lipn, data, split.val, dmin.settings.keep_ratio, Path(out))
+    return history
+
+
+@torch.inference_mode()
+def predict_screened(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Logits (S, C) of the two-stage prediction of these slides, and the share of tiles read (S,)."""
+    batches = (data.batch([slide_id]) for slide_id in slide_ids)
+    outputs = [model(**batch.inputs_for(model)) for batch in batches]
+    return torch.cat([o.logits for o in outputs]), torch.cat([o.keep_ratio for o in outputs])
+
+
+@torch.inference_mode()
+def trained_thresholds(
+    lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float
+) -> list[float]:
+    """Thresholds that keep this share of the tiles of these slides, one per branch."""
+    lipn.eval()
+    patches = (data.batch([slide_id]).inputs_for(_Patches)["patches"] for slide_id in slide_ids)
+    return thresholds_for_keep_ratio((lipn(slide).sigmoid() for slide in patches), keep_ratio)
+
+
+def store_thresholds(
+    lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float, folder: Path
+) -> None:
+    """Add a trained LIPN's `thresholds` for these slides to the run's `config.json`, once."""
+    config = read_json(folder / "config.json")
+    if "thresholds" not in config:
+        thresholds = trained_thresholds(lipn, data, slide_ids, keep_ratio)
+        write_json(folder / "config.json", config | {"thresholds": thresholds})
+
+
+def lipn_targets(
+    target: LIPNTarget, dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]
+) -> dict[str, Tensor]:
+    """What LIPN should say of the tiles of each slide, by slide_id.
+
+    Args:
+        target: "mask" is M_HR, what DMIN selects for each branch, (N, C); "evidence" is (N,), see
+            `evidence_targets`.
+        dmin: Trained classifier, in evaluation mode.
+        data: Bags and labels of the slides.
+        slide_ids: The slides.
+
+    Raises:
+        ValueError: The target is unknown, or a DMIN without self-distillation has no masks.
+    """
+    if target == "evidence":
+        return evidence_targets(dmin, data, slide_ids)
+    if target != "mask":
+        raise ValueError(f"target is {target!r}, expected {' or '.join(map(repr, get_args(LIPNTarget)))}")
+    if not dmin.settings.self_distillation:
+        raise ValueError("a DMIN without self-distillation selects no tiles that LIPN could learn from")
+    with torch.no_grad():
+        batches = ((slide_id, data.batch([slide_id])) for slide_id in slide_ids)
+        return {slide_id: dmin(**batch.inputs_for(dmin)).mask for slide_id, batch in batches}
+
+
+@torch.no_grad()
+def evidence_targets(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]) -> dict[str, Tensor]:
+    """How much each tile alone tells a DMIN in evaluation mode about its slide's class, between 0 and 1.
+
+    e = [p_y > q_y] sigmoid(max_c A_c) KL(p || q) / max_c(-ln q_c). Here p is what DMIN says of the tile
+    as a bag of one, q the mean of p over the tiles of a slide and then over slides, and y the slide's class.
+    Tissue that all slides have is close to q: which classes have tiles of their own need not be known. The
+    attention counts because the heads learn from what it lets through. A tile that speaks for another class
+    than that of its slide is an error of DMIN, and 0.
+
+    Args:
+        dmin: Trained classifier, in evaluation mode.
+        data: Bags and labels of the slides.
+        slide_ids: The slides; they define q.
+
+    Returns:
+        (N,) by slide_id.
+    """
+    attention, alone = {}, {}
+    for slide_id in slide_ids:
+        features = data.batch([slide_id]).features
+        output = dmin(features, Segments([1] * len(features), features.device))
+        attention[slide_id] = output.attention.amax(1).sigmoid()
+        alone[slide_id] = output.logits.log_softmax(1)
+    usual = torch.stack([tiles.exp().mean(0) for tiles in alone.values()]).mean(0).log()
+    targets = {}
+    for slide_id, tiles in alone.items():
+        y = data.labels[slide_id]
+        divergence = (tiles.exp() * (tiles - usual)).sum(1) / -usual.min()
+        targets[slide_id] = attention[slide_id] * divergence * (tiles[:, y] > usual[y])
+    return targets
+
+
+def lipn_loss(
+    logits: Tensor,
+    target_mask: Tensor,
+    keep_ratio: float | None,
+    weights: LIPNLossWeights | None = None,
+    segments: Segments | None = None,
+    *,
+    threshold: float = 0.5,
+) -> LossTerms:
+    """L = b1 mean_c L1(M_LR,c, M_HR,c) + b2 (r~_LR - r)^2 (paper: objective of LIPN).
+
+    Args:
+        logits: P, LIPN's output, (N, C).
+        target_mask: M_HR, the selection of a frozen DMIN in evaluation mode, (N, C).
+        keep_ratio: r; `None` takes the share that DMIN keeps of each bag.
+        weights: b1 and b2.
+        segments: Where each bag lies; `None` for one bag.
+        threshold: gamma.
+
+    Returns:
+        The weighted terms "mask" and "rate", each a mean over bags.
+    """
+    weights = weights or LIPNLossWeights()
+    segments = segments or Segments([len(logits)], logits.device)
+    target_mask = target_mask.detach().to(logits.dtype)
+    mask = gumbel_mask(logits, threshold=threshold)
+    kept = bag_mean(union(mask), segments)
+    wanted = bag_mean(union(target_mask), segments) if keep_ratio is None else keep_ratio
+    differing = (mask - target_mask).abs().mean(1)
+    return {
+        "mask": weights.mask * bag_mean(differing, segments).mean(),
+        "rate": weights.rate * (kept - wanted).square().mean(),
+    }
+
+
+def evidence_loss(logits: Tensor, target: Tensor, segments: Segments) -> LossTerms:
+    """Binary cross entropy between the sigmoid of every branch and the evidence of the tile.
+
+    All branches learn the same, so that none spends the budget of tiles on an order of its own.
+
+    Args:
+        logits: P, LIPN's output, (N, C).
+        target: Evidence between 0 and 1, (N,).
+        segments: Where each bag lies.
+
+    Returns:
+        The term "evidence": the mean over branches, tiles of a bag, and bags.
+    """
+    errors = binary_cross_entropy_with_logits(logits, target[:, None].expand_as(logits), reduction="none")
+    return {"evidence": bag_mean(errors.mean(1), segments).mean()}
+
+
+def turn_patches(patches: Tensor) -> Tensor:
+    """Each patch (N, 16, 16, 3) in one of the eight positions of a square, drawn for itself."""
+    flips = torch.randint(0, 2, (3, len(patches), 1, 1, 1)).bool().to(patches.device)
+    flip_rows, flip_columns, transpose = flips
+    patches = torch.where(flip_rows, patches.flip(1), patches)
+    patches = torch.where(flip_columns, patches.flip(2), patches)
+    return torch.where(transpose, patches.transpose(1, 2), patches)

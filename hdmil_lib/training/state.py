@@ -1,0 +1,72 @@
+"""Files of one training run: the state to resume from, and the configuration that all of them belong to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hdmil_lib.errors import CheckpointError
+from hdmil_lib.storage import read_json, write_json, write_whole
+
+
+def claim_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Write `config.json`, or check that the one there agrees.
+
+    Raises:
+        CheckpointError: The folder holds a run of another configuration; both are named.
+    """
+    path = folder / "config.json"
+    config = json.loads(json.dumps(config))
+    if not path.is_file():
+        write_json(path, config)
+        return
+    found = read_json(path)
+    differing = [key for key in config if found.get(key) != config[key]]
+    if differing:
+        theirs, ours = ({key: source.get(key) for key in differing} for source in (found, config))
+        raise CheckpointError(
+            f"{folder}: holds a run with {theirs}, this one has {ours}; "
+            "choose another folder, or delete this one to train again"
+        )
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+    """Write everything the next epoch depends on: weights, optimizer, torch's generator, history."""
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    tensors["rng"] = torch.get_rng_state()
+    groups = optimizer.state_dict()["param_groups"]
+    metadata = {"history": json.dumps(history), "groups": json.dumps(groups)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Put model, optimizer and torch's generator back where `save_state` left them.
+
+    Returns:
+        The history.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            history = json.loads(file.metadata()["history"])
+            groups = json.loads(file.metadata()["groups"])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}); delete it to start over") from error
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = tensor
+    model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model.")})
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    torch.set_rng_state(tensors["rng"])
+    return history

@@ -1,0 +1,132 @@
+"""Figures of the statistics: reliability, AUCs with their intervals, AUC against the share of tiles read."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from scipy.stats import binomtest
+
+from hdmil_lib.evaluation.out_of_fold import align_methods
+from hdmil_lib.evaluation.reliability import expected_calibration_error, reliability
+from hdmil_lib.evaluation.statistics import SIGNIFICANT, format_p
+from hdmil_lib.methods import title
+from hdmil_lib.viz.style import BLUE, INK, MUTED, PALE, SOURCES, VERMILION, axes_or_new, looks, plain
+
+__all__ = ["SOURCES", "auc_intervals", "reliability_plot", "score_against_keep_ratio"]
+
+
+def reliability_plot(predictions: pd.DataFrame, ax: Axes | None = None, *, bins: int = 10) -> Axes:
+    """Observed frequency against predicted probability, in bins with an equal number of slides.
+
+    Calibrated probabilities lie on the diagonal. Bars are 95 % Wilson intervals of the frequency; the legend
+    gives expected calibration errors.
+
+    Args:
+        predictions: Test predictions of a cross-validation; each method becomes a line, so choose a few.
+        ax: Axes to draw on.
+        bins: Number of bins.
+    """
+    ax = axes_or_new(ax, (4.6, 4.4))
+    slides = align_methods(predictions)
+    ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":")
+    for method, look in looks(slides.probabilities).items():
+        answers = slides.labels, slides.probabilities[method]
+        table = reliability(*answers, bins=bins)
+        error = expected_calibration_error(*answers, bins=bins)
+        hits = (table["observed"] * table["n_slides"]).round().astype(int)
+        pairs = zip(hits, table["n_slides"], strict=True)
+        low, high = np.transpose([binomtest(k, n).proportion_ci(method="wilson") for k, n in pairs])
+        ax.vlines(table["predicted"], low, high, color=look["color"], lw=1, alpha=0.45)
+        label = f"{plain(title(method))}: ECE {100 * error:.1f} %"
+        ax.plot(table["predicted"], table["observed"], lw=1.4, label=label, **look)
+    binary = len(next(iter(slides.probabilities.values())).T) == 2
+    ax.set(
+        xlabel="predicted probability of class 1" if binary else "probability of the predicted class",
+        ylabel="share of slides of class 1" if binary else "share of slides predicted correctly",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
+    ax.set_aspect("equal")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    return ax
+
+
+def auc_intervals(scores: pd.DataFrame, ax: Axes | None = None, *, reference: str = "hdmil") -> Axes:
+    """Pooled AUC of each method with its confidence interval, best first, against a reference.
+
+    The mark of a method is filled where its adjusted p, which compares AUCs within folds, is below 0.05.
+
+    Args:
+        scores: The table of `score_table`.
+        ax: Axes to draw on.
+        reference: The reference of that table; its interval is shaded, its AUC a line.
+
+    Raises:
+        ValueError: The table has no row of the reference.
+    """
+    if reference not in scores.index:
+        raise ValueError(
+            f"reference '{reference}' is not in the table; choose from {', '.join(scores.index)}"
+        )
+    scores = scores.sort_values("pooled_auc", ascending=False, kind="stable")
+    ax = axes_or_new(ax, (7.2, 0.9 + 0.38 * len(scores)))
+    center = scores.loc[reference]
+    ax.axvspan(center["pooled_low"], center["pooled_high"], color=PALE, zorder=0)
+    ax.axvline(center["pooled_auc"], color=MUTED, lw=1, ls="--", zorder=1)
+    for row, (method, line) in enumerate(scores.iterrows()):
+        differs = bool(line["p_holm"] < SIGNIFICANT)
+        color = INK if method == reference else VERMILION if differs else BLUE
+        ax.hlines(row, line["pooled_low"], line["pooled_high"], color=color, lw=1.8)
+        filled = color if differs or method == reference else "white"
+        marker = "D" if method == reference else "o"
+        ax.plot(line["pooled_auc"], row, marker, ms=7, color=color, mfc=filled, mew=1.6, zorder=3)
+        note = "reference" if method == reference else format_p(line["p_holm"]) + " *" * differs
+        ax.text(1.02, row, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    ax.text(1.02, -1, "p (Holm)", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight="bold")
+    ax.set_yticks(np.arange(len(scores)), [plain(title(name)) for name in scores.index])
+    ax.tick_params(axis="y", length=0)
+    ax.set(
+        xlabel=f"pooled AUC with confidence interval (filled: p < {SIGNIFICANT:g})",
+        ylim=(len(scores) - 0.4, -0.6),
+    )
+    return ax
+
+
+def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """AUC as fewer tiles are read, by what chooses them: mean over folds in a band of ± one deviation.
+
+    Args:
+        table: One row per source, keep ratio and fold: `source` (a key of `SOURCES`), `keep_ratio` (share of
+            tiles read, in (0, 1]), `auc`.
+        ax: Axes to draw on; shares run from 1 on the left down on a logarithmic scale.
+
+    Raises:
+        ValueError: A source is unknown, or a keep ratio does not lie in (0, 1].
+    """
+    if unknown := sorted(set(table["source"]) - set(SOURCES)):
+        raise ValueError(f"source: there is no {', '.join(unknown)}; choose from {', '.join(SOURCES)}")
+    if not table["keep_ratio"].between(0, 1, inclusive="right").all():
+        raise ValueError("keep_ratio: give shares in (0, 1]; other values have no place on the axis")
+    ax = axes_or_new(ax)
+    for source in [name for name in SOURCES if name in set(table["source"])]:
+        rows = table[table["source"] == source]
+        options = {"errorbar": _deviation, "err_kws": {"alpha": 0.13, "lw": 0}, "ms": 7} | SOURCES[source]
+        sns.lineplot(rows, x="keep_ratio", y="auc", label=source, ax=ax, **options)
+    ratios = np.sort(table["keep_ratio"].unique())
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(ratios))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.set(
+        xlabel="share of tiles read (logarithmic)",
+        ylabel="AUC (mean ± sd over folds)",
+        xlim=(ratios[-1] * 1.06, ratios[0] / 1.06),
+    )
+    ax.legend(title="tiles chosen by", loc="lower left", alignment="left", frameon=True, edgecolor="none")
+    return ax
+
+
+def _deviation(aucs: pd.Series) -> tuple[float, float]:
+    """One standard deviation around the mean; no AUC is above 1."""
+    return aucs.mean() - aucs.std(), min(aucs.mean() + aucs.std(), 1)
