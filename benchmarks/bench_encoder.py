@@ -169,9 +169,7 @@ def measure_probe(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     available = sorted(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--cores", type=int, default=len(available), help="number of cores to pin the process to"
-    )
+    parser.add_argument("--cores", type=int, default=len(available), help="cores to pin the process to")
     parser.add_argument("--tiles", type=int, default=32, help="number of tiles")
     parser.add_argument("--rounds", type=int, default=15, help="number of rounds")
     parser.add_argument("--probe", type=Path, help="folder with labeled tiles in 0/ and 1/")

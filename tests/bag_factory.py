@@ -1,15 +1,17 @@
 """Small bags whose answer is known: tumor tiles have shifted features and dark patches."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from hdmil_lib.bags import Bag, EncoderIdentity, write_bag
+from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, Split
-from hdmil_lib.bags import Bag, write_bag
 
 DIM = 16
-ATTRS = {"encoder": "test", "weights_hash": "0123abcd", "precision": "fp32"}
+ENCODER = EncoderIdentity("test", "0123abcd")
 
 
 def make_bag(slide_id: str, label: int, n_tiles: int = 12, *, dim: int = DIM, seed: int = 0) -> Bag:
@@ -22,8 +24,17 @@ def make_bag(slide_id: str, label: int, n_tiles: int = 12, *, dim: int = DIM, se
         features[tumor, : dim // 2] += 3
         patches[tumor] //= 3
     side = int(np.ceil(np.sqrt(n_tiles)))
-    coords = np.stack(np.divmod(np.arange(n_tiles), side)[::-1], axis=1).astype(np.int64) * 256
-    return Bag(slide_id, features, coords, patches, dict(ATTRS))
+    rowcol = np.stack(np.divmod(np.arange(n_tiles), side), axis=1).astype(np.int64)
+    return Bag(
+        slide_id=slide_id,
+        features=features,
+        coords=rowcol[:, ::-1] * 256,
+        rowcol=rowcol,
+        shape=(side, side),
+        patches=patches,
+        encoder=ENCODER,
+        attrs={"precision": "fp32"},
+    )
 
 
 def make_bags(n: int = 24, n_tiles: int = 12, **options) -> tuple[dict[str, Bag], dict[str, int]]:
@@ -32,9 +43,15 @@ def make_bags(n: int = 24, n_tiles: int = 12, **options) -> tuple[dict[str, Bag]
     return {s: make_bag(s, label, n_tiles, **options) for s, label in labels.items()}, labels
 
 
-def make_split(bags: dict[str, Bag]) -> Split:
+def make_data(n: int = 24, n_tiles: int = 12, **options) -> BagDataset:
+    """The same bags and labels as a data set."""
+    return BagDataset(*make_bags(n, n_tiles, **options))
+
+
+def make_split(bags: Iterable[str]) -> Split:
     """The first half for training, a quarter for validation, a quarter for testing."""
-    ids, n = tuple(bags), len(bags)
+    ids = tuple(bags)
+    n = len(ids)
     return Split(ids[: n // 2], ids[n // 2 : 3 * n // 4], ids[3 * n // 4 :])
 
 
@@ -45,4 +62,4 @@ def make_cohort(folder: Path, bags: dict[str, Bag], labels: dict[str, int]) -> C
     names = ("normal", "tumor")
     rows = [{"slide_id": s, "case_id": f"case-{s}", "label": names[labels[s]]} for s in bags]
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
-    return Cohort.from_csv(folder / "cohort.csv", names, bag_dir=folder / "bags")
+    return Cohort.from_csv(folder / "cohort.csv", names, bags=folder / "bags")

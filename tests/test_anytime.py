@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictor_factory import made_up
+from model_factory import made_up
 
 from hdmil_lib.inference.anytime import RunningDMIN, lead, trajectory
 from hdmil_lib.models import DMIN, DMINSettings

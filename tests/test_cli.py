@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from predictor_factory import ColorEncoder, write_textured_slide
+from model_factory import ColorEncoder, write_textured_slide
 from slide_factory import write_slide
 from typer.testing import CliRunner
 

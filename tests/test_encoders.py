@@ -519,6 +519,10 @@ def test_an_unknown_name_or_engine_is_refused(monkeypatch):
         load_encoder("virchow")
     with pytest.raises(HDMILError, match="no device 'cuda:77'"):
         load_encoder(device="cuda:77")
+    with pytest.raises(HDMILError, match="engine 'onnx'; choose one of auto, torch, openvino"):
+        load_encoder(engine="onnx")
+    with pytest.raises(HDMILError, match="precision 'fp16'; choose one of auto, fp32, bf16, int8"):
+        load_encoder(precision="fp16")
     monkeypatch.setattr(loading, "has_openvino", lambda: True)
     monkeypatch.setattr(loading.devices, "resolve", lambda device: torch.device(device))
     with pytest.raises(HDMILError, match="runs on the CPU, not on cuda"):

@@ -4,7 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from predictor_factory import made_up
+from model_factory import made_up
 
 from hdmil_lib.inference.risk import control_risk
 from hdmil_lib.viz.guarantee import anytime_curves, risk_curve

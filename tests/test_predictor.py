@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from predictor_factory import CONFIG, ColorEncoder, make_predictor, write_textured_slide
+from model_factory import CONFIG, ColorEncoder, make_predictor, write_textured_slide
 from slide_factory import damage_tile, write_slide
 
 from hdmil_lib.errors import BagError, CheckpointError, SlideError

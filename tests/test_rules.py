@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import make_bag
-from predictor_factory import made_up, make_predictor
+from model_factory import made_up, make_predictor
 
 from hdmil_lib.inference.rules import learn_margin, learn_thresholds, threshold_ladder
 from hdmil_lib.training.two_stage import two_stage

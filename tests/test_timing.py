@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from predictor_factory import make_predictor, write_textured_slide
+from model_factory import make_predictor, write_textured_slide
 
 from hdmil_lib.reproduce.timing import STAGES, stage_medians, time_slides
 

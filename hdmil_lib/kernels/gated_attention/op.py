@@ -1,5 +1,7 @@
 """`gated_attention`: the public operator."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,15 +45,16 @@ def gated_attention(
     Raises:
         ValueError: An argument has a wrong shape, type, device or value, or the backend cannot run here.
     """
-    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    embeddings, *weights = same_type(embeddings, *weights)
+    embeddings, *weights = same_type(
+        embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias
+    )
     check_arguments(embeddings, weights, dropout, seed)
     if use_triton(backend, embeddings):
         return _forward(embeddings, *weights, dropout, key(seed or 0))
-    return reference.gated_attention(embeddings, *weights, dropout, seed or 0)
+    return reference.gated_attention(embeddings, *weights, dropout=dropout, seed=seed or 0)
 
 
-def check_arguments(embeddings: Tensor, weights: list[Tensor], dropout: float, seed: int | None) -> None:
+def check_arguments(embeddings: Tensor, weights: Sequence[Tensor], dropout: float, seed: int | None) -> None:
     """Raise a ValueError if an argument is not as `gated_attention` describes it."""
     names = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
     axes = ("H E", "H", "H E", "H", "C H", "C")

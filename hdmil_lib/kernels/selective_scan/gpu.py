@@ -272,7 +272,9 @@ def forward(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     return outputs[..., :n_channels].contiguous(), starts
 
 
-def backward(grad_outputs: Tensor, starts: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    grad_outputs: Tensor, starts: Tensor, *arguments: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the six arguments, each in the type of its argument."""
     if not arguments[0].numel():
         return tuple(torch.zeros_like(a, memory_format=torch.contiguous_format) for a in arguments)

@@ -22,16 +22,16 @@ def tile_preprocess(
     if `dtype` is float64.
     """
     number = torch.promote_types(dtype, torch.float32)
-    scale, shift = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
+    factor, term = (torch.tensor(v, dtype=number, device=tiles.device) for v in (scale, shift))
     batch, height, width, _ = tiles.shape
     if channels_last and not stain:  # rows of W x 3 values, which are faster than pixels of 3
         values = tiles.reshape(batch, height, width * 3).to(number)
-        values = values * scale.repeat(width) + shift.repeat(width)
+        values = values * factor.repeat(width) + term.repeat(width)
         return values.to(dtype).view(batch, height, width, 3).permute(0, 3, 1, 2)
     planes = tiles.permute(0, 3, 1, 2).contiguous().to(number)
     if stain:
         planes = normalize_stain(planes.flatten(2), stain).view_as(planes)
-    planes = (planes * scale[:, None, None] + shift[:, None, None]).to(dtype)
+    planes = (planes * factor[:, None, None] + term[:, None, None]).to(dtype)
     return planes.contiguous(memory_format=torch.channels_last) if channels_last else planes
 
 

@@ -133,5 +133,6 @@ def _stained_densities(pixels: Tensor | np.ndarray, name: str) -> np.ndarray:
 
 
 def _transform(space: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> StainTransform:
-    space, matrix, back = (tuple(map(tuple, m.tolist())) for m in (space, matrix, np.linalg.inv(space)))
-    return StainTransform(space, matrix, tuple(offset.tolist()), back)
+    rows = (tuple(map(tuple, values.tolist())) for values in (space, matrix, np.linalg.inv(space)))
+    space_rows, matrix_rows, back_rows = rows
+    return StainTransform(space_rows, matrix_rows, tuple(offset.tolist()), back_rows)
