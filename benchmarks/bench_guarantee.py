@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from held_out import METHODS, held_out_cohort, predictors
+from held_out import METHODS, held_out_cohort, trained_models
 from tqdm import tqdm
 
+from hdmil_lib.bags import Bag
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.metrics import auc
-from hdmil_lib.bags import Bag
-from hdmil_lib.inference import Predictor
-from hdmil_lib.inference.rules import MARGINS, LearnedRule, learn_margin, learn_thresholds, threshold_ladder
+from hdmil_lib.inference.rules import MARGINS, LearnedRule, learn_margin, learn_thresholds
+from hdmil_lib.models import HDMIL
 
 RESULTS = Path(__file__).resolve().parent / "results" / "guarantee.json"
 N_LEARN, DELTA, EPSILONS = 105, 0.1, (0.02, 0.05, 0.1)
@@ -58,18 +58,16 @@ def described(rule: LearnedRule, tried: LearnedRule) -> dict[str, Any]:
     }
 
 
-def learn(predictor: Predictor, bags: Sequence[Bag], labels: np.ndarray) -> dict[str, Any]:
-    """Thresholds and margins of one predictor, for every epsilon, and for missed positives."""
-    ladder = threshold_ladder(predictor.config.thresholds)
-    trajectories = [predictor.trajectory(bag) for bag in bags]
+def learn(model: HDMIL, bags: Sequence[Bag], labels: np.ndarray) -> dict[str, Any]:
+    """Thresholds and margins of one model, for every epsilon, and for missed positives."""
+    trajectories = [model.trajectory(bag) for bag in bags]
     first, rest = slice(N_LEARN), slice(N_LEARN, None)
-    networks = predictor.dmin, predictor.lipn
-    tried = learn_thresholds(*networks, bags[rest], ladder), learn_margin(trajectories[rest])
+    tried = learn_thresholds(model, bags[rest]), learn_margin(trajectories[rest])
     result = {}
     for epsilon in EPSILONS:
         options = {"epsilon": epsilon, "delta": DELTA}
         rules = (
-            learn_thresholds(*networks, bags[first], ladder, **options),
+            learn_thresholds(model, bags[first], **options),
             learn_margin(trajectories[first], **options),
         )
         thresholds, margin = map(described, rules, tried)
@@ -84,26 +82,26 @@ def learn(predictor: Predictor, bags: Sequence[Bag], labels: np.ndarray) -> dict
     return result
 
 
-def seconds_of(predictor: Predictor, paths: Sequence[Path], result: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a slide of all tiles, of the learned thresholds and of the learned margin, in turns."""
+def seconds_of(model: HDMIL, paths: Sequence[Path], result: dict[str, Any]) -> dict[str, Any]:
+    """Seconds per slide of all tiles, of the learned thresholds and of the learned margin, in turns."""
     rules = result["epsilon 0.05"]
-    screened = predictor.with_rules(thresholds=rules["thresholds"]["value"])
+    screened = model.with_rules(thresholds=rules["thresholds"]["value"])
     margin = rules["margin"]["value"] or math.inf
 
     def anytime(path: Path) -> tuple[int, int]:
-        *_, last = predictor.anytime(path, margin=margin)
+        *_, last = model.stream(path, margin=margin)
         return int(last.probabilities.argmax()), len(last.rows)
 
-    def predict(path: Path, predictor: Predictor, prescreened: bool) -> tuple[int, int]:
-        prediction = predictor.predict(path, prescreen=prescreened)
+    def predict(path: Path, model: HDMIL, all_tiles: bool) -> tuple[int, int]:
+        prediction = model.predict(path, all_tiles=all_tiles)
         return int(prediction.probabilities.argmax()), prediction.n_read
 
     ways = {
-        "HDMIL†": lambda path: predict(path, predictor, False),
-        "HDMIL, learned thresholds": lambda path: predict(path, screened, True),
+        "HDMIL†": lambda path: predict(path, model, True),
+        "HDMIL, learned thresholds": lambda path: predict(path, screened, False),
         "anytime, learned margin": anytime,
     }
-    predictor.encoder(np.zeros((1, 256, 256, 3), np.uint8))
+    model.encoder(np.zeros((1, 256, 256, 3), np.uint8))
     spent, read, labels = ({name: [] for name in ways} for _ in range(3))
     for turn, path in enumerate(tqdm(paths, desc="timing")):
         path.read_bytes()  # all find it in the file cache
@@ -132,7 +130,7 @@ def main() -> None:
     setup()
     cohort, by_id = held_out_cohort()
     bags, labels = [by_id[s] for s in cohort.slide_ids], cohort.labels
-    networks = predictors()
+    networks = trained_models()
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "slides": {"learned on": N_LEARN, "tried on": len(bags) - N_LEARN, "with tumor": int(labels.sum())},

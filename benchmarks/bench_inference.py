@@ -33,14 +33,14 @@ import yardsticks as yard
 from tqdm import tqdm
 
 from hdmil_lib.config import n_threads, setup
-from hdmil_lib.cohort import large_slides
+from hdmil_lib.encoders.extraction import encode_tiles, spread_tiles
+from hdmil_lib.encoders.loading import ENCODERS, Encoder, load_encoder
+from hdmil_lib.encoders.networks import build_network
+from hdmil_lib.models import HDMIL
 from hdmil_lib.reproduce.tables import to_markdown
 from hdmil_lib.reproduce.timing import stage_medians, time_slides, with_keep_ratio
-from hdmil_lib.encoders.loading import ENCODERS, Encoder, load_encoder
-from hdmil_lib.encoders.extraction import calibration_tiles, encode_tiles
-from hdmil_lib.encoders.networks import build_network
-from hdmil_lib.inference import Predictor
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.synthetic.cohorts import large_slides
 
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 COHORT = held_out.COHORT
@@ -60,15 +60,15 @@ def peak_memory_mb(reset: bool = False) -> float:
 def measure_slide(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     """One slide in this process alone: seconds by stage, seconds as in use, memory."""
     setup()
-    predictor = Predictor.load(model)
-    predictor.encoder(np.zeros((32, 256, 256, 3), np.uint8))
+    trained = HDMIL.from_pretrained(model)
+    trained.encoder(np.zeros((32, 256, 256, 3), np.uint8))
     path.read_bytes()
     before = peak_memory_mb(reset=True)
     start = time.perf_counter()
-    n_tiles = predictor.predict(path, prescreen=False).n_tiles
+    n_tiles = trained.predict(path, all_tiles=True).n_tiles
     in_use = time.perf_counter() - start
     peak = peak_memory_mb()
-    medians = stage_medians(time_slides(predictor, [path], repeats, (KEEP_RATIO,)))
+    medians = stage_medians(time_slides(trained, [path], repeats, (KEEP_RATIO,)))
     dagger, screened = medians.loc["HDMIL†"], medians.loc["HDMIL"]
     return {
         "tiles": n_tiles,
@@ -110,16 +110,15 @@ def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
 def yardsticks(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     """Seconds a tile of the slide, medians of turns."""
     setup()
-    predictor = Predictor.load(model)
     network = build_network(ENCODERS["efficientnet_lite0"]).backbone
     with Slide(path) as slide:
         grid = TileGrid.from_slide(slide)
     assert grid.tile_size_level0 == (yard.TILE, yard.TILE)
-    seen = calibration_tiles([path])
-    encoders = {p: load_encoder(precision=p, calibration=seen) for p in ("fp32", "int8")}
-    ours = {
-        p: Predictor(predictor.dmin, predictor.lipn, predictor.config, encoder=e) for p, e in encoders.items()
-    }
+    seen = spread_tiles([path])
+    encoders = {p: load_encoder(precision=p, int8_tiles=seen) for p in ("fp32", "int8")}
+    ours = {precision: HDMIL.from_pretrained(model) for precision in encoders}
+    for precision, encoder in encoders.items():
+        ours[precision].encoder = encoder
 
     def features_of(encoder: Encoder) -> np.ndarray:
         with Slide(path) as slide:
@@ -131,7 +130,7 @@ def yardsticks(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     }
     for precision, contender in ours.items():
         fewer = with_keep_ratio(contender, path, KEEP_RATIO)
-        contenders[f"HDMIL†, {precision}"] = lambda p=contender: p.predict(path, prescreen=False)
+        contenders[f"HDMIL†, {precision}"] = lambda p=contender: p.predict(path, all_tiles=True)
         contenders[f"HDMIL, keep {KEEP_RATIO:.2f}, {precision}"] = lambda p=fewer: p.predict(path)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     exact = np.empty(0)
@@ -173,7 +172,7 @@ def main() -> None:
     setup()
     model = args.model or RESULTS.parents[2] / "build" / "bench_inference"
     if args.model is None:
-        held_out.predictors()["hdmil_evidence"].save(model)
+        held_out.trained_models()["hdmil_evidence"].save_pretrained(model)
     slide = large_slides(COHORT, 1, YARDSTICK_SIDE, mpp=0.5)[0]
     encoder = load_encoder()
     result = {

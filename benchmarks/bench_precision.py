@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from hdmil_lib.config import setup
-from hdmil_lib.cohort import load_bags, make_splits, prepare_cohort
-from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.encoders.extraction import spread_tiles
 from hdmil_lib.encoders.loading import load_encoder
-from hdmil_lib.encoders.extraction import calibration_tiles
+from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.training.crossval import load_fold, run_crossval, run_dir
-from hdmil_lib.training.recipes import RECIPES
+from hdmil_lib.synthetic.cohorts import prepare_cohort
+from hdmil_lib.training.crossval import cross_validate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "precision.json"
 COHORT, FOLDS, METHOD = "camelyon-mini", 5, "hdmil_dagger"
@@ -34,23 +34,18 @@ COHORT, FOLDS, METHOD = "camelyon-mini", 5, "hdmil_dagger"
 def main() -> None:
     setup()
     cohort = prepare_cohort(COHORT)
-    bags, recipe = load_bags(cohort), RECIPES[COHORT]
-    run_crossval(cohort, bags, [METHOD], FOLDS, 0, recipe)
-    folder = run_dir(cohort, bags, FOLDS, 0, recipe)
-    labels = dict(zip(cohort.slide_ids, cohort.labels.tolist(), strict=True))
-    splits = make_splits(cohort, FOLDS, 0)
+    cv = cross_validate(cohort, [METHOD], folds=FOLDS, seed=0, recipe=RECIPES[COHORT])
+    labels, splits = cohort.label_of, cv.splits
 
-    seen = calibration_tiles([cohort.slide_path(s) for s in splits[0].train[:4]])
-    encoders = {
-        p: load_encoder(device="cpu", precision=p, calibration=seen) for p in ("fp32", "bf16", "int8")
-    }
+    seen = spread_tiles([cohort.slide_path(s) for s in splits[0].train[:4]])
+    encoders = {p: load_encoder(device="cpu", precision=p, int8_tiles=seen) for p in ("fp32", "bf16", "int8")}
     for encoder in encoders.values():
         encoder(seen[:8])
     seconds, cosines = dict.fromkeys(encoders, 0.0), {name: [] for name in encoders}
     aucs, n_tiles = {name: [] for name in encoders}, 0
     bar = tqdm(total=len(cohort), desc="slides")
     for fold, split in enumerate(splits):
-        dmin = load_fold(folder, fold, METHOD)[0]
+        dmin = cv.classifier(METHOD, fold)
         said = {name: [] for name in encoders}
         for turn, slide_id in enumerate(split.test):
             with Slide(cohort.slide_path(slide_id)) as slide:
@@ -67,7 +62,7 @@ def main() -> None:
                 cosines[name].append((values * features["fp32"]).sum(1) / norms[name] / norms["fp32"])
                 with torch.inference_mode():
                     half = torch.from_numpy(values).half().float()  # as bags hold them
-                    said[name].append(dmin(half).logits.softmax(0).numpy())
+                    said[name].append(dmin(half).probabilities[0].numpy())
             bar.update()
         for name, probabilities in said.items():
             aucs[name].append(100 * auc([labels[s] for s in split.test], np.stack(probabilities)))

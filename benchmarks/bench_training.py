@@ -2,12 +2,12 @@
 
     python benchmarks/bench_training.py [--epochs N] [--models abmil dmin]
 
-The plain loop takes one bag a step, in float32, from a list of tensors, fold after fold, in one process with
-one torch thread. The engine is `run_crossval`: bags from memory in half precision, several a step through the
-segment operators, folds side by side in two processes of one thread. Both train the same networks on the same
-folds of `camelyon-mini` (synthetic) for the same number of epochs, by default the longest that the recipe
-allows; the engine's seconds include starting its second process. The GEMM floor is the time that the matrix
-products of all steps alone take at the rate of a large float32 product on as many cores. Results go to
+The plain loop takes one bag per step, in float32, from a list of tensors, fold after fold, in one process
+with one torch thread. The engine is `cross_validate`: bags from memory in half precision, several per step
+through the segment operators, folds side by side in two processes of one thread. Both train the same networks
+on the same folds of `camelyon-mini` (synthetic) for the same number of epochs, by default the longest that the
+recipe allows; the engine's seconds include starting its second process. The GEMM floor is the time that the
+matrix products of all steps alone take at the rate of a large float32 product on as many cores. Results go to
 `benchmarks/results/training.json`.
 """
 
@@ -27,25 +27,22 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Split, make_splits
 from hdmil_lib.config import setup
-from hdmil_lib.cohort import Split, load_bags, make_splits, prepare_cohort
-from hdmil_lib.reproduce.tables import to_markdown
-from hdmil_lib.models import MILModel, build_model
-from hdmil_lib.training.crossval import run_crossval
-from hdmil_lib.training.losses import bag_loss
-from hdmil_lib.batches import RaggedBags
-from hdmil_lib.training.recipes import RECIPES, Recipe
-from hdmil_lib.training.runs import runs_table
 from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.models import MILModel, create_model
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.reproduce.tables import to_markdown
+from hdmil_lib.synthetic.cohorts import prepare_cohort
+from hdmil_lib.training.crossval import cross_validate
+from hdmil_lib.training.recipes import Recipe
+from hdmil_lib.training.runs import runs_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
 COHORT, FOLDS, WORKERS = "camelyon-mini", 5, 2
 METHOD = {"abmil": "abmil_gated", "dmin": "hdmil_dagger"}
 PLAIN_RATE = 5e-4  # one bag a step wants smaller steps than several; chosen on validation slides
-
-
-def loss_options(name: str, recipe: Recipe) -> dict:
-    return dict(recipe.loss) if name == "dmin" else {}
 
 
 def plain_loop(
@@ -55,7 +52,7 @@ def plain_loop(
     best = []
     for split in tqdm(splits, desc=f"{name}, plain loop"):
         torch.manual_seed(0)
-        model = build_model(name, next(iter(bags.values())).shape[1], 2, **recipe.models[name])
+        model = create_model(name, next(iter(bags.values())).shape[1], 2, **recipe.models[name])
         model.standardize([bags[s] for s in split.train])
         optimizer = torch.optim.Adam(model.parameters(), lr=PLAIN_RATE, weight_decay=1e-5)
         classes = np.array([labels[s] for s in split.train])
@@ -65,9 +62,8 @@ def plain_loop(
             model.train()
             for i in torch.multinomial(weights, len(split.train), replacement=True).tolist():
                 slide_id = split.train[i]
-                loss, _ = bag_loss(
-                    model, model(bags[slide_id]), labels[slide_id], **loss_options(name, recipe)
-                )
+                terms = model.loss(model(bags[slide_id]), torch.tensor([labels[slide_id]]))
+                loss = torch.as_tensor(sum(terms.values()))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -81,7 +77,7 @@ def validate(
     model: MILModel, split: Split, bags: dict[str, torch.Tensor], labels: dict[str, int]
 ) -> tuple[float, float]:
     """Validation loss and AUC."""
-    logits = torch.stack([model(bags[s]).logits for s in split.val])
+    logits = torch.cat([model(bags[s]).logits for s in split.val])
     truth = torch.tensor([labels[s] for s in split.val])
     return float(cross_entropy(logits, truth)), auc(truth.numpy(), logits.double().softmax(1).numpy())
 
@@ -99,17 +95,13 @@ def gemm_rate(cores: int) -> float:
     return 2 * 2048**3 / float(np.median(times))
 
 
-def flops(name: str, recipe: Recipe, bags: RaggedBags, slide_ids: list[str]) -> float:
+def flops(name: str, recipe: Recipe, data: BagDataset, slide_ids: list[str]) -> float:
     """Of the matrix products of one training step on these bags, forward and backward, a bag."""
-    model = build_model(name, 320, 2, **recipe.models[name]).train()
+    model = create_model(name, 320, 2, **recipe.models[name]).train()
     with FlopCounterMode(display=False) as counter:
-        loss, _ = bag_loss(
-            model,
-            bags.forward(model, slide_ids),
-            torch.zeros(len(slide_ids)).long(),
-            **loss_options(name, recipe),
-        )
-        loss.backward()
+        batch = data.batch(slide_ids)
+        terms = model.loss(model(**batch.inputs_for(model)), batch.labels)
+        torch.as_tensor(sum(terms.values())).backward()
     return counter.get_total_flops() / len(slide_ids)
 
 
@@ -120,11 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     setup()
     cohort = prepare_cohort(COHORT)
-    bags = load_bags(cohort)
-    splits, labels = (
-        make_splits(cohort, FOLDS, 0),
-        dict(zip(cohort.slide_ids, cohort.labels.tolist(), strict=True)),
-    )
+    bags = cohort.load_bags()
+    splits, labels = make_splits(cohort, FOLDS, 0), cohort.label_of
     recipe = RECIPES[COHORT]
     training = replace(recipe.training, epochs=arguments.epochs, min_epochs=arguments.epochs)
     recipe = replace(recipe, training=training)
@@ -137,12 +126,20 @@ def main() -> None:
         plain = n_bags / (time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            run = (cohort, bags, [METHOD[name]], FOLDS, 0, recipe, folder)
-            run_crossval(*run, workers=WORKERS)
+            cross_validate(
+                cohort,
+                [METHOD[name]],
+                folds=FOLDS,
+                seed=0,
+                recipe=recipe,
+                out=folder,
+                bags=bags,
+                workers=WORKERS,
+            )
             engine = n_bags / (time.perf_counter() - start)
             table = runs_table(folder)
         best = table.loc[table.groupby("fold")["val_loss"].idxmin()]
-        work = flops(name, recipe, RaggedBags(bags, splits[0].train), list(splits[0].train[:8]))
+        work = flops(name, recipe, BagDataset(bags, labels), list(splits[0].train[:8]))
         rows[name] = {
             "plain loop, bags/s": round(plain, 1),
             "engine, bags/s": round(engine, 1),

@@ -2,7 +2,7 @@
 
     python benchmarks/lipn_targets.py
 
-For each seed and fold of a synthetic cohort one DMIN is trained (or taken from the cache) and one LIPN a
+For each seed and fold of a synthetic cohort one DMIN is trained (or taken from the cache) and one LIPN per
 variant. Each LIPN, DMIN's own attention, random tiles and the truth then rank the tiles of the *validation*
 slides, and DMIN sees the best of them: AUC and tumor recall by keep ratio, mean and standard deviation over
 seeds and folds, and the difference to random tiles with the same DMIN. Epochs are chosen on the same
@@ -21,15 +21,22 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hdmil_lib.config import setup
-from hdmil_lib.cohort import Cohort, load_bags, make_splits, prepare_cohort
-from hdmil_lib.reproduce.keep_ratio import attention_scores, lipn_scores, score_rankings, tumor_share
 from hdmil_lib.bags import Bag
-from hdmil_lib.models import LIPN
-from hdmil_lib.training.crossval import load_dmin, run_crossval, run_dir
-from hdmil_lib.batches import RaggedBags
-from hdmil_lib.training.recipes import RECIPES
-from hdmil_lib.training.fit import TrainSettings, train_lipn
+from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Cohort
+from hdmil_lib.config import setup
+from hdmil_lib.models import HDMIL, LIPN
+from hdmil_lib.reproduce.keep_ratio import (
+    attention_scores,
+    lipn_scores,
+    score_rankings,
+    tile_tumor_shares,
+)
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.synthetic.cohorts import prepare_cohort
+from hdmil_lib.training.crossval import cross_validate
+from hdmil_lib.training.fit import TrainSettings
+from hdmil_lib.training.lipn import fit_lipn
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lipn_targets.json"
 FOLDS = 5
@@ -45,27 +52,26 @@ VARIANTS = {
 def scores_of_seed(cohort: Cohort, name: str, bags: dict[str, Bag], seed: int) -> pd.DataFrame:
     """Scores of all rankings on the validation slides of every fold."""
     training = replace(LIPN_TRAINING, seed=seed)
-    run_crossval(cohort, bags, ["hdmil_dagger"], FOLDS, seed, RECIPES[name], workers=1)
-    folder = run_dir(cohort, bags, FOLDS, seed, RECIPES[name])
-    labels = dict(zip(cohort.slide_ids, cohort.labels.tolist(), strict=True))
+    cv = cross_validate(
+        cohort, ["hdmil_dagger"], folds=FOLDS, seed=seed, recipe=RECIPES[name], bags=bags, workers=1
+    )
+    data = BagDataset(bags, cohort.label_of)
     tables = []
-    for fold, split in enumerate(tqdm(make_splits(cohort, FOLDS, seed), desc=f"seed {seed}, LIPN")):
-        dmin = load_dmin(folder, fold)
-        data = RaggedBags(bags, split.val, ("features", "patches"))
+    for fold, split in enumerate(tqdm(cv.splits, desc=f"seed {seed}, LIPN")):
+        dmin = cv.classifier("hdmil_dagger", fold)
         rankings = {"DMIN attention": attention_scores(dmin, data, split.val)}
         for variant, options in VARIANTS.items():
             torch.manual_seed(seed)
             lipn = LIPN(len(cohort.classes))
-            with tempfile.TemporaryDirectory() as out_dir:
-                train_lipn(lipn, dmin, bags, split, labels, training, out_dir, **options)
-            rankings[variant] = lipn_scores(lipn, data, split.val)
+            with tempfile.TemporaryDirectory() as out:
+                fit_lipn(lipn, dmin, data, split, training, out=out, **options)
+            rankings[variant] = lipn_scores(HDMIL(dmin, lipn), data, split.val)
         table = score_rankings(
             dmin,
             data,
             split.val,
-            labels,
             rankings,
-            tumor_share(cohort, split.val),
+            tile_tumor_shares(cohort, split.val),
             keep_ratios=KEEP_RATIOS,
             n_draws=8,
             generator=torch.Generator().manual_seed(seed),
@@ -101,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in arguments.cohorts:
         cohort = prepare_cohort(name)
-        bags = load_bags(cohort)
+        bags = cohort.load_bags()
         scores = pd.concat([scores_of_seed(cohort, name, bags, seed) for seed in range(arguments.seeds)])
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         results[name] = {

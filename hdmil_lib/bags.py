@@ -15,6 +15,8 @@ from hdmil_lib.version import __version__
 
 SCHEMA_VERSION = 2
 PATCH_SIZE = 16
+MAX_CELLS = 2**22
+"""Number of tiles of the largest grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any glass."""
 TRIDENT_ATTRS = (
     "patch_size",
     "patch_size_level0",
@@ -228,21 +230,38 @@ def _grid_positions(
     """Grid positions (N, 2) and shape, from the first tile on, of tiles that were stored without.
 
     The pitch is the exact tile size where the bag knows its scale; otherwise TRIDENT's rounded one, or the
-    smallest step between tiles.
+    most frequent step between neighbors.
     """
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) == 0:
         raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {_REMEDY}")
     offset = coords - coords.min(axis=0)
     if {"mpp_x", "mpp_y", "patch_size", "tile_mpp"} <= set(attrs):
         pitch = attrs["patch_size"] * attrs["tile_mpp"] / np.array([attrs["mpp_x"], attrs["mpp_y"]])
-    elif attrs.get("patch_size_level0"):
+    elif attrs.get("patch_size_level0") and not attrs.get("overlap"):
         pitch = np.full(2, float(attrs["patch_size_level0"]))
     else:
-        steps = np.concatenate([np.diff(np.unique(axis)) for axis in offset.T])
-        pitch = np.full(2, float(steps.min(initial=1) if len(steps) else 1))
+        pitch = np.full(2, float(_usual_step(coords)))
     rowcol = np.rint(offset / pitch).astype(np.int64)[:, ::-1]
     rows, cols = (rowcol.max(axis=0) + 1).tolist()
     return np.ascontiguousarray(rowcol), (rows, cols)
+
+
+def _usual_step(coords: np.ndarray) -> int:
+    """The most frequent distance from a tile to the next one in its row or column.
+
+    CLAM begins a lattice of its own in every piece of tissue, so that the smallest distance between two
+    columns may be a single pixel.
+    """
+    steps = []
+    for along, across in ((0, 1), (1, 0)):
+        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        same_line = np.diff(ordered[:, across]) == 0
+        steps.append(np.diff(ordered[:, along])[same_line])
+    found = np.concatenate(steps)
+    if not (found > 0).any():
+        found = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
+    sizes, counts = np.unique(found[found > 0], return_counts=True)
+    return int(sizes[counts.argmax()]) if len(sizes) else 1
 
 
 def _open(path: Path) -> h5py.File:
@@ -286,6 +305,8 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray], shape: tuple[int, int])
         raise BagError(f"{path}: arrays do not describe the same tiles: {shapes}. {_REMEDY}")
     if patches is not None and patches.dtype != np.uint8:
         raise BagError(f"{path}: patches are {patches.dtype}, not uint8. {_REMEDY}")
+    if shape[0] * shape[1] > MAX_CELLS:
+        raise BagError(f"{path}: no slide has a grid of {shape[0]} x {shape[1]} tiles. {_REMEDY}")
     if rowcol.min() < 0 or (rowcol >= shape).any():
         raise BagError(f"{path}: rowcol reaches beyond the grid of {shape[0]} x {shape[1]} tiles. {_REMEDY}")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))

@@ -1,21 +1,23 @@
 """The running answer is that of the whole bag, whatever the order; rules stop where they say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_factory import made_up
+from bag_factory import ENCODER, make_bag
+from model_factory import INFO, made_up
 
-from hdmil_lib.inference.anytime import RunningDMIN, lead, trajectory
-from hdmil_lib.models import DMIN, DMINSettings
+from hdmil_lib.inference.anytime import RunningDMIN, lead, lipn_scores, trajectory
+from hdmil_lib.models import DMIN, HDMIL, LIPN
 
 
 def make_dmin(n_classes=2, self_distillation=True, shift=0.0):
     torch.manual_seed(0)
     options = dict(embed_dim=12, attention_dim=6, degree=3, self_distillation=self_distillation)
-    dmin = DMIN(DMINSettings(in_dim=5, n_classes=n_classes, **options)).eval()
+    dmin = DMIN(5, n_classes, **options).eval()
     with torch.no_grad():
         dmin.attention.score.weight.mul_(20)
         dmin.attention.score.bias.add_(shift)
@@ -35,16 +37,19 @@ def test_when_all_is_read_the_answer_is_that_of_the_bag(
     n_tiles, block, n_classes, self_distillation, shift, scale
 ):
     dmin = make_dmin(n_classes, self_distillation, shift)
+    info = {"classes": tuple("abc"[:n_classes]), "encoder": ENCODER.name, "encoder_weights": ENCODER.weights_hash}
+    model = HDMIL(dmin, LIPN(n_classes), info=INFO.model_copy(update=info))
     generator = torch.Generator().manual_seed(n_tiles)
-    features = scale * torch.randn(n_tiles, 5, generator=generator)
-    scores = torch.rand(n_tiles, generator=generator).numpy()
-    grown = trajectory(dmin, features, scores, block)
-    order = np.argsort(-scores, kind="stable")
+    features = (scale * torch.randn(n_tiles, 5, generator=generator)).half()
+    bag = replace(make_bag("s", 1, n_tiles), features=features.numpy())
+    grown = trajectory(model, bag, block)
+    order = np.argsort(-lipn_scores(model, bag.patches), kind="stable")
+    assert n_tiles == 1 or (order != np.arange(n_tiles)).any()
     with torch.inference_mode():
         for n, answer in zip(grown.n_read, grown.probabilities, strict=True):
-            expected = dmin(features[order[:n]]).logits.softmax(0).numpy()
+            expected = dmin(features[order[:n]].float()).logits[0].softmax(0).numpy()
             np.testing.assert_allclose(answer, expected, atol=1e-5)
-    assert grown.n_read[-1] == n_tiles
+    assert grown.n_read[-1] == n_tiles and len(grown.n_read) == -(-n_tiles // block)
 
 
 def test_memory_does_not_grow_with_the_tiles():

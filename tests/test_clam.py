@@ -9,9 +9,8 @@ from scipy.special import expit, log_softmax, logsumexp, softmax
 from torch import nn
 from torchmil.models.clam import CLAM_SB
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.clam import CLAM
-from hdmil_lib.models.ragged import cumulative
-from hdmil_lib.training.losses import bag_loss
 
 BRANCHES = pytest.mark.parametrize("multi_branch", [False, True])
 
@@ -23,6 +22,10 @@ def make(n_classes=2, **settings):
 
 def tiles(n, seed=0):
     return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss(model, output, *labels):
+    return sum(model.loss(output, torch.tensor(labels)).values())
 
 
 def closed_form(model, features):
@@ -49,12 +52,12 @@ def instance_loss(model, embeddings, attention, label, k, subtyping):
     branches = []
     for c, head in enumerate(model.instance_heads):
         order = np.argsort(attention[:, c if attention.shape[1] > 1 else 0])
-        labelled = [(j, int(c == label)) for j in order[-k:]]
-        labelled += [(j, 0) for j in order[:k]] if c == label else []
+        labeled = [(j, int(c == label)) for j in order[-k:]]
+        labeled += [(j, 0) for j in order[:k]] if c == label else []
         if c != label and not subtyping:
             continue
         scores = embeddings @ head.weight.detach().numpy().T + head.bias.detach().numpy()
-        margins = [(scores[j, y], scores[j, 1 - y]) for j, y in labelled]
+        margins = [(scores[j, y], scores[j, 1 - y]) for j, y in labeled]
         assert all(abs(true - other) < math.log(1000) for true, other in margins), "the hinge is not tested"
         branches.append(np.mean([logsumexp([true, other + 1]) - true for true, other in margins]))
     return np.mean(branches)
@@ -77,7 +80,7 @@ def test_bag_path_of_one_branch_agrees_with_torchmil():
         oracle.classifier.module.weight.data.copy_(model.classifier.weight[c : c + 1])
         oracle.classifier.module.bias.data.copy_(model.classifier.bias[c : c + 1])
         score, attention = oracle(features[None], return_att=True)
-        torch.testing.assert_close(output.logits[c], score[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(output.logits[:, c], score, rtol=1e-12, atol=1e-12)
         shifted = attention[0] + model.attention.score.bias  # torchmil's score layer has no bias
         torch.testing.assert_close(output.attention[:, 0], shifted, rtol=1e-12, atol=1e-12)
 
@@ -90,7 +93,7 @@ def test_scores_by_the_closed_form(multi_branch, n_classes):
     output = model(features)
     assert output.attention.shape == (9, n_classes if multi_branch else 1)
     np.testing.assert_allclose(output.attention.detach(), attention, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(output.logits.detach(), logits, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(output.logits.detach(), logits[None], rtol=1e-10, atol=1e-12)
 
 
 @BRANCHES
@@ -100,27 +103,28 @@ def test_loss_by_the_closed_form_also_where_k_exceeds_the_bag(multi_branch, subt
     model, features = make(3, multi_branch=multi_branch, subtyping=subtyping, k=k), tiles(n)
     embeddings, attention, logits = closed_form(model, features)
     for label in range(3):
-        total, terms = bag_loss(model, model(features), label)
+        terms = model.loss(model(features), torch.tensor([label]))
+        assert list(terms) == ["bag", "clustering"]
         bag = -0.7 * log_softmax(logits)[label]
         clustering = 0.3 * instance_loss(model, embeddings, attention, label, k, subtyping)
         assert terms["bag"].item() == pytest.approx(bag, rel=1e-9)
         assert terms["clustering"].item() == pytest.approx(clustering, rel=1e-9)
-        assert total.item() == pytest.approx(bag + clustering, rel=1e-9)
+        assert sum(terms.values()).item() == pytest.approx(bag + clustering, rel=1e-9)
 
 
 @BRANCHES
 def test_bags_together_have_the_mean_gradient_of_bags_one_by_one(multi_branch):
     model = make(3, multi_branch=multi_branch, subtyping=True)
-    bags, labels = [tiles(n, seed=n) for n in (1, 30, 7)], torch.tensor([2, 0, 1])
+    bags, labels = [tiles(n, seed=n) for n in (1, 30, 7)], (2, 0, 1)
 
-    def gradients(loss):
-        return torch.autograd.grad(loss, list(model.parameters()))
+    def gradients(total):
+        return torch.autograd.grad(total, list(model.parameters()))
 
-    output = model(torch.cat(bags), cumulative([len(bag) for bag in bags]))
-    together = gradients(bag_loss(model, output, labels)[0])
+    output = model(torch.cat(bags), Segments([len(bag) for bag in bags]))
+    together = gradients(loss(model, output, *labels))
     singles = [model(bag) for bag in bags]
-    torch.testing.assert_close(output.logits, torch.stack([single.logits for single in singles]))
-    each = [bag_loss(model, *pair)[0] for pair in zip(singles, labels, strict=True)]
+    torch.testing.assert_close(output.logits, torch.cat([single.logits for single in singles]))
+    each = [loss(model, single, label) for single, label in zip(singles, labels, strict=True)]
     torch.testing.assert_close(together, gradients(sum(each) / 3), rtol=1e-5, atol=1e-12)
 
 
@@ -131,7 +135,7 @@ def test_the_order_of_tiles_does_not_matter(multi_branch):
     torch.testing.assert_close(shuffled.logits, straight.logits)
     torch.testing.assert_close(shuffled.attention, straight.attention[order])
     for label in range(2):
-        losses = [bag_loss(model, output, label)[0] for output in (straight, shuffled)]
+        losses = [loss(model, output, label) for output in (straight, shuffled)]
         torch.testing.assert_close(*losses)
 
 
@@ -142,7 +146,7 @@ def test_training_reaches_every_weight_with_finite_gradients(multi_branch, n):
     for bias in (layer.bias for layer in model.modules() if isinstance(layer, nn.Linear)):
         nn.init.constant_(bias, 0.5)  # no embedding is dead
     output = model(tiles(n))
-    bag_loss(model, output, 1)[0].backward()
+    loss(model, output, 1).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     learns_attention = bool(gradients["attention.tanh.weight"].any())

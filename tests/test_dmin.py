@@ -1,23 +1,31 @@
-"""DMIN: each equation of the forward pass against float64 numpy, and the modes around them."""
+"""DMIN: each equation of the forward pass and of the loss against float64 numpy, and all modes."""
 
-import dataclasses
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, softmax
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logsumexp, softmax
+from scipy.stats import entropy
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.random import draw_seed, logistic
-from hdmil_lib.models import DMIN, PAPER_PRESETS, DMINSettings
-from hdmil_lib.training.losses import bag_loss
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models import DMIN, LossWeights, create_model
+from hdmil_lib.models.clustering import instance_clustering_loss, smooth_top1_svm
+from hdmil_lib.reproduce.recipes import RECIPES
 
-SMALL = DMINSettings(in_dim=6, embed_dim=5, attention_dim=4, degree=12, dropout=0.0)
+SMALL = {"embed_dim": 5, "attention_dim": 4, "degree": 12, "dropout": 0.0}
+LN1000 = math.log(1000)
+ONLY_RATE = LossWeights(teacher=0.0, clustering=0.0, embedding=0.0, prediction=0.0)
 
 
-def make(seed=0, **changes):
+def make(seed=0, n_classes=2, **changes):
     torch.manual_seed(seed)
-    return DMIN(dataclasses.replace(SMALL, **changes)).double()
+    return DMIN(6, n_classes, **SMALL | changes).double()
 
 
 def bag(n=11, seed=0):
@@ -48,18 +56,20 @@ def restate(model, features, noise=0.0, temperature=1.0):
         "embeddings": f,
         "attention": a,
         "mask": m,
-        "keep_ratio": m.any(1).mean(),
-        "bag_teacher": np.stack(teacher),
-        "bag_student": np.stack(student),
-        "teacher_logits": np.array(y_teacher),
-        "logits": np.array(y_student),
+        "keep_ratio": m.any(1).mean(keepdims=True),
+        "bag_teacher": np.stack(teacher)[None],
+        "bag_student": np.stack(student)[None],
+        "teacher_logits": np.array(y_teacher)[None],
+        "logits": np.array(y_student)[None],
     }
 
 
 def assert_equal(output, expected):
     for name, value in expected.items():
         # arccos of tanh loses about half of the digits where tanh is near 1.
-        np.testing.assert_allclose(getattr(output, name).detach(), value, rtol=1e-7, atol=1e-8, err_msg=name)
+        found = getattr(output, name).detach()
+        assert found.shape == value.shape, name
+        np.testing.assert_allclose(found, value, rtol=1e-7, atol=1e-8, err_msg=name)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -103,8 +113,8 @@ def test_each_branch_pools_its_own_selection():
     other = mask.clone()
     other[:, 1] = ~mask[:, 1]
     first, second = model(features, mask=mask), model(features, mask=other)
-    assert torch.equal(first.bag_student[0], second.bag_student[0])
-    assert not torch.equal(first.bag_student[1], second.bag_student[1])
+    assert torch.equal(first.bag_student[:, 0], second.bag_student[:, 0])
+    assert not torch.equal(first.bag_student[:, 1], second.bag_student[:, 1])
 
 
 def test_a_given_mask_replaces_the_selection():
@@ -116,7 +126,7 @@ def test_a_given_mask_replaces_the_selection():
     for c in range(2):
         kept = mask[:, c].numpy()
         expected = softmax(a[kept, c]) @ f[kept]
-        np.testing.assert_allclose(output.bag_student[c].detach(), expected, rtol=1e-12)
+        np.testing.assert_allclose(output.bag_student[0, c].detach(), expected, rtol=1e-12)
     assert output.keep_ratio.item() == pytest.approx(mask.any(1).double().mean().item())
     assert torch.equal(output.mask.bool(), mask)
 
@@ -140,8 +150,8 @@ def test_an_empty_selection_keeps_the_best_tile_of_the_branch(training):
     output = model(features)
     assert output.mask.count_nonzero() == 0
     best = output.attention.argmax(0)
-    torch.testing.assert_close(output.bag_student, output.embeddings[best])
-    bag_loss(model, output, 1)[0].backward()
+    torch.testing.assert_close(output.bag_student[0], output.embeddings[best])
+    total_loss(model, output, 1).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -169,8 +179,10 @@ def test_without_self_distillation_the_teacher_answers():
 def test_linear_heads():
     model, features = make(head="linear").eval(), bag()
     output = model(features)
-    expected = [output.bag_student[c] @ model.heads[c].weight[0] + model.heads[c].bias[0] for c in range(2)]
-    torch.testing.assert_close(output.logits, torch.stack(expected))
+    expected = [
+        output.bag_student[:, c] @ head.weight[0] + head.bias[0] for c, head in enumerate(model.heads)
+    ]
+    torch.testing.assert_close(output.logits, torch.stack(expected, 1))
     assert isinstance(model.instance_heads[0], torch.nn.Linear)
 
 
@@ -182,8 +194,8 @@ def test_linear_start_reaches_all_heads():
 
 
 def test_training_reaches_every_parameter():
-    model, features = make(dropout=0.25).train(), bag(60)
-    bag_loss(model, model(features), 0, subtyping=True)[0].backward()
+    model, features = make(dropout=0.25, subtyping=True).train(), bag(60)
+    total_loss(model, model(features), 0).backward()
     untouched = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert untouched == []
 
@@ -204,31 +216,282 @@ def test_a_mask_of_another_shape_is_refused_with_both_shapes():
         {"threshold": 1.0},
         {"keep_ratio": 0.0},
         {"degree": 0},
+        {"dropout": 1.0},
+        {"embed_dim": -3},
+        {"attention_dim": 2.5},
+        {"k": 0},
+        {"linear_start": "yes"},
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is "):
-        DMIN(dataclasses.replace(SMALL, **wrong))
+        make(**wrong)
 
 
-def test_defaults_and_presets_are_those_of_the_paper():
-    default = DMINSettings()
-    assert (default.in_dim, default.embed_dim, default.attention_dim, default.dropout) == (
-        1024,
-        512,
-        256,
-        0.25,
-    )
-    assert (default.temperature, default.threshold, default.n_classes) == (0.7, 0.5, 2)
-    assert {
-        name: (p.settings.degree, p.settings.keep_ratio, p.learning_rate, p.subtyping)
-        for name, p in PAPER_PRESETS.items()
-    } == {
+def test_a_negative_weight_of_the_loss_is_refused_by_name():
+    with pytest.raises(ValueError, match="rate"):
+        LossWeights(rate=-1.0)
+
+
+def test_settings_keep_all_arguments():
+    weights = LossWeights(rate=3.0)
+    model = make(n_classes=3, subtyping=True, k=5, detach_teacher=True, loss_weights=weights, threshold=0.4)
+    found = model.settings
+    assert (found.in_dim, found.n_classes, found.embed_dim, found.attention_dim) == (6, 3, 5, 4)
+    assert (found.subtyping, found.k, found.detach_teacher, found.threshold) == (True, 5, True, 0.4)
+    assert found.loss_weights == weights
+
+
+def test_defaults_and_recipes_are_those_of_the_paper():
+    default = DMIN(1024).settings
+    assert (default.in_dim, default.embed_dim, default.attention_dim) == (1024, 512, 256)
+    assert (default.dropout, default.temperature, default.threshold, default.n_classes) == (0.25, 0.7, 0.5, 2)
+    assert (default.k, default.subtyping, default.detach_teacher) == (32, False, False)
+    found = {}
+    for name in ("camelyon16", "nsclc", "brca"):
+        dmin = create_model("dmin", 1024, 2, **RECIPES[name].models["dmin"]).settings
+        rate = RECIPES[name].training_of("dmin").learning_rate
+        found[name] = (dmin.degree, dmin.keep_ratio, rate, dmin.subtyping)
+        assert (dmin.embed_dim, dmin.attention_dim, dmin.k) == (512, 256, 32)
+    assert found == {
         "camelyon16": (12, 0.6, 3e-4, False),
         "nsclc": (16, 0.7, 3e-5, True),
         "brca": (12, 0.7, 3e-4, True),
     }
-    model = DMIN(default)
+    model = DMIN(1024)
     assert model.heads[0].coefficients.shape == (512, 1, 13)
     assert model.instance_heads[1].coefficients.shape == (512, 2, 13)
+
+
+# The loss
+
+
+def forward(n=20, seed=0, training=True, **changes):
+    """A float64 model and its output on a bag of n tiles."""
+    model = make(seed, keep_ratio=0.3, **changes).train(training)
+    return model, model(torch.randn(n, 6, dtype=torch.float64))
+
+
+def total_loss(model, output, *labels):
+    return sum(model.loss(output, torch.tensor(labels)).values())
+
+
+def svm(true, other):
+    """Smooth top-1 SVM as a log-sum-exp over margins, the hinge where one class is far ahead."""
+    if abs(other - true) > LN1000:
+        return max(0.0, 1 + other - true)
+    return logsumexp([true, other + 1]) - true
+
+
+# Smooth top-1 SVM
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-30, 30), st.floats(-30, 30), st.integers(0, 1))
+def test_svm_closed_form(first, second, label):
+    scores = (first, second)
+    loss = smooth_top1_svm(torch.tensor([scores], dtype=torch.float64), torch.tensor([label]))
+    assert loss.item() == pytest.approx(svm(scores[label], scores[1 - label]), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_svm_switches_to_the_hinge_beyond_ln_1000(sign):
+    """Just before, log(1 + e^(1+z)); just after, max(0, 1+z), which is smaller by e^-(1+z) or so."""
+
+    def loss(gap):
+        return smooth_top1_svm(
+            torch.tensor([[0.0, sign * gap]], dtype=torch.float64), torch.tensor([0])
+        ).item()
+
+    before, after = LN1000 - 1e-9, LN1000 + 1e-9
+    assert loss(before) == pytest.approx(math.log1p(math.exp(1 + sign * before)), rel=1e-12)
+    assert loss(after) == pytest.approx(max(0.0, 1 + sign * after), rel=1e-12)
+    assert loss(before) - loss(after) > 1e-4
+
+
+def test_svm_is_one_loss_per_instance():
+    logits = torch.tensor([[1.0, 2], [3, -1], [0, 0]], dtype=torch.float64)
+    loss = smooth_top1_svm(logits, torch.tensor([0, 1, 0]))
+    assert loss.tolist() == pytest.approx([svm(1, 2), svm(-1, 3), svm(0, 0)])
+
+
+# Instance clustering
+
+
+def clustering(model, output, label, k=32, subtyping=False):
+    args = output.embeddings, output.attention, torch.tensor([label]), output.segments
+    return instance_clustering_loss(model.instance_heads, *args, k=k, subtyping=subtyping)
+
+
+def clustering_by_loops(model, output, label, k, subtyping):
+    k = max(1, min(k, len(output.embeddings) // 2))
+    branches = []
+    for branch, head in enumerate(model.instance_heads):
+        order = np.argsort(output.attention[:, branch].detach().numpy())
+        if branch == label:
+            labeled = [(j, 1) for j in order[-k:]] + [(j, 0) for j in order[:k]]
+        elif subtyping:
+            labeled = [(j, 0) for j in order[-k:]]
+        else:
+            continue
+        scores = head(output.embeddings).detach().numpy()
+        branches.append(np.mean([svm(scores[j, y], scores[j, 1 - y]) for j, y in labeled]))
+    return np.mean(branches)
+
+
+@pytest.mark.parametrize("subtyping", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize(("n", "k"), [(20, 3), (20, 32), (7, 8), (3, 2), (2, 32), (1, 32)])
+def test_clustering_labels_both_ends_of_the_attention(n, k, n_classes, subtyping):
+    """k is at most half the bag and at least 1, where the released code stops with an error."""
+    model, output = forward(n, n_classes=n_classes)
+    for label in range(n_classes):
+        loss = clustering(model, output, label, k, subtyping)
+        expected = clustering_by_loops(model, output, label, k, subtyping)
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_clustering_trains_the_heads_that_take_part():
+    for subtyping, reached in ((False, [False, True, False]), (True, [True, True, True])):
+        model, output = forward(n_classes=3)
+        clustering(model, output, 1, subtyping=subtyping).backward()
+        assert [head.coefficients.grad is not None for head in model.instance_heads] == reached
+
+
+# The whole loss
+
+PUBLISHED = {"teacher": 0.7, "clustering": 0.3, "embedding": 0.5, "prediction": 0.5, "rate": 2.0}
+
+
+def terms_by_loops(model, output, label, k, subtyping=False):
+    """The unweighted terms of one bag, from the output alone."""
+    teacher, student = (v[0].detach().numpy() for v in (output.teacher_logits, output.logits))
+    p_teacher, p_student = (np.exp(v - logsumexp(v)) for v in (teacher, student))
+    bags = (output.bag_student - output.bag_teacher).detach().numpy()
+    return {
+        "teacher": -np.log(p_teacher[label]),
+        "clustering": clustering_by_loops(model, output, label, k, subtyping),
+        "embedding": np.mean(bags**2),
+        "prediction": entropy(p_teacher, p_student),
+        "rate": (output.mask.detach().numpy().max(1).mean() - 0.3) ** 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "weights", [PUBLISHED, dict(zip(PUBLISHED, (1.0, 3.0, 0.25, 2.0, 0.5), strict=True))]
+)
+@pytest.mark.parametrize("subtyping", [False, True])
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_loss_is_the_weighted_sum_of_five_terms(label, subtyping, weights):
+    model, output = forward(k=4, subtyping=subtyping, loss_weights=LossWeights(**weights))
+    terms = model.loss(output, torch.tensor([label]))
+    expected = terms_by_loops(model, output, label, 4, subtyping)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(weights[name] * value, rel=1e-9, abs=1e-14), name
+        assert terms[name].requires_grad
+    total = sum(terms.values())
+    assert total.item() == pytest.approx(sum(weights[name] * expected[name] for name in weights))
+
+
+def test_the_weights_are_published_ones_unless_others_are_given():
+    assert LossWeights().model_dump() == PUBLISHED
+    assert make().settings.loss_weights == LossWeights()
+
+
+def test_the_loss_of_bags_together_is_the_mean_of_single_bags():
+    model = make(keep_ratio=0.3, k=4).eval()
+    bags, labels = [bag(n, seed=n) for n in (9, 1, 30)], [1, 0, 1]
+    together = model.loss(model(torch.cat(bags), Segments([9, 1, 30])), torch.tensor(labels))
+    alone = [model.loss(model(one), torch.tensor([y])) for one, y in zip(bags, labels, strict=True)]
+    for name, term in together.items():
+        torch.testing.assert_close(term, torch.stack([terms[name] for terms in alone]).mean())
+
+
+def test_the_divergence_is_that_of_the_student_from_the_teacher():
+    """sum p_tea log(p_tea / p_stu): the other order has another value."""
+    model, output = forward()
+    apart = replace(
+        output,
+        logits=torch.tensor([[2.0, -1.0]], dtype=torch.float64),
+        teacher_logits=torch.tensor([[0.0, 0.5]], dtype=torch.float64),
+    )
+    p_student, p_teacher = expit(3.0), expit(-0.5)
+    expected = entropy([p_teacher, 1 - p_teacher], [p_student, 1 - p_student])
+    reverse = entropy([p_student, 1 - p_student], [p_teacher, 1 - p_teacher])
+    assert abs(expected - reverse) > 0.01
+    assert model.loss(apart, torch.tensor([0]))["prediction"].item() == pytest.approx(0.5 * expected)
+
+
+@pytest.mark.parametrize("detach_teacher", [False, True])
+def test_distillation_moves_the_teacher_unless_detached(detach_teacher):
+    only = LossWeights(teacher=0.0, clustering=0.0, rate=0.0)
+    model, output = forward(loss_weights=only, detach_teacher=detach_teacher)
+    output.teacher_logits.retain_grad()
+    output.bag_teacher.retain_grad()
+    total_loss(model, output, 0).backward()
+    moved = [v.grad is not None and bool(v.grad.any()) for v in (output.teacher_logits, output.bag_teacher)]
+    assert moved == [not detach_teacher] * 2
+    assert model.heads[0].coefficients.grad.any()
+
+
+def test_detaching_changes_gradients_but_not_values():
+    results = []
+    for detach_teacher in (False, True):
+        model, output = forward(detach_teacher=detach_teacher)
+        total = total_loss(model, output, 0)
+        total.backward()
+        results.append((total.item(), model.projection[0].weight.grad))
+    (free, free_gradient), (detached, gradient) = results
+    assert free == detached
+    assert not torch.allclose(free_gradient, gradient)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_rate_term_measures_the_union_of_all_branches(n_classes):
+    """A tile kept by the last branch alone counts, also when there are three."""
+    model, output = forward(n_classes=n_classes, training=False)
+    attention = output.attention.detach().clone()
+    attention[:, :-1] = -1.0
+    attention[:, -1] -= attention[:, -1].median()
+    model.attention.forward = lambda embeddings: attention
+    output = model(bag(20))
+    kept = (attention[:, -1] > 0).double().mean().item()
+    assert 0 < kept < 1
+    assert model.loss(output, torch.tensor([0]))["rate"].item() == pytest.approx(2 * (kept - 0.3) ** 2)
+
+
+def test_the_rate_term_drives_the_noisy_keep_ratio_to_its_target():
+    """On a fixed bag, in training mode: from about 0.75 of the tiles to r = 0.3."""
+    torch.manual_seed(0)
+    model = DMIN(6, **SMALL, keep_ratio=0.3, loss_weights=ONLY_RATE)
+    features = torch.randn(300, 6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    before = model(features).keep_ratio.item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        total_loss(model, model(features), 0).backward()
+        optimizer.step()
+    after = np.mean([model(features).keep_ratio.item() for _ in range(10)])
+    assert before > 0.6
+    # The share of 300 draws at 0.3 has a standard error of 0.026, its mean over ten 0.008.
+    assert after == pytest.approx(0.3, abs=0.05)
+
+
+def test_without_self_distillation_only_the_teacher_terms_remain():
+    model, output = forward(self_distillation=False)
+    terms = model.loss(output, torch.tensor([0]))
+    teacher = -output.teacher_logits.log_softmax(1)[0, 0].item()
+    assert list(terms) == ["teacher", "clustering"]
+    assert terms["teacher"].item() == pytest.approx(0.7 * teacher)
+    assert terms["clustering"].item() == pytest.approx(0.3 * clustering_by_loops(model, output, 0, 32, False))
+
+
+def test_all_terms_are_finite_on_a_bag_of_one_tile():
+    model, output = forward(1, subtyping=True)
+    terms = model.loss(output, torch.tensor([1]))
+    sum(terms.values()).backward()
+    assert all(t.isfinite() for t in terms.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert terms["embedding"] == 0  # one tile: teacher and student pool the same

@@ -7,9 +7,8 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 from torchmil.models.dsmil import DSMIL as Oracle
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.dsmil import DSMIL
-from hdmil_lib.models.ragged import cumulative
-from hdmil_lib.training.losses import bag_loss
 
 
 def make(n_classes=2):
@@ -19,6 +18,10 @@ def make(n_classes=2):
 
 def tiles(n, seed=0):
     return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss(model, output, *labels):
+    return sum(model.loss(output, torch.tensor(labels)).values())
 
 
 def closed_form(model, features):
@@ -31,7 +34,9 @@ def closed_form(model, features):
 
     scores = linear(features, "instance_classifier")
     query = np.tanh(linear(np.maximum(linear(features, "query.0"), 0), "query.2"))
-    kernel = w["classifier.weight"].reshape(model.n_classes, model.n_classes, -1)  # of the Conv1d(C, C, D)
+    kernel = w["classifier.weight"].reshape(
+        model.n_classes, model.n_classes, -1
+    )  # the weight of a Conv1d(C, C, D)
     attention, logits = [], w["classifier.bias"].copy()
     for c in range(model.n_classes):
         attention.append(query @ query[scores[:, c].argmax()] / np.sqrt(query.shape[1]))
@@ -50,9 +55,9 @@ def test_one_class_agrees_with_torchmil(n):
     score, attention, scores = oracle(features[None], return_att=True, return_inst_pred=True)
     output = model(features)
     exact = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(output.logits, score, **exact)
+    torch.testing.assert_close(output.logits[:, 0], score, **exact)
     torch.testing.assert_close(output.attention.softmax(0), attention[0], **exact)
-    torch.testing.assert_close(output.critical_logits, scores.max(1).values, **exact)
+    torch.testing.assert_close(output.critical_logits[:, 0], scores.max(1).values, **exact)
 
 
 def test_the_bag_classifier_is_a_convolution_as_long_as_the_features():
@@ -71,13 +76,14 @@ def test_scores_and_losses_by_the_closed_form(n_classes, n):
     critical, attention, logits = closed_form(model, features)
     output = model(features)
     np.testing.assert_allclose(output.attention.detach(), attention, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(output.logits.detach(), logits, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(output.logits.detach(), logits[None], rtol=1e-10, atol=1e-12)
     for label in range(n_classes):
-        total, terms = bag_loss(model, output, label)
+        terms = model.loss(output, torch.tensor([label]))
+        assert list(terms) == ["bag", "critical"]
         bag, tile = -0.5 * log_softmax(logits)[label], -0.5 * log_softmax(critical)[label]
         assert terms["bag"].item() == pytest.approx(bag, rel=1e-9)
         assert terms["critical"].item() == pytest.approx(tile, rel=1e-9)
-        assert total.item() == pytest.approx(bag + tile, rel=1e-9)
+        assert sum(terms.values()).item() == pytest.approx(bag + tile, rel=1e-9)
 
 
 def test_weights_begin_orthogonal():
@@ -92,17 +98,17 @@ def test_weights_begin_orthogonal():
 
 def test_bags_together_have_the_mean_gradient_of_bags_one_by_one():
     model = make(n_classes=3)
-    bags, labels = [tiles(n, seed=n) for n in (1, 30, 7)], torch.tensor([2, 0, 1])
+    bags, labels = [tiles(n, seed=n) for n in (1, 30, 7)], (2, 0, 1)
 
-    def gradients(loss):
-        return torch.autograd.grad(loss, list(model.parameters()))
+    def gradients(total):
+        return torch.autograd.grad(total, list(model.parameters()))
 
-    output = model(torch.cat(bags), cumulative([len(bag) for bag in bags]))
-    together = gradients(bag_loss(model, output, labels)[0])
+    output = model(torch.cat(bags), Segments([len(bag) for bag in bags]))
+    together = gradients(loss(model, output, *labels))
     singles = [model(bag) for bag in bags]
-    torch.testing.assert_close(output.logits, torch.stack([single.logits for single in singles]))
+    torch.testing.assert_close(output.logits, torch.cat([single.logits for single in singles]))
     torch.testing.assert_close(output.attention, torch.cat([single.attention for single in singles]))
-    each = [bag_loss(model, *pair)[0] for pair in zip(singles, labels, strict=True)]
+    each = [loss(model, single, label) for single, label in zip(singles, labels, strict=True)]
     torch.testing.assert_close(together, gradients(sum(each) / 3), rtol=1e-5, atol=1e-12)
 
 
@@ -117,7 +123,7 @@ def test_the_order_of_tiles_does_not_matter():
 @pytest.mark.parametrize("n", [1, 2, 40])
 def test_training_reaches_every_weight_with_finite_gradients(n):
     model = make(n_classes=3).train()
-    bag_loss(model, model(tiles(n)), 1)[0].backward()
+    loss(model, model(tiles(n)), 1).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     assert bool(gradients["query.0.weight"].any()) == (n > 1), "the softmax over one tile has no gradient"

@@ -9,9 +9,8 @@ from scipy.special import expit, log_softmax, softmax
 from torchmil.models.dtfdmil import DTFDMIL
 from torchmil.nn import AttentionPool
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.dtfd import DTFD, deal
-from hdmil_lib.models.ragged import cumulative
-from hdmil_lib.training.losses import bag_loss
 
 DISTILLATIONS = pytest.mark.parametrize("distill", ["afs", "maxs", "maxmins"])
 
@@ -25,6 +24,10 @@ def make(n_classes=2, distill="afs", n_groups=4):
 
 def tiles(n, seed=0):
     return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss(model, output, *labels):
+    return sum(model.loss(output, torch.tensor(labels)).values())
 
 
 def generator(seed=3):
@@ -88,7 +91,7 @@ def test_one_group_of_afs_agrees_with_torchmil(n):
     oracle.u_classifier.module.load_state_dict(model.bag_classifier.state_dict())
     score, group_score = oracle(features[None], return_pseudo_pred=True)
     output = model(features)
-    torch.testing.assert_close(output.logits, score, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.logits[:, 0], score, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.group_logits, group_score, rtol=1e-12, atol=1e-12)
 
 
@@ -96,18 +99,19 @@ def test_one_group_of_afs_agrees_with_torchmil(n):
 @pytest.mark.parametrize("n_classes", [2, 3])
 @pytest.mark.parametrize("n", [1, 3, 4, 23])
 @pytest.mark.parametrize("training", [False, True])
-def test_scores_and_losses_by_the_closed_form(distill, n_classes, n, training):
+def test_scores_and_loss_terms_by_the_closed_form(distill, n_classes, n, training):
     model, features = make(n_classes, distill).train(training), tiles(n)
     order = torch.rand(n, generator=generator()).numpy() if training else None
     group_logits, logits = closed_form(model, features, order)
     output = model(features, generator=generator())
     assert output.attention.shape == (n, 1)
     np.testing.assert_allclose(output.group_logits.detach(), group_logits, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(output.logits.detach(), logits, rtol=1e-10, atol=1e-12)
-    total, terms = bag_loss(model, output, 1)
+    np.testing.assert_allclose(output.logits.detach(), logits[None], rtol=1e-10, atol=1e-12)
+    terms = model.loss(output, torch.tensor([1]))
+    assert list(terms) == ["tier_1", "tier_2"]
     tiers = -log_softmax(group_logits, axis=1)[:, 1].mean(), -log_softmax(logits)[1]
     assert (terms["tier_1"].item(), terms["tier_2"].item()) == pytest.approx(tiers, rel=1e-9)
-    assert total.item() == pytest.approx(sum(tiers), rel=1e-9)
+    assert sum(terms.values()).item() == pytest.approx(sum(tiers), rel=1e-9)
 
 
 # Groups
@@ -117,13 +121,14 @@ def test_scores_and_losses_by_the_closed_form(distill, n_classes, n, training):
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 99))
 def test_dealing_is_a_partition_of_each_bag_into_groups_of_equal_size(lengths, n_groups, seed):
     order = torch.rand(sum(lengths), generator=generator(seed)).mul(8).round()  # with equals
-    cu_seqlens = cumulative(lengths)
-    numbers, cu_tiles = deal(order, cu_seqlens, n_groups)
-    dealt = [group.tolist() for group in numbers.split(cu_tiles.diff().tolist())]
+    segments = Segments(lengths)
+    numbers, group_tiles = deal(order, segments, n_groups)
+    dealt = [group.tolist() for group in numbers.split(group_tiles.lengths)]
     expected = []
-    for start, bag in zip(cu_seqlens.tolist(), order.split(lengths), strict=False):
+    for start, bag in zip(segments.offsets[:-1].tolist(), order.split(lengths), strict=True):
         expected += [(start + group).tolist() for group in groups_of(bag.numpy(), n_groups)]
     assert dealt == expected
+    assert group_tiles.offsets.diff().tolist() == [len(group) for group in expected]
     assert sorted(numbers.tolist()) == list(range(sum(lengths)))
 
 
@@ -165,31 +170,29 @@ def test_in_training_an_order_of_tiles_does_not_matter_if_the_split_follows_it(m
 def test_bags_together_have_the_mean_gradient_of_bags_one_by_one(distill, training):
     """Also of a random split: one generator gives it to all bags together or to one after another."""
     model = make(3, distill).train(training)
-    bags, labels = [tiles(n, seed=n) for n in (1, 30, 3, 18)], torch.tensor([2, 0, 1, 1])
+    bags, labels = [tiles(n, seed=n) for n in (1, 30, 3, 18)], (2, 0, 1, 1)
 
-    def gradients(loss):
-        return torch.autograd.grad(loss, list(model.parameters()))
+    def gradients(total):
+        return torch.autograd.grad(total, list(model.parameters()))
 
-    cu_seqlens = cumulative([len(bag) for bag in bags])
-    output = model(torch.cat(bags), cu_seqlens, generator=generator())
-    together = gradients(bag_loss(model, output, labels)[0])
+    output = model(torch.cat(bags), Segments([len(bag) for bag in bags]), generator=generator())
+    together = gradients(loss(model, output, *labels))
     one_by_one = generator()
     singles = [model(bag, generator=one_by_one) for bag in bags]
-    torch.testing.assert_close(output.logits, torch.stack([single.logits for single in singles]))
+    torch.testing.assert_close(output.logits, torch.cat([single.logits for single in singles]))
     torch.testing.assert_close(output.group_logits, torch.cat([single.group_logits for single in singles]))
-    each = [bag_loss(model, *pair)[0] for pair in zip(singles, labels, strict=True)]
+    each = [loss(model, single, label) for single, label in zip(singles, labels, strict=True)]
     torch.testing.assert_close(together, gradients(sum(each) / 4), rtol=1e-5, atol=1e-12)
 
 
 @DISTILLATIONS
 def test_each_tier_learns_from_its_own_loss(distill):
     model = make(distill=distill).train()
-    first, second = model.tiers()
+    first, second = (group["params"] for group in model.param_groups())
     assert {*map(id, first), *map(id, second)} == {*map(id, model.parameters())}
-    output = model(tiles(30), cumulative([30]))
-    losses = model.losses(output, torch.tensor([1]))
-    for loss, own, other in ((losses["tier_1"], first, second), (losses["tier_2"], second, first)):
-        reached = torch.autograd.grad(loss, [*own, *other], allow_unused=True, retain_graph=True)
+    terms = model.loss(model(tiles(30)), torch.tensor([1]))
+    for term, own, other in ((terms["tier_1"], first, second), (terms["tier_2"], second, first)):
+        reached = torch.autograd.grad(term, [*own, *other], allow_unused=True, retain_graph=True)
         assert all(gradient is not None for gradient in reached[: len(own)])
         assert all(gradient is None for gradient in reached[len(own) :])
 
@@ -198,7 +201,7 @@ def test_each_tier_learns_from_its_own_loss(distill):
 @pytest.mark.parametrize("n", [1, 2, 40])
 def test_gradients_are_finite(distill, n):
     model = make(3, distill).train()
-    bag_loss(model, model(tiles(n)), 2)[0].backward()
+    loss(model, model(tiles(n)), 2).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     learns_attention = bool(gradients["attention.tanh.weight"].any())

@@ -5,25 +5,29 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 from slide_factory import INK, write_slide
 
-from hdmil_lib.errors import BagError, SlideError
-from hdmil_lib.bags import bag_info, read_bag, read_tile_labels
+from hdmil_lib.bags import EncoderIdentity, bag_info, read_bag, read_tile_labels
+from hdmil_lib.encoders.extraction import encode_tiles, extract, extract_slide, slide_files, spread_tiles
 from hdmil_lib.encoders.loading import load_encoder
-from hdmil_lib.encoders.extraction import calibration_tiles, encode_tiles, extract_slide, extract_slides
+from hdmil_lib.errors import BagError, CohortError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.synthetic.truth import tile_labels
 
 
 class MeanColor:
     """An encoder whose features are known: the tile's mean color, then its corner pixel."""
 
     name, dim, weights_hash, engine, precision = "mean_color", 6, "0" * 12, "numpy", "fp32"
+    batch_size = 32
 
     def __init__(self):
         self.batches = []
@@ -77,12 +81,12 @@ def test_only_the_asked_tiles_are_read(opened, monkeypatch):
     assert sorted(read) == sorted(map(tuple, grid.coords[[2, 9]].tolist()))
 
 
-def test_calibration_tiles_are_spread_over_the_slides(opened, slide_path):
+def test_tiles_for_int8_are_spread_over_the_slides(opened, slide_path):
     slide, grid = opened
-    tiles = calibration_tiles([slide_path, slide_path], n_tiles=7)
+    tiles = spread_tiles([slide_path, slide_path], n_tiles=7)
     expected = [grid.read_tile(slide, row) for row in (0, (len(grid) - 1) // 2, len(grid) - 1)]
     np.testing.assert_array_equal(tiles, expected + expected)
-    assert len(calibration_tiles([slide_path])) == len(grid)  # it has fewer than asked for
+    assert len(spread_tiles([slide_path])) == len(grid)  # it has fewer than asked for
 
 
 def test_no_rows_need_no_reading(opened):
@@ -160,8 +164,11 @@ def test_a_slide_becomes_a_bag_with_its_geometry(slide_path, tmp_path):
         tiles = np.stack([grid.read_tile(slide, i) for i in range(len(grid))])
     np.testing.assert_array_equal(bag.features, MeanColor()(tiles).astype(np.float16))
     np.testing.assert_array_equal(bag.coords, grid.coords)
+    np.testing.assert_array_equal(bag.rowcol, grid.rowcol)
     np.testing.assert_array_equal(bag.patches, grid.patches)
-    assert bag.slide_id == "a" and bag.attrs["encoder"] == "mean_color"
+    assert bag.slide_id == "a" and bag.shape == grid.shape == (3, 4)
+    assert bag.encoder == EncoderIdentity("mean_color", "0" * 12)
+    assert bag_info(tmp_path / "bags" / "a.h5")["encoder"] == "mean_color"
     assert bag.attrs["patch_size_level0"] == 256 and bag.attrs["level0_magnification"] == 20
     assert (bag.attrs["level0_width"], bag.attrs["level0_height"]) == (1024, 768)
 
@@ -175,20 +182,38 @@ def test_a_given_mpp_overrides_the_files(tmp_path):
     assert len(bag) == 2 and bag.attrs["patch_size_level0"] == 512 and bag.attrs["mpp_x"] == 0.25
 
 
-def test_labels_come_from_the_truth_beside_the_slide(slide_path, tmp_path):
-    extract_slide(slide_path, MeanColor(), tmp_path / "without.h5")
+def test_tile_labels_are_stored(slide_path, tmp_path):
+    """Here those of `synthetic.truth`: from the mask beside the slide, where there is one."""
+    extract_slide(slide_path, MeanColor(), tmp_path / "without.h5", tile_labels=tile_labels)
     assert read_tile_labels(tmp_path / "without.h5") is None
     truth = np.zeros((48, 64), np.uint8)
     truth[0:16, 16:32] = 255  # tile (0, 1)
     truth[16:24, 0:16] = 255  # upper half of tile (1, 0)
     truth[32:48, 48:64] = 2  # tile (2, 3) is another class of a composed slide
     cv2.imwrite(str(slide_path.with_name("a.truth.png")), truth)
-    extract_slide(slide_path, MeanColor(), tmp_path / "with.h5")
+    extract_slide(slide_path, MeanColor(), tmp_path / "with.h5", tile_labels=tile_labels)
     expected = np.zeros(12, np.float32)
     expected[[1, 4]] = 1.0, 0.5
     np.testing.assert_array_equal(read_tile_labels(tmp_path / "with.h5"), expected)
-    extract_slide(slide_path, MeanColor(), tmp_path / "composed.h5", truth_value=2)
+    extract_slide(
+        slide_path, MeanColor(), tmp_path / "composed.h5", tile_labels=partial(tile_labels, value=2)
+    )
     np.testing.assert_array_equal(read_tile_labels(tmp_path / "composed.h5"), np.eye(12)[11])
+    extract_slide(slide_path, MeanColor(), tmp_path / "not_asked.h5")
+    assert read_tile_labels(tmp_path / "not_asked.h5") is None
+
+
+def test_tile_labels_of_many_slides_are_asked_for_by_path(slide_path, tmp_path):
+    other = make_slide(slide_path.with_name("b.tif"))
+    shares = {"a": np.linspace(0, 1, 12, dtype=np.float32), "b": None}
+
+    def labels(path, grid):
+        assert path in (slide_path, other) and len(grid) == 12
+        return shares[path.stem]
+
+    extract(slide_path.parent, MeanColor(), tmp_path, tile_labels=labels, progress=False)
+    np.testing.assert_array_equal(read_tile_labels(tmp_path / "a.h5"), shares["a"])
+    assert read_tile_labels(tmp_path / "b.h5") is None
 
 
 def test_failures_are_reported_and_do_not_stop_the_run(slide_path, tmp_path):
@@ -197,7 +222,7 @@ def test_failures_are_reported_and_do_not_stop_the_run(slide_path, tmp_path):
     blank = write_slide(folder / "blank.tif", np.full((600, 600, 3), 255, np.uint8), tile=256)
     last = make_slide(folder / "z.tif", 1, 2)
     paths = [folder / "text.svs", slide_path, blank, folder / "absent.svs", last]
-    table = extract_slides(paths, MeanColor(), tmp_path / "bags", progress=False)
+    table = extract(paths, MeanColor(), tmp_path / "bags", progress=False)
     assert table.slide_id.tolist() == ["text", "a", "blank", "absent", "z"]
     assert table.status.tolist() == ["failed", "done", "failed", "failed", "done"]
     assert table.n_tiles.tolist() == [0, 12, 0, 0, 2]
@@ -209,7 +234,7 @@ def test_failures_are_reported_and_do_not_stop_the_run(slide_path, tmp_path):
 
 def test_what_is_done_is_skipped_and_what_is_different_is_reported(slide_path, tmp_path):
     def run(encoder=None, **options):
-        table = extract_slides([slide_path], encoder or MeanColor(), tmp_path, progress=False, **options)
+        table = extract([slide_path], encoder or MeanColor(), tmp_path, progress=False, **options)
         return table.iloc[0]
 
     assert run().status == "done"
@@ -221,32 +246,137 @@ def test_what_is_done_is_skipped_and_what_is_different_is_reported(slide_path, t
     other = MeanColor()
     other.weights_hash = "f" * 12
     for changed in (run(other), run(min_tissue=0.5), run(mpp=0.4)):
-        assert changed.status == "failed" and "overwrite" in changed.error
+        assert changed.status == "failed"
+        assert "made with" in changed.error and "another folder, or delete the bag" in changed.error
     assert run(other, overwrite=True).status == "done"
     assert bag_info(tmp_path / "a.h5")["weights_hash"] == "f" * 12
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("not a slide\nafter all"),
+        ZeroDivisionError(),
+        MemoryError(),
+        AttributeError("no attribute"),
+        RuntimeError("h5py"),
+        UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+        OSError(28, "No space left on device"),
+        RecursionError("too deep"),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_poison_slide_stops_no_other(slide_path, tmp_path, error):
+    """Whatever is raised on a slide, and wherever: the row says so, and those after it are done."""
+    last = make_slide(slide_path.with_name("z.tif"), 1, 2)
+
+    class Poisoned(MeanColor):
+        def __call__(self, tiles):
+            if len(tiles) == 12:
+                raise error
+            return super().__call__(tiles)
+
+    for _ in range(2):  # and on the next run
+        table = extract([slide_path, last], Poisoned(), tmp_path / "bags", progress=False)
+        assert table.slide_id.tolist() == ["a", "z"]
+        assert table.status.tolist() in (["failed", "done"], ["failed", "skipped"])
+        assert table.error[0].startswith(str(error) or type(error).__name__)
+        assert [p.name for p in (tmp_path / "bags").iterdir()] == ["z.h5"]
+    assert extract([slide_path, last], MeanColor(), tmp_path / "bags", progress=False).status.tolist() == [
+        "done",
+        "skipped",
+    ]
+
+
+def test_a_poison_bag_or_labels_stop_no_other(slide_path, tmp_path):
+    last = make_slide(slide_path.with_name("z.tif"), 1, 2)
+    with h5py.File(tmp_path / "a.h5", "w") as file:  # HDF5, but no bag
+        file.create_group("features")
+    table = extract([slide_path, last], MeanColor(), tmp_path, progress=False)
+    assert table.status.tolist() == ["failed", "done"] and table.error[0]
+
+    def poison(path, grid):
+        return np.zeros(100 // (12 - len(grid)))
+
+    table = extract([slide_path, last], MeanColor(), tmp_path / "b", tile_labels=poison, progress=False)
+    assert table.status.tolist() == ["failed", "failed"]
+    assert "division" in table.error[0] and "same tiles" in table.error[1]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_failure_of_a_slide(slide_path, tmp_path, ending):
+    class Ending(MeanColor):
+        def __call__(self, tiles):
+            raise ending
+
+    with pytest.raises(ending):
+        extract([slide_path], Ending(), tmp_path / "bags", progress=False)
+
+
+def test_an_output_that_is_a_file_fails_before_anything_is_encoded(slide_path, tmp_path):
+    (tmp_path / "bags").write_text("notes")
+    encoder = MeanColor()
+    for out in (tmp_path / "bags", tmp_path / "bags" / "deeper"):
+        with pytest.raises(BagError, match=f"{out}: cannot be a folder"):
+            extract([slide_path], encoder, out, progress=False)
+    assert encoder.batches == [] and (tmp_path / "bags").read_text() == "notes"
+
+
+def test_slides_are_found_in_files_folders_and_tables(slide_path, tmp_path):
+    other = make_slide(slide_path.with_name("B.TIF"), 1, 2)
+    (slide_path.parent / "notes.txt").write_text("no slide")
+    (tmp_path / "labels.csv").write_text("slide_id,path\na,slides/a.tif\nb,\nc,slides/absent.svs\n")
+    absent = tmp_path / "slides" / "absent.svs"
+    assert slide_files(slide_path.parent) == [other, slide_path]
+    assert slide_files(str(slide_path)) == [slide_path]
+    assert slide_files(tmp_path / "labels.csv") == [slide_path, absent]
+    assert slide_files([slide_path, tmp_path / "labels.csv", slide_path.parent]) == [
+        slide_path,
+        absent,
+        other,
+    ]
+    table = extract(tmp_path / "labels.csv", MeanColor(), tmp_path / "bags", progress=False)
+    assert table.status.tolist() == ["done", "failed"]
+
+
+def test_sources_without_slides_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_path.csv").write_text("slide_id,file\na,a.svs\n")
+    (tmp_path / "no_rows.csv").write_text("path\n")
+    with pytest.raises(SlideError, match="empty: no slides in it; known suffixes are .svs"):
+        slide_files(tmp_path / "empty")
+    with pytest.raises(SlideError, match="no_rows.csv: no slides"):
+        slide_files(tmp_path / "no_rows.csv")
+    with pytest.raises(SlideError, match="no slides are named"):
+        slide_files([])
+    with pytest.raises(CohortError, match="no_path.csv: missing column path; it has slide_id, file"):
+        slide_files(tmp_path / "no_path.csv")
+    with pytest.raises(CohortError, match="absent.csv: no such label file"):
+        slide_files(tmp_path / "absent.csv")
+
+
 def test_a_damaged_bag_is_reported(slide_path, tmp_path):
     (tmp_path / "a.h5").write_bytes(b"half a bag")
-    row = extract_slides([slide_path], MeanColor(), tmp_path, progress=False).iloc[0]
+    row = extract([slide_path], MeanColor(), tmp_path, progress=False).iloc[0]
     assert row.status == "failed" and "Delete the file" in row.error
 
 
 def test_slides_of_one_name_are_refused(tmp_path):
     with pytest.raises(BagError, match="called 'a'"):
-        extract_slides([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.tif"], MeanColor(), tmp_path)
+        extract([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.tif"], MeanColor(), tmp_path)
 
 
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_extraction import MeanColor, extract_slides
+from test_extraction import MeanColor, extract
 class Slow(MeanColor):
     def __call__(self, tiles):
         print("encoding", flush=True)
         time.sleep(0.2)
         return super().__call__(tiles)
-extract_slides({paths!r}, Slow(), {out!r}, batch_size=3, progress=False)
+extract({paths!r}, Slow(), {out!r}, batch_size=3, progress=False)
 """
 
 
@@ -261,7 +391,7 @@ def test_a_killed_run_leaves_whole_bags_and_is_resumed(slide_path, tmp_path):
     process.communicate()
     assert [p.name for p in out.iterdir()] == ["a.h5"]
     assert len(read_bag(out / "a.h5")) == 12
-    table = extract_slides(paths, MeanColor(), out, progress=False)
+    table = extract(paths, MeanColor(), out, progress=False)
     assert table.status.tolist() == ["skipped", "done"]
     assert len(read_bag(out / "b.h5")) == 12
 

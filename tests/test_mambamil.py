@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.mambamil import MambaBranch, MambaMIL, SRMamba, strided_order
-from hdmil_lib.models.ragged import cumulative
 
 LENGTHS, RATE = [1, 7, 2, 40, 13], 3
 
@@ -17,8 +17,8 @@ def draw(n_classes=2, **options):
     torch.manual_seed(0)
     options = {"embed_dim": 6, "n_states": 4, "rate": RATE, "attention_dim": 3} | options
     model = MambaMIL(5, n_classes, **options).double().eval()
-    cu_seqlens = cumulative(LENGTHS)
-    return model, torch.randn(int(cu_seqlens[-1]), 5, dtype=torch.float64), cu_seqlens
+    segments = Segments(LENGTHS)
+    return model, torch.randn(segments.n_tiles, 5, dtype=torch.float64), segments
 
 
 def numpy_weights(module):
@@ -78,29 +78,29 @@ def model_step_by_step(model, bag):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(1, 12))
 def test_the_strided_order_is_that_of_each_bag_by_itself(lengths, rate):
-    cu_seqlens = cumulative(lengths)
+    segments = Segments(lengths)
     expected = [
         start + t
-        for start, length in zip(cu_seqlens.tolist(), lengths, strict=False)
+        for start, length in zip(segments.offsets[:-1].tolist(), lengths, strict=True)
         for t in strides(length, rate)
     ]
-    assert strided_order(cu_seqlens, rate).tolist() == expected
+    assert strided_order(segments, rate).tolist() == expected
 
 
 @pytest.mark.parametrize("rate", [1, 3, 10])
 @pytest.mark.parametrize("length", [1, 3, 10, 21])
 def test_the_block_is_two_recurrences(length, rate):
     torch.manual_seed(length)
-    block, cu_seqlens = SRMamba(4, n_states=3).double(), cumulative([length])
+    block, segments = SRMamba(4, n_states=3).double(), Segments([length])
     tiles = torch.randn(length, 4, dtype=torch.float64)
-    got = block(tiles, strided_order(cu_seqlens, rate), cu_seqlens).detach()
+    got = block(tiles, strided_order(segments, rate), segments).detach()
     np.testing.assert_allclose(got, block_step_by_step(block, tiles.numpy(), rate), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_the_model_is_its_definition(n_classes):
-    model, features, cu_seqlens = draw(n_classes)
-    output = model(features, cu_seqlens)
+    model, features, segments = draw(n_classes)
+    output = model(features, segments)
     expected = [model_step_by_step(model, bag.numpy()) for bag in features.split(LENGTHS)]
     np.testing.assert_allclose(output.logits.detach(), [logits for logits, _ in expected], rtol=1e-9)
     attention = np.concatenate([attention for _, attention in expected])
@@ -110,16 +110,17 @@ def test_the_model_is_its_definition(n_classes):
 def test_it_starts_as_mamba():
     branch = MambaBranch(400, n_states=16, conv_size=4, rank=25)
     steps = torch.nn.functional.softplus(branch.step.bias)
-    assert 0.00099 < steps.min() < 0.0013 and 0.07 < steps.max() < 0.101
+    assert 0.00099 < steps.min() < 0.0013
+    assert 0.07 < steps.max() < 0.101
     assert branch.step.weight.abs().max() <= 0.2
     torch.testing.assert_close(branch.decay_log.exp()[3], torch.arange(1.0, 17.0))
     assert SRMamba(33).straight.sizes == (3, 16, 16)
 
 
 def test_batched_logits_and_gradients_are_those_of_single_bags():
-    model, features, cu_seqlens = draw()
-    batched = model(features, cu_seqlens).logits
-    singly = torch.stack([model(bag).logits for bag in features.split(LENGTHS)])
+    model, features, segments = draw()
+    batched = model(features, segments).logits
+    singly = torch.cat([model(bag).logits for bag in features.split(LENGTHS)])
     torch.testing.assert_close(batched, singly)
     up, parameters = torch.randn_like(singly), list(model.parameters())
     got = torch.autograd.grad((batched * up).sum(), parameters)
@@ -129,17 +130,17 @@ def test_batched_logits_and_gradients_are_those_of_single_bags():
 
 
 def test_in_float32_batches_agree_with_single_bags():
-    model, features, cu_seqlens = draw()
+    model, features, segments = draw()
     model, features = model.float(), features.float()
-    singly = torch.stack([model(bag).logits for bag in features.split(LENGTHS)])
-    torch.testing.assert_close(model(features, cu_seqlens).logits, singly, rtol=1e-5, atol=1e-5)
+    singly = torch.cat([model(bag).logits for bag in features.split(LENGTHS)])
+    torch.testing.assert_close(model(features, segments).logits, singly, rtol=1e-5, atol=1e-5)
 
 
 def test_a_huge_bag_beside_it_changes_nothing():
     model, features, _ = draw()
     small, huge = features[:7], 1000 * torch.randn(500, 5, dtype=torch.float64)
-    both = model(torch.cat([small, huge]), cumulative([7, 500])).logits
-    torch.testing.assert_close(both[0], model(small).logits)
+    both = model(torch.cat([small, huge]), Segments([7, 500])).logits
+    torch.testing.assert_close(both[:1], model(small).logits)
 
 
 def test_the_order_of_tiles_matters():
@@ -157,8 +158,8 @@ def test_the_rate_matters():
 def test_one_tile_trains():
     torch.manual_seed(0)
     model = MambaMIL(5, 3, embed_dim=8)
-    output = model(torch.randn(1, 5), torch.tensor([0, 1]))
-    sum(model.losses(output, torch.tensor([2])).values()).backward()
+    output = model(torch.randn(1, 5), Segments([1]))
+    sum(model.loss(output, torch.tensor([2])).values()).backward()
     assert output.attention.shape == (1, 1)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 

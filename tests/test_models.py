@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import make_bag
-from scipy.special import expit, softmax
+from scipy.special import expit, logsumexp, softmax
 
+from hdmil_lib.batches import BagDataset
 from hdmil_lib.errors import BagError, HDMILError
-from hdmil_lib.models import ABMIL, DMIN, MODELS, MaxPooling, MeanPooling, build_model
-from hdmil_lib.training.losses import bag_loss
-from hdmil_lib.batches import RaggedBags
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models import ABMIL, DMIN, MODELS, MaxPooling, MeanPooling, MILOutput, create_model
 
 SMALL = {"embed_dim": 8}
 OPTIONS = dict.fromkeys(MODELS, SMALL) | {"dsmil": {}}
@@ -20,20 +20,20 @@ IN_ORDER = {"transmil", "s4mil", "mambamil"}
 
 
 def small(name, in_dim=5, n_classes=2, **options):
-    return build_model(name, in_dim, n_classes, **OPTIONS[name] | options)
+    return create_model(name, in_dim, n_classes, **OPTIONS[name] | options)
 
 
 K = {"dmin": {"k": 4}}
-"""Options of `bag_loss`."""
+"""Fewer tiles at each end of the attention than these bags have."""
 
 
 def three_bags():
-    """Bags of 1, 7 and 24 tiles, and their names."""
+    """Bags of 7, 1 and 24 tiles with their labels."""
     rng = np.random.default_rng(0)
     bags = {}
     for slide_id, n in (("a", 7), ("b", 1), ("c", 24)):
         bags[slide_id] = replace(make_bag(slide_id, 0, n), features=rng.normal(size=(n, 5)))
-    return bags, list(bags)
+    return BagDataset(bags, {"a": 0, "b": 1, "c": 1})
 
 
 def ask(model, features, order=None):
@@ -42,10 +42,14 @@ def ask(model, features, order=None):
     generator = torch.Generator().manual_seed(1)
     fields = {
         "patches": torch.randint(256, (n, 16, 16, 3), dtype=torch.uint8, generator=generator),
-        "coords": 256 * torch.stack((torch.arange(n) % 6, torch.arange(n) // 6), 1),
+        "rowcol": torch.stack((torch.arange(n) // 6, torch.arange(n) % 6), 1),
     }
     order = torch.arange(n) if order is None else order
     return model(features[order], **{name: fields[name][order] for name in model.inputs[1:]})
+
+
+def total_loss(model, output, *labels):
+    return sum(model.loss(output, torch.tensor(labels)).values())
 
 
 def numpy_state(model):
@@ -68,7 +72,7 @@ def bag(n, dim=5, seed=0):
 def test_mean_pooling_is_the_mean_of_tile_logits():
     model, features = MeanPooling(5, 3, **SMALL).double().eval(), bag(7)
     expected = instance_logits(features.numpy(), numpy_state(model)).mean(0)
-    np.testing.assert_allclose(model(features).logits.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(model(features).logits.detach(), expected[None], rtol=1e-12)
     assert model(features).attention is None
 
 
@@ -78,14 +82,14 @@ def test_max_pooling_with_two_classes_is_the_tile_likeliest_to_be_class_1(seed):
     model, features = MaxPooling(5, 2, **SMALL).double().eval(), bag(9, seed=seed)
     logits = instance_logits(features.numpy(), numpy_state(model))
     expected = logits[np.argmax(logits[:, 1] - logits[:, 0])]
-    np.testing.assert_allclose(model(features).logits.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(model(features).logits.detach(), expected[None], rtol=1e-12)
 
 
 def test_max_pooling_with_more_classes_is_the_surest_tile():
     model, features = MaxPooling(5, 4, **SMALL).double().eval(), bag(9)
     logits = instance_logits(features.numpy(), numpy_state(model))
     expected = logits[np.argmax(softmax(logits, axis=1).max(1))]
-    np.testing.assert_allclose(model(features).logits.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(model(features).logits.detach(), expected[None], rtol=1e-12)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -105,7 +109,7 @@ def test_abmil_weighs_tiles_by_the_softmax_of_attention(gated):
     expected = linear(softmax(attention[:, 0]) @ f, "classifier")
     output = model(features)
     np.testing.assert_allclose(output.attention.detach(), attention, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(output.logits.detach(), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(output.logits.detach(), expected[None], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,14 +118,14 @@ def test_every_model_trains_and_predicts_on_a_bag_of_one_tile(name, n_classes):
     torch.manual_seed(0)
     model = small(name, n_classes=n_classes)
     features = torch.randn(1, 5)
-    total, _ = bag_loss(model.train(), ask(model, features), n_classes - 1)
+    total = total_loss(model, ask(model.train(), features), n_classes - 1)
     total.backward()
     assert total.isfinite()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in gradients)
     assert any((g != 0).any() for g in gradients)
     logits = ask(model.eval(), features).logits
-    assert logits.shape == (n_classes,)
+    assert logits.shape == (1, n_classes)
     assert logits.isfinite().all()
 
 
@@ -143,22 +147,24 @@ def test_the_order_of_tiles_matters_to_sequence_models_alone(name):
 def test_bags_together_are_bags_one_by_one(name):
     """Logits, and the gradient of the mean loss, of three bags with dropout and noise off."""
     torch.manual_seed(0)
-    model, bags = small(name).double().eval(), RaggedBags(*three_bags(), ("features", "patches", "coords"))
-    slides, labels = ["a", "b", "c"], torch.tensor([0, 1, 1])
+    model, data, slides = small(name, **K.get(name, {})).double().eval(), three_bags(), ["a", "b", "c"]
 
-    def gradients(batches):
+    def logits_and_gradients(parts):
         model.zero_grad()
-        for batch in batches:
-            take = [slides.index(s) for s in batch]
-            fields = {name: bags.take(name, batch) for name in model.inputs[1:]}
-            features = bags.take("features", batch).double()
-            output = model(features, bags.cu_seqlens(batch), **fields)
-            (bag_loss(model, output, labels[take], **K.get(name, {}))[0] * len(batch) / 3).backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        logits = []
+        for part in parts:
+            batch = data.batch(part)
+            output = model(**batch.inputs_for(model) | {"features": batch.features.double()})
+            (sum(model.loss(output, batch.labels).values()) * len(part) / 3).backward()
+            logits.append(output.logits.detach())
+        return torch.cat(logits), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    together, apart = gradients([slides]), gradients([[s] for s in slides])
+    logits, together = logits_and_gradients([slides])
+    logits_apart, apart = logits_and_gradients([[s] for s in slides])
+    torch.testing.assert_close(logits, logits_apart)
     norm = torch.cat([g.flatten() for g in apart]).norm()
-    assert norm > 0 and len(together) == len(apart)
+    assert norm > 0
+    assert len(together) == len(apart)
     for one, other in zip(together, apart, strict=True):
         assert (one - other).norm() <= 1e-5 * norm
 
@@ -173,12 +179,12 @@ def test_every_model_learns_a_small_cohort(name):
     bags = torch.randn(12, 20, 5)
     labels = [i % 2 for i in range(12)]
     bags[1::2, :6, 0] += 6
-    model = small(name, **({} if name == "dsmil" else {"embed_dim": 16}))
+    model = small(name, **({} if name == "dsmil" else {"embed_dim": 16}), **K.get(name, {}))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(50):
         for features, label in zip(bags, labels, strict=True):
             optimizer.zero_grad()
-            bag_loss(model, ask(model, features), label, **K.get(name, {}))[0].backward()
+            total_loss(model, ask(model, features), label).backward()
             optimizer.step()
     model.eval()
     assert [ask(model, features).logits.argmax().item() for features in bags] == labels
@@ -195,21 +201,77 @@ def test_features_of_another_encoder_are_refused_with_both_widths(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_empty_bag_is_refused(name):
+    model = small(name)
     with pytest.raises(BagError, match="no tiles"):
-        small(name)(torch.zeros(0, 5))
+        model(torch.zeros(0, 5))
+    with pytest.raises(BagError, match="no tiles"):
+        model(torch.zeros(3, 5), Segments([2, 0, 1]))
 
 
-def test_build_model_passes_settings_on():
-    model = build_model("dmin", 320, 3, degree=4, head="linear")
+@pytest.mark.parametrize("name", MODELS)
+def test_segments_that_do_not_cover_the_tiles_are_refused(name):
+    model = small(name)
+    with pytest.raises(ValueError, match="segments covers 3 tiles, embeddings has 4"):
+        model(torch.zeros(4, 5), Segments([1, 2]))
+    with pytest.raises(ValueError, match="segments is a Tensor, expected a Segments"):
+        model(torch.zeros(4, 5), torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_is_named_weighted_terms_whose_sum_is_a_scalar_with_gradients(name):
+    """The bag's cross entropy, that of DMIN's teacher or of DTFD's second tier is always among them."""
+    torch.manual_seed(0)
+    model, batch = small(name, **K.get(name, {})).train(), three_bags().batch(["a", "c"])
+    terms = model.loss(model(**batch.inputs_for(model)), batch.labels)
+    assert terms
+    assert all(isinstance(key, str) and term.shape == () for key, term in terms.items())
+    assert {"bag", "teacher", "tier_2"} & set(terms)
+    total = sum(terms.values())
+    assert total.shape == ()
+    assert total.isfinite()
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any((p.grad != 0).any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_groups_hold_every_parameter_once(name):
+    model = small(name)
+    grouped = [p for group in model.param_groups() for p in group["params"]]
+    assert len(grouped) == len(set(map(id, grouped)))
+    assert {*map(id, grouped)} == {*map(id, model.parameters())}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unknown_setting_is_refused_with_the_nearest(name):
+    with pytest.raises(HDMILError, match=f"{name} has no setting 'xyz'; it has "):
+        create_model(name, 5, 2, xyz=1)
+
+
+def test_a_misspelled_setting_names_the_nearest():
+    with pytest.raises(HDMILError, match=r"no setting 'embed_dims' \(did you mean 'embed_dim'\?\)"):
+        create_model("abmil", 5, 2, embed_dims=8)
+
+
+def test_the_loss_of_a_plain_model_is_cross_entropy():
+    logits = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
+    model = MeanPooling(4, 3)
+    terms = model.loss(MILOutput(logits=logits, segments=Segments([1])), torch.tensor([1]))
+    assert list(terms) == ["bag"]
+    assert terms["bag"].item() == pytest.approx(logsumexp(logits.numpy()) + 1.0)
+
+
+def test_create_model_passes_settings_on():
+    model = create_model("dmin", 320, 3, degree=4, head="linear")
     assert isinstance(model, DMIN)
     assert (model.in_dim, model.n_classes) == (320, 3)
     assert (model.settings.degree, model.settings.head) == (4, "linear")
-    assert build_model("abmil", 7, 2, embed_dim=3).projection[0].weight.shape == (3, 7)
+    assert create_model("abmil", 7, 2, embed_dim=3).projection[0].weight.shape == (3, 7)
 
 
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(HDMILError, match="'nonsense'.*mean, max, abmil, .*dmin"):
-        build_model("nonsense", 5, 2)
+        create_model("nonsense", 5, 2)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -226,6 +288,6 @@ def test_standardizing_is_the_z_score_of_the_training_tiles_and_travels_with_the
 
 
 def test_a_constant_feature_does_not_divide_by_zero():
-    model = build_model("abmil", 5, 2, **SMALL)
+    model = create_model("abmil", 5, 2, **SMALL)
     model.standardize([torch.ones(4, 5)])
     assert model(torch.ones(4, 5)).logits.isfinite().all()

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from bag_factory import make_bag
-from model_factory import made_up, make_predictor
+from model_factory import made_up, make_model
 
 from hdmil_lib.inference.rules import learn_margin, learn_thresholds, threshold_ladder
-from hdmil_lib.training.two_stage import two_stage
 
 
 def test_the_margin_learned_is_the_smallest_certified():
@@ -66,51 +65,72 @@ def test_the_ladder_goes_from_all_tiles_to_few():
 
 
 @pytest.fixture(scope="module")
-def networks():
+def model():
     """DMIN has either class on half of the bags, so that what is read matters."""
-    predictor = make_predictor()
+    model = make_model()
     with torch.inference_mode():
-        leads = [predictor.dmin(torch.from_numpy(bag.features).float()).logits.diff() for bag in bags_of(40)]
+        leads = [model.dmin(features_of(bag)).logits[0].diff() for bag in bags_of(40)]
     with torch.no_grad():
-        constant = predictor.dmin.heads[1].coefficients[:, 0, 0]  # of T_0 = 1
+        constant = model.dmin.heads[1].coefficients[:, 0, 0]  # of T_0 = 1
         constant -= torch.cat(leads).median() / len(constant)
-    return predictor.dmin, predictor.lipn
+    return model
 
 
 def bags_of(n, n_tiles=24):
     return [make_bag(f"s{i}", i % 2, n_tiles, dim=6) for i in range(n)]
 
 
-def test_thresholds_are_judged_by_what_the_two_stages_say(networks):
+def features_of(bag):
+    return torch.from_numpy(bag.features).float()
+
+
+def test_thresholds_are_judged_by_what_the_two_stages_say(model):
     bags, candidates = bags_of(20), threshold_ladder((0.5, 0.5))
-    learned = learn_thresholds(*networks, bags, candidates, epsilon=0.2, delta=0.2)
+    learned = learn_thresholds(model, bags, candidates, epsilon=0.2, delta=0.2)
     errors, kept = np.zeros(len(candidates), int), np.zeros(len(candidates))
-    for bag in bags:
-        tensors = torch.from_numpy(bag.features).float(), torch.from_numpy(bag.patches)
-        dagger = networks[0](tensors[0]).logits.argmax()
-        for j, threshold in enumerate(candidates):
-            output, share = two_stage(*networks, *tensors, threshold)
-            errors[j] += output.logits.argmax() != dagger
-            kept[j] += share / 20
+    with torch.inference_mode():
+        for bag in bags:
+            features, patches = features_of(bag), torch.from_numpy(bag.patches)
+            dagger = model.dmin(features).logits.argmax()
+            for j, thresholds in enumerate(candidates):
+                output = model.with_rules(thresholds=thresholds)(features, patches)
+                errors[j] += output.logits.argmax() != dagger
+                kept[j] += output.keep_ratio / 20
     assert learned.control.errors.tolist() == errors.tolist() and errors.max() > 0
     np.testing.assert_allclose(learned.control.costs, kept, rtol=1e-6)
     assert learned.keep_ratio == pytest.approx(kept[learned.control.certified].min())
     assert learned.value == candidates[int(kept[: learned.control.certified.sum()].argmin())]
 
 
-def test_the_truth_can_be_the_reference(networks):
+def test_candidates_start_from_the_thresholds_that_training_chose(model):
+    """So that rules learned twice on the same slides are the same, and their guarantee holds."""
+    bags, trained = bags_of(30), model.trained_thresholds.tolist()
+    options = {"epsilon": 0.3, "delta": 0.3}
+    first = learn_thresholds(model, bags, **options)
+    assert first.value != (0.0, 0.0) and first.value != tuple(trained)
+    assert len(first.control.errors) == len(threshold_ladder(trained))
+    second = learn_thresholds(model.with_rules(thresholds=first.value), bags, **options)
+    assert second.value == first.value
+    np.testing.assert_array_equal(second.control.costs, first.control.costs)
+    given = learn_thresholds(model, bags, threshold_ladder(trained), **options)
+    assert given.value == first.value
+
+
+def test_the_truth_can_be_the_reference(model):
     bags = bags_of(60)
     with torch.inference_mode():
-        said = [int(networks[0](torch.from_numpy(bag.features).float()).logits.argmax()) for bag in bags]
+        said = [int(model.dmin(features_of(bag)).logits.argmax()) for bag in bags]
     wrong = [1 - label for label in said]
-    same = learn_thresholds(*networks, bags, [0.0], labels=said)
+    all_tiles = [(0.0, 0.0)]
+    same = learn_thresholds(model, bags, all_tiles, labels=said)
     assert same.control.errors.tolist() == [0] and same.keep_ratio == 1.0
-    never = learn_thresholds(*networks, bags, [0.0], labels=wrong)
+    never = learn_thresholds(model, bags, all_tiles, labels=wrong)
     assert never.control.errors.tolist() == [60] and never.value == (0.0, 0.0)
     with pytest.raises(ValueError, match="3 labels for 60 slides"):
-        learn_thresholds(*networks, bags, [0.0], labels=[0, 1, 1])
-    with pytest.raises(ValueError, match="bags or candidates are empty"):
-        learn_thresholds(*networks, [], [0.0])
+        learn_thresholds(model, bags, all_tiles, labels=[0, 1, 1])
+    for nothing in ({"bags": []}, {"candidates": []}):
+        with pytest.raises(ValueError, match="bags or candidates are empty"):
+            learn_thresholds(model, **{"bags": bags, "candidates": all_tiles} | nothing)
 
 
 def test_missed_positives_can_be_the_risk_of_a_margin():

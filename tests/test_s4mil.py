@@ -6,7 +6,7 @@ import torch
 from scipy.special import erf, expit
 from torch.nn.functional import layer_norm
 
-from hdmil_lib.models.ragged import cumulative
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.s4mil import S4MIL, S4DLayer
 
 LENGTHS = [1, 7, 2, 40, 13]
@@ -15,8 +15,8 @@ LENGTHS = [1, 7, 2, 40, 13]
 def draw(n_classes=2, seed=0, **settings):
     torch.manual_seed(seed)
     model = S4MIL(5, n_classes, **{"embed_dim": 6, "n_states": 8} | settings).double().eval()
-    cu_seqlens = cumulative(LENGTHS)
-    return model, torch.randn(int(cu_seqlens[-1]), 5, dtype=torch.float64), cu_seqlens
+    segments = Segments(LENGTHS)
+    return model, torch.randn(segments.n_tiles, 5, dtype=torch.float64), segments
 
 
 def step_by_step(layer, tiles):
@@ -41,34 +41,35 @@ def test_the_layer_is_a_recurrence(length):
     torch.manual_seed(length)
     layer = S4DLayer(4, 6).double()
     tiles = torch.randn(length, 4, dtype=torch.float64)
-    got = layer(tiles, cumulative([length])).detach()
+    got = layer(tiles, Segments([length])).detach()
     np.testing.assert_allclose(got, step_by_step(layer, tiles.numpy()), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_the_model_is_its_definition(n_classes):
-    model, features, cu_seqlens = draw(n_classes)
+    model, features, segments = draw(n_classes)
     expected = []
     for bag in features.split(LENGTHS):
         tiles = layer_norm((model.projection[0](bag)).relu(), (6,), model.norm.weight, model.norm.bias)
         highest = step_by_step(model.sequence, tiles.detach().numpy()).max(0)
         expected.append(model.classifier(torch.from_numpy(highest)))
-    torch.testing.assert_close(model(features, cu_seqlens).logits, torch.stack(expected))
+    torch.testing.assert_close(model(features, segments).logits, torch.stack(expected))
 
 
 def test_it_starts_as_s4d_lin():
     layer = S4DLayer(500, 32)
     steps = layer.log_step.exp()
-    assert 0.001 <= steps.min() < 0.0012 and 0.08 < steps.max() <= 0.1
+    assert 0.001 <= steps.min() < 0.0012
+    assert 0.08 < steps.max() <= 0.1
     torch.testing.assert_close(layer.decay_log.exp(), torch.full((500, 16), 0.5))
     torch.testing.assert_close(layer.frequency[7], torch.pi * torch.arange(16.0))
     assert abs(layer.readout.square().sum(-1).mean() - 1) < 0.05
 
 
 def test_batched_logits_and_gradients_are_those_of_single_bags():
-    model, features, cu_seqlens = draw()
-    batched = model(features, cu_seqlens).logits
-    singly = torch.stack([model(bag).logits for bag in features.split(LENGTHS)])
+    model, features, segments = draw()
+    batched = model(features, segments).logits
+    singly = torch.cat([model(bag).logits for bag in features.split(LENGTHS)])
     torch.testing.assert_close(batched, singly)
     up, parameters = torch.randn_like(singly), list(model.parameters())
     got = torch.autograd.grad((batched * up).sum(), parameters)
@@ -78,35 +79,35 @@ def test_batched_logits_and_gradients_are_those_of_single_bags():
 
 
 def test_in_float32_batches_agree_with_single_bags():
-    model, features, cu_seqlens = draw()
+    model, features, segments = draw()
     model, features = model.float(), features.float()
-    singly = torch.stack([model(bag).logits for bag in features.split(LENGTHS)])
-    torch.testing.assert_close(model(features, cu_seqlens).logits, singly, rtol=1e-5, atol=1e-5)
+    singly = torch.cat([model(bag).logits for bag in features.split(LENGTHS)])
+    torch.testing.assert_close(model(features, segments).logits, singly, rtol=1e-5, atol=1e-5)
 
 
 def test_a_huge_bag_beside_it_changes_nothing():
     """1e-5: the Fourier transform rounds relative to the largest tile of its own bag and channel alone."""
     model, features, _ = draw()
     model, small = model.float(), features[:6].float()
-    both = model(torch.cat([small, 1000 * torch.randn(700, 5)]), cumulative([6, 700])).logits
-    torch.testing.assert_close(both[0], model(small).logits, rtol=1e-5, atol=1e-5)
+    both = model(torch.cat([small, 1000 * torch.randn(700, 5)]), Segments([6, 700])).logits
+    torch.testing.assert_close(both[:1], model(small).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_is_no_maximum():
     """Where all outputs of the layer are negative, the zeros behind a shorter bag would win."""
-    model, features, cu_seqlens = draw()
+    model, features, segments = draw()
     with torch.no_grad():
         model.sequence.output[0].weight.zero_()
         model.sequence.output[0].bias.fill_(-1.0)
     expected = model.classifier(torch.full((6,), -1.0 * float(expit(-1.0)), dtype=torch.float64))
-    torch.testing.assert_close(model(features, cu_seqlens).logits, expected.expand(5, 2))
+    torch.testing.assert_close(model(features, segments).logits, expected.expand(5, 2))
 
 
 def test_later_tiles_reach_no_earlier_output():
     model, features, _ = draw()
     tiles = torch.randn(20, 6, dtype=torch.float64)
-    whole = model.sequence(tiles, cumulative([20]))
-    torch.testing.assert_close(whole[:11], model.sequence(tiles[:11], cumulative([11])))
+    whole = model.sequence(tiles, Segments([20]))
+    torch.testing.assert_close(whole[:11], model.sequence(tiles[:11], Segments([11])))
 
 
 def test_the_order_of_tiles_matters():
@@ -118,8 +119,8 @@ def test_the_order_of_tiles_matters():
 def test_one_tile_trains():
     torch.manual_seed(0)
     model = S4MIL(5, 3, embed_dim=8, dropout=0.1)
-    output = model(torch.randn(1, 5), torch.tensor([0, 1]))
-    sum(model.losses(output, torch.tensor([2])).values()).backward()
+    output = model(torch.randn(1, 5), Segments([1]))
+    sum(model.loss(output, torch.tensor([2])).values()).backward()
     assert output.attention is None
     assert all(p.grad.isfinite().all() for p in model.parameters())
 

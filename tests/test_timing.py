@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from model_factory import make_predictor, write_textured_slide
+from model_factory import make_model, write_textured_slide
 
 from hdmil_lib.reproduce.timing import STAGES, stage_medians, time_slides
 
@@ -18,20 +18,20 @@ def slides(tmp_path_factory):
 def test_methods_take_turns_in_reversed_order_on_every_slide(slides):
     turns = []
 
-    def predict(path, *, prescreen, n_readers):
-        turns.append((path.stem, prescreen))
+    def predict(path, *, all_tiles, n_readers):
+        turns.append((path.stem, all_tiles))
         stages = dict.fromkeys(STAGES, 1.0)
         return SimpleNamespace(slide_id=path.stem, n_tiles=35, n_read=35, seconds=stages | {"total": 5.0})
 
-    predictor = SimpleNamespace(encoder=lambda tiles: None, predict=predict)
-    timings = time_slides(predictor, slides, repeats=2)
-    one_slide = [False, True, True, False]
-    assert turns == [("a", screened) for screened in one_slide] + [("b", screened) for screened in one_slide]
+    model = SimpleNamespace(encoder=lambda tiles: None, predict=predict)
+    timings = time_slides(model, slides, repeats=2)
+    one_slide = [True, False, False, True]
+    assert turns == [("a", every) for every in one_slide] + [("b", every) for every in one_slide]
     assert timings.groupby(["slide_id", "method"]).size().tolist() == [2] * 4
 
 
 def test_a_budget_reads_that_share_of_the_tiles_of_each_slide(slides):
-    timings = time_slides(make_predictor(slides[0]), slides, repeats=1, keep_ratios=(0.2, 0.6))
+    timings = time_slides(make_model(slides[0]), slides, repeats=1, keep_ratios=(0.2, 0.6))
     read = timings.groupby("method")["keep_ratio"].unique()
     # whole tiles: 7 and 21 of 35
     assert read["HDMIL, keep 0.20"].tolist() == [0.2] and read["HDMIL, keep 0.60"].tolist() == [0.6]
@@ -39,7 +39,7 @@ def test_a_budget_reads_that_share_of_the_tiles_of_each_slide(slides):
 
 
 def test_stages_add_up_and_medians_ignore_one_disturbed_repeat(slides):
-    timings = time_slides(make_predictor(slides[0]), slides[:1], repeats=3)
+    timings = time_slides(make_model(slides[0]), slides[:1], repeats=3)
     # what lies between the stages is opening the file and a few array copies
     assert (timings[list(STAGES)].sum(axis=1) <= timings["total"]).all()
     quiet = stage_medians(timings)["total"]

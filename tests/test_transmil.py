@@ -6,8 +6,8 @@ import pytest
 import torch
 from nystrom_attention import NystromAttention as Oracle
 
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.nystrom import NystromAttention, pseudo_inverse
-from hdmil_lib.models.ragged import cumulative
 from hdmil_lib.models.transmil import PositionEncoding, TransMIL
 
 DIM, LENGTHS = 16, [1, 7, 2, 9, 60, 5, 8]
@@ -128,14 +128,14 @@ def by_hand(model, features):
 def draw(n_classes=2, **settings):
     torch.manual_seed(0)
     model = TransMIL(5, n_classes, **SMALL | settings).double().eval()
-    cu_seqlens = cumulative(LENGTHS)
-    return model, torch.randn(int(cu_seqlens[-1]), 5, dtype=torch.float64), cu_seqlens
+    segments = Segments(LENGTHS)
+    return model, torch.randn(segments.n_tiles, 5, dtype=torch.float64), segments
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_batched_logits_and_gradients_are_those_of_the_definition_bag_by_bag(n_classes):
-    model, features, cu_seqlens = draw(n_classes)
-    output = model(features, cu_seqlens)
+    model, features, segments = draw(n_classes)
+    output = model(features, segments)
     singly = torch.stack([by_hand(model, bag) for bag in features.split(LENGTHS)])
     torch.testing.assert_close(output.logits, singly, rtol=1e-8, atol=1e-10)
     up, parameters = torch.randn_like(singly), list(model.parameters())
@@ -146,11 +146,11 @@ def test_batched_logits_and_gradients_are_those_of_the_definition_bag_by_bag(n_c
 
 
 def test_in_float32_batches_agree_with_single_bags():
-    model, features, cu_seqlens = draw()
+    model, features, segments = draw()
     model, features = model.float(), features.float()
-    batched = model(features, cu_seqlens)
+    batched = model(features, segments)
     outputs = [model(bag) for bag in features.split(LENGTHS)]
-    torch.testing.assert_close(batched.logits, torch.stack([o.logits for o in outputs]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batched.logits, torch.cat([o.logits for o in outputs]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         batched.attention.exp(), torch.cat([o.attention for o in outputs]).exp(), rtol=1e-4, atol=1e-6
     )
@@ -171,8 +171,8 @@ def test_attention_is_the_class_tokens_share_with_copies_of_a_tile_added():
 def test_a_huge_bag_beside_it_changes_nothing():
     model, features, _ = draw()
     small, huge = features[:6], 100 * torch.randn(500, 5, dtype=torch.float64)
-    both = model(torch.cat([small, huge]), cumulative([6, 500])).logits
-    torch.testing.assert_close(both[0], model(small).logits)
+    both = model(torch.cat([small, huge]), Segments([6, 500])).logits
+    torch.testing.assert_close(both[:1], model(small).logits)
 
 
 def test_the_order_of_tiles_matters():
@@ -185,8 +185,8 @@ def test_the_order_of_tiles_matters():
 def test_one_tile_trains():
     torch.manual_seed(0)
     model = TransMIL(5, 3, embed_dim=8)
-    output = model(torch.randn(1, 5), torch.tensor([0, 1]))
-    sum(model.losses(output, torch.tensor([2])).values()).backward()
+    output = model(torch.randn(1, 5), Segments([1]))
+    sum(model.loss(output, torch.tensor([2])).values()).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in gradients)
     assert model.class_token.grad.abs().sum() > 0

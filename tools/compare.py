@@ -2,8 +2,8 @@
 
     python tools/compare.py [--cohorts NAME ...] [--methods NAME ...] [--folds 5] [--seed 0] [--no-controls]
 
-Writes `docs/results/<cohort>/*.csv` (and `.md` beside them), and `build/runs/<cohort>.parquet`, one row a run
-and epoch. What is trained is kept in the cache: an interrupted run goes on where it stopped.
+Writes `docs/results/<cohort>/*.csv` (and `.md` beside them), and `build/runs/<cohort>.parquet`, one row per
+run and epoch. What is trained is kept in the cache: an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -16,17 +16,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from hdmil_lib.bags import Bag
+from hdmil_lib.cohort import Cohort
 from hdmil_lib.config import setup
-from hdmil_lib.cohort import Cohort, load_bags, prepare_cohort
+from hdmil_lib.evaluation.statistics import format_scores, score_table
+from hdmil_lib.methods import title
 from hdmil_lib.reproduce.claims import judge_claims
 from hdmil_lib.reproduce.keep_ratio import score_by_keep_ratio
-from hdmil_lib.evaluation.statistics import format_scores, score_table
-from hdmil_lib.reproduce.tables import add_mask_scores, save_table, table1, table3
-from hdmil_lib.bags import Bag
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.reproduce.tables import (
+    TABLE1_METHODS,
+    TABLE3_METHODS,
+    add_mask_scores,
+    save_table,
+    table1,
+    table3,
+)
 from hdmil_lib.storage import write_json
-from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.methods import METHODS, TABLE1_METHODS, TABLE3_METHODS
-from hdmil_lib.training.recipes import RECIPES
+from hdmil_lib.synthetic.cohorts import prepare_cohort
+from hdmil_lib.training.crossval import CrossValidation, cross_validate
 from hdmil_lib.training.runs import save_runs
 from hdmil_lib.viz.scores import auc_intervals, score_against_keep_ratio
 from hdmil_lib.viz.style import use_style
@@ -51,12 +59,10 @@ class Comparison:
     n_folds: int
     seed: int
 
-    def train(self, cohort: Cohort, bags: Mapping[str, Bag], methods: tuple[str, ...]) -> pd.DataFrame:
-        """Test predictions of these methods."""
-        return run_crossval(cohort, bags, methods, self.n_folds, self.seed, RECIPES[self.name])
-
-    def folder(self, cohort: Cohort, bags: Mapping[str, Bag]) -> Path:
-        return run_dir(cohort, bags, self.n_folds, self.seed, RECIPES[self.name])
+    def train(self, cohort: Cohort, bags: Mapping[str, Bag], methods: tuple[str, ...]) -> CrossValidation:
+        """Cross-validate these methods."""
+        recipe = RECIPES[self.name]
+        return cross_validate(cohort, methods, folds=self.n_folds, seed=self.seed, recipe=recipe, bags=bags)
 
     def controls(self, cohort: Cohort) -> pd.DataFrame:
         """Test predictions of the controls, under their own names."""
@@ -65,7 +71,8 @@ class Comparison:
             changed = cohort.permuted(self.seed)
             if encoder is not None:
                 changed = prepare_cohort(self.name, encoder=encoder)
-            parts.append(self.train(changed, load_bags(changed), (method,)).assign(method=control))
+            cv = self.train(changed, changed.load_bags(), (method,))
+            parts.append(cv.predictions.assign(method=control))
         return pd.concat(parts, ignore_index=True)
 
 
@@ -73,13 +80,12 @@ def compare(comparison: Comparison, build: Path, controls: bool) -> None:
     """Train, judge and write one cohort."""
     name, out = comparison.name, RESULTS / comparison.name
     cohort = prepare_cohort(name)
-    bags = load_bags(cohort)
-    cases = dict(zip(cohort.slide_ids, cohort.table["case_id"], strict=True))
-    predictions = comparison.train(cohort, bags, comparison.methods)
-    folder = comparison.folder(cohort, bags)
+    bags, cases = cohort.load_bags(), cohort.case_of
+    cv = comparison.train(cohort, bags, comparison.methods)
+    predictions = cv.predictions
     (build / "runs").mkdir(parents=True, exist_ok=True)
-    save_runs(folder).replace(build / "runs" / f"{name}.parquet")
-    masked = add_mask_scores(predictions, folder, cohort, bags)
+    save_runs(cv.folder).replace(build / "runs" / f"{name}.parquet")
+    masked = add_mask_scores(cv, cohort, bags)
     in_table1 = masked["method"].isin(TABLE1_METHODS)
     save_table(table1(masked[in_table1], cohort=PAPER[name]).drop(columns="s/slide"), out / "table1")
     save_table(table3(masked[masked["method"].isin(TABLE3_METHODS)], cohort=PAPER[name]), out / "table3")
@@ -89,7 +95,7 @@ def compare(comparison: Comparison, build: Path, controls: bool) -> None:
         judged = judge_claims(variant, ("loses_little", "keeps_tumor"), cases=cases)
         save_table(judged, out / "claims_evidence")
     curves = {
-        METHODS[name].title: score_by_keep_ratio(cohort, bags, folder, method=name)
+        title(name): score_by_keep_ratio(cv, cohort, bags, method=name)
         for name in ("hdmil", "hdmil_evidence")
         if name in comparison.methods
     }
@@ -107,14 +113,14 @@ def compare(comparison: Comparison, build: Path, controls: bool) -> None:
             "command": f"python tools/compare.py --cohorts {name} --folds {comparison.n_folds}",
             "data": f"{len(cohort)} synthetic slides",
             "seed": comparison.seed,
-            "seconds of all trainings, one core each": round(training_seconds(folder)),
+            "seconds of all trainings, one core each": round(training_seconds(cv.folder)),
         },
     )
     draw(out, scores, curves)
 
 
 def training_seconds(folder: Path) -> float:
-    """Of all jobs of a cross-validation, whenever they ran."""
+    """Seconds of all trainings of a cross-validation, whenever they ran."""
     return sum(json.loads(path.read_text())["seconds"] for path in folder.glob("*/fold*/provenance.json"))
 
 
@@ -135,8 +141,8 @@ def draw(out: Path, scores: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) ->
     figure, axes = plt.subplots(
         1, len(curves), figsize=(6 * len(curves), 4), layout="constrained", sharey=True
     )
-    for ax, (title, curve) in zip(np.atleast_1d(axes), curves.items(), strict=True):
-        score_against_keep_ratio(curve, ax).set_title(title)
+    for ax, (name, curve) in zip(np.atleast_1d(axes), curves.items(), strict=True):
+        score_against_keep_ratio(curve, ax).set_title(name)
     _save(out / "keep_ratio.png")
 
 

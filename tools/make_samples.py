@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from hdmil_lib.cohort import DEFAULT_ENCODER, SAMPLES, Cohort, load_bags, prepare_cohort
 from hdmil_lib.bags import bag_info, read_bag, read_tile_labels, write_bag
-from hdmil_lib.inference import Predictor, best_fold
-from hdmil_lib.training.crossval import run_crossval, run_dir
-from hdmil_lib.training.recipes import RECIPES
+from hdmil_lib.cohort import Cohort
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.synthetic.cohorts import DEFAULT_ENCODER, SAMPLES, prepare_cohort
+from hdmil_lib.training.crossval import cross_validate
 
 NAME = "camelyon-mini"
 N_SLIDES = 100
@@ -26,8 +26,8 @@ LIMIT_MB = 16
 README = """# Sample bags and model
 
 `{name}` holds bags of {n} synthetic slides ({classes}; {tiles:,} tiles, {size:.1f} MB): drawn by
-`hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained on
-the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
+`hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained
+on the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
 slides or training. `make samples` makes them: of every class of the full cohort, the slides with the fewest
 tiles; of the cross-validation, the fold of lowest validation loss.
 """
@@ -53,11 +53,8 @@ def copy_bags(full: Cohort, folder: Path) -> None:
 
 def save_model(full: Cohort, folder: Path) -> None:
     """The networks of the best fold."""
-    bags = load_bags(full)
-    run = (full, bags, N_FOLDS, 0, RECIPES[NAME])
-    run_crossval(full, bags, ["hdmil"], *run[2:])
-    runs = run_dir(*run)
-    Predictor.from_fold(runs, best_fold(runs), full.classes, next(iter(bags.values()))).save(folder)
+    cv = cross_validate(full, ["hdmil"], folds=N_FOLDS, seed=0, recipe=RECIPES[NAME])
+    cv.hdmil(cv.best_fold()).save_pretrained(folder)
 
 
 def main() -> None:

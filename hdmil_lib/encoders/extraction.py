@@ -229,16 +229,18 @@ def extract(
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
-        BagError: Two slides have the same name, so one bag would replace the other; or `out` is a file.
+        BagError: Two slides have the same name, so one bag would replace the other; or `out` cannot be a folder.
     """
     import pandas as pd
 
     paths, out = slide_files(slides), Path(out)
-    if out.exists() and not out.is_dir():
-        raise BagError(f"{out}: is a file; give a folder for the bags")
     twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
     if twice:
         raise BagError(f"several slides are called {twice[0]!r}; rename them, or give each a folder of bags")
+    try:  # now, not after the first slide is encoded
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BagError(f"{out}: cannot be a folder ({error.strerror}); choose another for the bags") from error
 
     def run(path: Path) -> tuple[str, int]:
         out_path = out / f"{path.stem}.h5"

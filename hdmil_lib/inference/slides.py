@@ -110,12 +110,11 @@ def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Predictio
             rows = np.flatnonzero(mask.any(axis=1))
         features = np.asarray(bag.features[rows], dtype=np.float32)
         result = _classify(model, features, rows, mask, len(bag), seconds)
-    width = int(bag.attrs.get("patch_size_level0", model.known_info.tile_size))
     return Prediction(
         slide_id=bag.slide_id,
         classes=model.classes,
         coords=bag.coords,
-        tile_size_level0=(width, width),
+        tile_size_level0=_tile_size_level0(bag, model.known_info.tile_size),
         shape=bag.shape,
         rowcol=bag.rowcol,
         thumbnail=bag.thumbnail,
@@ -204,6 +203,16 @@ def check_bag(model: HDMIL, bag: Bag) -> None:
             f"bag {bag.slide_id} holds features of {bag.encoder}, the model was trained on {wanted}; extract "
             "the slide with that encoder"
         )
+
+
+def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
+    """Width and height of a bag's tiles in level-0 pixels, rounded: exact where the bag knows its scale."""
+    attrs = bag.attrs
+    if {"mpp_x", "mpp_y", "patch_size", "tile_mpp"} <= set(attrs):
+        side = attrs["patch_size"] * attrs["tile_mpp"]  # in um
+        return round(side / attrs["mpp_x"]), round(side / attrs["mpp_y"])
+    width = int(attrs.get("patch_size_level0", tile_size))
+    return width, width
 
 
 def _screen(model: HDMIL, patches: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hdmil_lib.errors import CheckpointError
+from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
 from hdmil_lib.kernels.segments import Segments, check_segments
 from hdmil_lib.models import pretrained
@@ -105,7 +105,7 @@ class HDMIL(nn.Module):
         trained = self.thresholds if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
         self.register_buffer("margin", torch.tensor(float(margin)))
-        self._packed: list[Tensor] | None = None
+        self._packed: tuple[list[tuple[int, int]], list[Tensor]] | None = None
         self._encoder: Encoder | None = None
         self.eval()
 
@@ -131,8 +131,11 @@ class HDMIL(nn.Module):
             BagError: Features or patches have another shape than the networks take, or a bag has no tiles.
             ValueError: `segments` does not cover the tiles.
         """
-        segments = segments or Segments([len(features)], features.device)
+        if segments is None:
+            segments = Segments([len(features)], features.device)
         check_segments(segments, len(features), features.device)
+        if min(segments.lengths) == 0:
+            raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
         if all_tiles:
             output = self.dmin(features, segments)
             mask = torch.ones_like(output.attention) if output.mask is None else output.mask
@@ -144,6 +147,10 @@ class HDMIL(nn.Module):
                 mask=mask > 0.5,
                 read=read,
                 keep_ratio=torch.ones(segments.n_bags, device=features.device),
+            )
+        if len(patches) != len(features):
+            raise BagError(
+                f"there are {len(patches)} patches and {len(features)} rows of features: a tile needs both"
             )
         mask = self.screen(patches, segments)
         read = mask.any(1)
@@ -168,13 +175,22 @@ class HDMIL(nn.Module):
         """LIPN's logits P, float32 (N, C), of patches uint8 (N, 16, 16, 3) on the model's device.
 
         On a CPU they are those of the module to the bit; on a GPU `kernels.lipn_forward` computes them in 16
-        bits, from weights that are packed once.
+        bits, from `packed_lipn`.
         """
         if not patches.is_cuda:
             return torch.cat([self.lipn(chunk) for chunk in patches.split(PATCHES_AT_ONCE)])
-        if self._packed is None:
-            self._packed = self.lipn.packed(torch.float16)
-        return lipn_forward(patches, self._packed).float()
+        return lipn_forward(patches, self.packed_lipn()).float()
+
+    def packed_lipn(self) -> list[Tensor]:
+        """LIPN's weights as the kernel takes them, packed again only after a number has changed.
+
+        Packing takes longer than a slide.
+        """
+        tensors = (*self.lipn.parameters(), *self.lipn.buffers())
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if self._packed is None or self._packed[0] != versions:
+            self._packed = versions, self.lipn.packed(torch.float16)
+        return self._packed[1]
 
     def with_rules(
         self,
@@ -329,11 +345,6 @@ class HDMIL(nn.Module):
                 "one that cross_validate or save_pretrained wrote"
             )
         return self.info
-
-    def train(self: Self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; packed weights are made anew after training."""
-        self._packed = None
-        return super().train(mode)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         self._packed = None

@@ -18,7 +18,7 @@ from hdmil_lib.kernels.variants import Variant
 
 ROWS, INPUTS = 32, 64  # rows and inputs per block
 OUTPUTS = 2  # outputs per program
-PROGRAMS = 128  # programs that keep a large GPU busy: small batches are split over the inputs to have as many
+PROGRAMS = 128  # number of programs that keeps a large GPU busy; small batches split the inputs to reach it
 
 
 @triton.jit

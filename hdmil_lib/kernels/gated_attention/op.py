@@ -45,13 +45,14 @@ def gated_attention(
     Raises:
         ValueError: An argument has a wrong shape, type, device or value, or the backend cannot run here.
     """
-    embeddings, *weights = same_type(
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias = same_type(
         embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias
     )
+    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     check_arguments(embeddings, weights, dropout, seed)
     if use_triton(backend, embeddings):
         return _forward(embeddings, *weights, dropout, key(seed or 0))
-    return reference.gated_attention(embeddings, *weights, dropout=dropout, seed=seed or 0)
+    return reference.gated_attention(embeddings, *weights, dropout, seed or 0)
 
 
 def check_arguments(embeddings: Tensor, weights: Sequence[Tensor], dropout: float, seed: int | None) -> None:

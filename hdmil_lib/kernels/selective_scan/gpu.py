@@ -24,7 +24,7 @@ CHANNELS = 32  # channels per program; with 64 channels, or 8 steps, the backwar
 STATES = tl.constexpr(MAX_STATES)
 STEPS = tl.constexpr(4)  # steps that are loaded and recomputed at once
 MIN_CHUNK = 16  # steps of the shortest chunk
-PROGRAMS = 4096  # programs that keep a large GPU busy: bags are cut into no more chunks than give as many
+PROGRAMS = 4096  # number of programs that keeps a large GPU busy; chunks get no shorter to exceed it
 SIZES = ("length", "chunk", "n_chunks")  # differ from bag to bag and must not cause a recompilation
 
 

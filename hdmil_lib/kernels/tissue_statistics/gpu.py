@@ -16,7 +16,7 @@ from torch import Tensor
 from hdmil_lib.kernels.variants import Variant
 
 PIXELS = 1024  # pixels per block
-PROGRAMS = 1024  # programs that keep a large GPU busy: few tiles are split into shares to have as many
+PROGRAMS = 1024  # number of programs that keeps a large GPU busy; tiles are split into shares to reach it
 BINS = (16, 32, 64, 128)  # sizes of a histogram in registers, to which the number of bins is rounded up
 
 
