@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from bag_factory import ENCODER, make_bag
-from model_factory import INFO, made_up
+from model_factory import made_up
 
 from hdmil_lib.inference.anytime import RunningDMIN, lead, lipn_scores, trajectory
-from hdmil_lib.models import DMIN, HDMIL, LIPN
+from hdmil_lib.models import DMIN, HDMIL, LIPN, ModelInfo
 
 
 def make_dmin(n_classes=2, self_distillation=True, shift=0.0):
@@ -22,6 +22,17 @@ def make_dmin(n_classes=2, self_distillation=True, shift=0.0):
         dmin.attention.score.weight.mul_(20)
         dmin.attention.score.bias.add_(shift)
     return dmin
+
+
+def make_lipn(n_classes):
+    """An untrained network says nearly the same of all patches; this one ranks them."""
+    torch.manual_seed(0)
+    lipn = LIPN(n_classes).eval()
+    with torch.no_grad():
+        logits = lipn(torch.from_numpy(make_bag("s", 1, 90).patches))
+        lipn.classifier.weight /= logits.std(dim=0)[:, None]
+        lipn.classifier.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
+    return lipn
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,14 +48,16 @@ def test_when_all_is_read_the_answer_is_that_of_the_bag(
     n_tiles, block, n_classes, self_distillation, shift, scale
 ):
     dmin = make_dmin(n_classes, self_distillation, shift)
-    info = {"classes": tuple("abc"[:n_classes]), "encoder": ENCODER.name, "encoder_weights": ENCODER.weights_hash}
-    model = HDMIL(dmin, LIPN(n_classes), info=INFO.model_copy(update=info))
+    info = ModelInfo(
+        classes=tuple("abc"[:n_classes]), encoder=ENCODER.name, encoder_weights=ENCODER.weights_hash
+    )
+    model = HDMIL(dmin, make_lipn(n_classes), info=info)
     generator = torch.Generator().manual_seed(n_tiles)
     features = (scale * torch.randn(n_tiles, 5, generator=generator)).half()
     bag = replace(make_bag("s", 1, n_tiles), features=features.numpy())
     grown = trajectory(model, bag, block)
     order = np.argsort(-lipn_scores(model, bag.patches), kind="stable")
-    assert n_tiles == 1 or (order != np.arange(n_tiles)).any()
+    assert n_tiles < 10 or (order != np.arange(n_tiles)).any()
     with torch.inference_mode():
         for n, answer in zip(grown.n_read, grown.probabilities, strict=True):
             expected = dmin(features[order[:n]].float()).logits[0].softmax(0).numpy()

@@ -8,18 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bag_factory import DIM, make_bags, make_split
+from bag_factory import DIM, make_bags, make_data, make_split
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from hdmil_lib.errors import CheckpointError
-from hdmil_lib.models import LIPN, build_model
-from hdmil_lib.training import joint, trainer
+from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Split
+from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.models import HDMIL, LIPN, create_model
+from hdmil_lib.models.lipn import keep_mask, thresholds_for_keep_ratio
+from hdmil_lib.training import fit as loop
+from hdmil_lib.training import joint
+from hdmil_lib.training.fit import TrainSettings, fit
 from hdmil_lib.training.joint import fine_tune
-from hdmil_lib.training.losses import lipn_loss
-from hdmil_lib.batches import RaggedBags
-from hdmil_lib.training.fit import TrainSettings, predict_two_stage, train_lipn, train_model
-from hdmil_lib.training.two_stage import calibrate_thresholds, lipn_mask
+from hdmil_lib.training.lipn import fit_lipn, lipn_loss, predict_screened
 
 SHORT = TrainSettings(learning_rate=1e-3, epochs=4, min_epochs=4, patience=4, seed=3, batch_size=2)
 SMALL_DMIN = {"embed_dim": 16, "attention_dim": 8, "degree": 4}
@@ -27,77 +29,103 @@ FILES = ("model.safetensors", "lipn.safetensors")
 
 
 @pytest.fixture(scope="module")
-def data():
-    bags, labels = make_bags()
-    return bags, make_split(bags), labels
+def case():
+    data = make_data()
+    return data, make_split(data.slide_ids)
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """A DMIN and a LIPN trained for a few epochs, and the thresholds of the latter."""
-    bags, split, labels = data
+def trained(case, tmp_path_factory):
+    """DMIN and LIPN trained for a few epochs, at the thresholds of the latter."""
+    data, split = case
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
-    dmin, lipn = build_model("dmin", DIM, 2, **SMALL_DMIN), LIPN(2)
-    train_model(dmin, bags, split, labels, SHORT, folder / "dmin")
+    dmin, lipn = create_model("dmin", DIM, 2, **SMALL_DMIN), LIPN(2)
+    fit(dmin, data, split, SHORT, out=folder / "dmin")
     with torch.no_grad():  # so short a training selects no tile: let each branch select half of all
-        tiles = torch.cat([torch.from_numpy(bag.features).float() for bag in bags.values()])
+        tiles = data.batch(data.slide_ids).features
         dmin.attention.score.bias -= dmin(tiles).attention.median(0).values
-    train_lipn(lipn, dmin, bags, split, labels, SHORT, folder / "lipn")
-    return dmin, lipn, json.loads((folder / "lipn" / "config.json").read_text())["thresholds"]
+    fit_lipn(lipn, dmin, data, split, SHORT, out=folder / "lipn")
+    thresholds = json.loads((folder / "lipn" / "config.json").read_text())["thresholds"]
+    return HDMIL(dmin, lipn, thresholds=thresholds)
 
 
-def tune(trained, data, folder, settings=SHORT, **options):
-    """Fine-tune copies; returns them, the thresholds and the history."""
-    dmin, lipn, thresholds = copy.deepcopy(trained)
-    history = fine_tune(dmin, lipn, thresholds, *data, settings, folder, **options)
-    return dmin, lipn, json.loads((folder / "config.json").read_text())["thresholds"], history
+def tune(model, case, folder, settings=SHORT, **options):
+    """Fine-tune a copy; returns it, the thresholds that are stored, and the history."""
+    model = copy.deepcopy(model)
+    history = fine_tune(model, *case, settings, out=folder, **options)
+    return model, json.loads((folder / "config.json").read_text())["thresholds"], history
 
 
-def validation_loss(dmin, lipn, thresholds, data):
-    bags, split, labels = data
-    held = RaggedBags(bags, split.val, ("features", "patches"))
-    logits, kept = predict_two_stage(dmin, lipn, held, split.val, thresholds)
-    return float(cross_entropy(logits, torch.tensor([labels[s] for s in split.val]))), float(kept.mean())
+def patches_of(data, slide_ids):
+    return [data.batch([s]).patches for s in slide_ids]
 
 
-def test_fine_tuning_lowers_the_two_stage_loss_and_reports_it(trained, data, tmp_path):
-    before, _ = validation_loss(*trained, data)
-    *result, history = tune(trained, data, tmp_path, replace(SHORT, epochs=8))
-    after, kept = validation_loss(*result, data)
+@torch.inference_mode()
+def chosen_thresholds(model, data, slide_ids):
+    scores = [model.lipn(patches).sigmoid() for patches in patches_of(data, slide_ids)]
+    return thresholds_for_keep_ratio(scores, model.dmin.settings.keep_ratio)
+
+
+def validation_loss(model, case):
+    data, split = case
+    logits, kept = predict_screened(model, data, split.val)
+    return float(cross_entropy(logits, torch.tensor([data.labels[s] for s in split.val]))), float(kept.mean())
+
+
+def same_networks(one, other):
+    return [
+        all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        for states in (
+            (getattr(one, name).state_dict().values(), getattr(other, name).state_dict().values())
+            for name in ("dmin", "lipn")
+        )
+    ]
+
+
+def test_fine_tuning_lowers_the_two_stage_loss_and_reports_it(trained, case, tmp_path):
+    before, _ = validation_loss(trained, case)
+    model, thresholds, history = tune(trained, case, tmp_path, replace(SHORT, epochs=8))
+    after, kept = validation_loss(model, case)
     best = history.loc[history["val_loss"].idxmin()]
     assert after < before == pytest.approx(history["val_loss"].iloc[0], rel=1e-6)
     assert after == pytest.approx(best["val_loss"], rel=1e-6)
     assert kept == pytest.approx(best["keep_ratio"], rel=1e-6)
+    stored = model.with_rules(thresholds=thresholds)
+    assert validation_loss(stored, case) == (after, kept)
 
 
-def test_both_networks_learn_and_all_that_inference_needs_is_left(trained, data, tmp_path):
-    dmin, lipn, thresholds, history = tune(trained, data, tmp_path)
-    assert not dmin.training and not lipn.training
-    names = {*FILES, "config.json", "history.csv"}
-    assert {p.name for p in tmp_path.iterdir()} == names
-    for network, old, name in zip((dmin, lipn), trained, FILES, strict=False):
+def test_both_networks_learn_and_all_that_inference_needs_is_left(trained, case, tmp_path):
+    model, thresholds, history = tune(trained, case, tmp_path)
+    data, split = case
+    assert not any(network.training for network in (model, model.dmin, model.lipn))
+    assert {p.name for p in tmp_path.iterdir()} == {*FILES, "config.json", "history.csv"}
+    assert same_networks(model, trained) == [False, False]
+    for network, name in zip((model.dmin, model.lipn), FILES, strict=True):
         stored = load_file(tmp_path / name)
         assert all(torch.equal(stored[key], value) for key, value in network.state_dict().items())
-        assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), old.parameters(), strict=True))
     terms = {"teacher", "clustering", "embedding", "prediction", "rate", "lipn_mask", "lipn_rate", "loss"}
     assert {f"train_{t}" for t in terms} | {"epoch", "val_loss", "val_auc", "keep_ratio"} == set(history)
-    patches = [torch.from_numpy(data[0][s].patches) for s in data[1].val]
-    assert thresholds == calibrate_thresholds(lipn, patches, dmin.settings.keep_ratio)
+    assert history.filter(like="train_").iloc[0].isna().all()
+    assert thresholds == chosen_thresholds(model, data, split.val)
+    for buffer in (model.thresholds, model.trained_thresholds):
+        assert torch.equal(buffer, torch.tensor(thresholds))
 
 
-def test_dmin_learns_from_kept_tiles_alone_and_lipn_from_all(trained, data, tmp_path):
+def test_dmin_learns_from_kept_tiles_alone_and_lipn_from_all(trained, case, tmp_path):
     """Other features of the tiles that LIPN drops leave DMIN's terms of the loss as they are."""
-    bags, split, labels = data
-    _, lipn, thresholds = trained
+    data, split = case
+    bags, labels = make_bags()
     changed = {}
     for slide_id, bag in bags.items():
+        batch = data.batch([slide_id])
         with torch.inference_mode():
-            kept = lipn_mask(lipn(torch.from_numpy(bag.patches)), thresholds).any(1).numpy()
-        changed[slide_id] = replace(bag, features=np.where(kept[:, None], bag.features, 3 - bag.features))
+            mask = keep_mask(trained.lipn(batch.patches), trained.thresholds, batch.segments)
+        kept = mask.any(1).numpy()[:, None]
+        changed[slide_id] = replace(bag, features=np.where(kept, bag.features, 3 - bag.features))
     one_step = replace(SHORT, epochs=2, batch_size=len(split.train))
     first, second = (
-        tune(trained, (each, split, labels), tmp_path / name, one_step)[3].iloc[1]
+        tune(trained, (BagDataset(each, labels), split), tmp_path / name, one_step)[2].iloc[1]
         for name, each in (("as_is", bags), ("changed", changed))
     )
     terms = [f"train_{t}" for t in ("teacher", "clustering", "embedding", "prediction", "rate")]
@@ -105,8 +133,8 @@ def test_dmin_learns_from_kept_tiles_alone_and_lipn_from_all(trained, data, tmp_
     assert first["train_lipn_mask"] != pytest.approx(second["train_lipn_mask"], rel=1e-3)
 
 
-def test_lipn_follows_the_current_dmin(trained, data, tmp_path, monkeypatch):
-    bags, split, labels = data
+def test_lipn_follows_the_current_dmin(trained, case, tmp_path, monkeypatch):
+    data, split = case
     targets = []
 
     def recorded(logits, target, *args, **options):
@@ -114,30 +142,47 @@ def test_lipn_follows_the_current_dmin(trained, data, tmp_path, monkeypatch):
         return lipn_loss(logits, target, *args, **options)
 
     monkeypatch.setattr(joint, "lipn_loss", recorded)
-    one_slide = replace(split, train=("s01",))
     fast = replace(SHORT, learning_rate=3e-2, epochs=6, min_epochs=6)
-    tune(trained, (bags, one_slide, labels), tmp_path, fast)
+    tune(trained, (data, replace(split, train=("s01",))), tmp_path, fast)
     with torch.inference_mode():
-        before = trained[0](torch.from_numpy(bags["s01"].features).float()).mask
+        before = trained.dmin(data.batch(["s01"]).features).mask
     assert torch.equal(targets[0], before)
     assert not torch.equal(targets[-1], before)
 
 
-def test_fine_tuning_that_only_harms_changes_nothing(trained, data, tmp_path):
-    bags, split, labels = data
-    wrong = labels | {slide_id: 1 - labels[slide_id] for slide_id in split.val}
-    dmin, lipn, thresholds, history = tune(trained, (bags, split, wrong), tmp_path)
-    assert history["val_loss"].idxmin() == 0
-    for network, old in zip((dmin, lipn), trained, strict=False):
-        before = old.state_dict()
-        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-    assert thresholds == trained[2]
+def test_fine_tuning_that_only_harms_changes_nothing(trained, case, tmp_path):
+    """The harm is certain: every validation slide comes twice, once under each label.
+
+    Whatever is said of such a pair, its mean cross entropy is at least ln 2, and more unless both classes get
+    the same logit. Heads of zeros give all slides equal logits; all that training teaches them does harm.
+    """
+    bags, labels = make_bags()
+    _, split = case
+    twins = {f"{s}-twin": s for s in split.val}
+    bags |= {twin: replace(bags[s], slide_id=twin) for twin, s in twins.items()}
+    labels |= {twin: 1 - labels[s] for twin, s in twins.items()}
+    doubled = BagDataset(bags, labels), Split(split.train, (*split.val, *twins), split.test)
+
+    undecided = copy.deepcopy(trained)
+    with torch.no_grad():
+        for head in undecided.dmin.heads:
+            head.coefficients.zero_()
+    thresholds = chosen_thresholds(undecided, doubled[0], doubled[1].val)
+    undecided = undecided.with_rules(thresholds=thresholds)
+    fast = replace(SHORT, learning_rate=1e-2)
+    model, stored, history = tune(undecided, doubled, tmp_path, fast)
+    assert len(history) == fast.epochs
+    assert history["val_loss"].iloc[0] == pytest.approx(np.log(2), rel=1e-6)
+    assert (history["val_loss"].iloc[1:] > np.log(2) + 1e-3).all()  # far more than float32 rounds
+    assert same_networks(model, undecided) == [True, True]
+    assert stored == thresholds
+    assert torch.equal(model.thresholds, undecided.thresholds)
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(trained, data, tmp_path, monkeypatch, after):
-    *_, thresholds, whole = tune(trained, data, tmp_path / "whole")
-    save_state, saved = trainer.save_state, []
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(trained, case, tmp_path, monkeypatch, after):
+    whole, thresholds, history = tune(trained, case, tmp_path / "whole")
+    save_state, saved = loop.save_state, []
 
     def cut_off(*args):
         save_state(*args)
@@ -146,72 +191,86 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(trained, data, tmp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "save_state", cut_off)
-        tune(trained, data, tmp_path / "cut")
+        patch.setattr(loop, "save_state", cut_off)
+        tune(trained, case, tmp_path / "cut")
     assert not (tmp_path / "cut" / "history.csv").exists()
-    *_, again, resumed = tune(trained, data, tmp_path / "cut")
-    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    resumed, again, resumed_history = tune(trained, case, tmp_path / "cut")
+    pd.testing.assert_frame_equal(resumed_history, history, check_exact=True)
     assert again == thresholds
+    assert torch.equal(resumed.thresholds, whole.thresholds)
     for name in FILES:
         one, two = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_finished_run_is_loaded_not_repeated(trained, data, tmp_path, monkeypatch):
-    dmin, lipn, _, history = tune(trained, data, tmp_path)
-    monkeypatch.setattr(trainer, "_train_epoch", None)
-    again, lipn_again, _, loaded = tune(trained, data, tmp_path)
+def test_a_finished_run_is_loaded_not_repeated(trained, case, tmp_path, monkeypatch):
+    model, thresholds, history = tune(trained, case, tmp_path)
+    monkeypatch.setattr(loop, "train_epoch", None)
+    again, loaded_thresholds, loaded = tune(trained, case, tmp_path)
     pd.testing.assert_frame_equal(loaded, history, check_exact=True)
-    for one, two in ((dmin, again), (lipn, lipn_again)):
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert same_networks(model, again) == [True, True]
+    assert loaded_thresholds == thresholds
+    assert torch.equal(model.thresholds, again.thresholds)
 
 
-def test_same_seed_same_weights_other_seed_other_weights(trained, data, tmp_path):
+def test_same_seed_same_weights_other_seed_other_weights(trained, case, tmp_path):
     runs = []
     for i, seed in enumerate((1, 1, 2)):
         torch.rand(i)  # the caller's generator has no say
-        runs.append(tune(trained, data, tmp_path / str(i), replace(SHORT, epochs=2, seed=seed)))
-    for network in (0, 1):
-        first, same, other = (torch.cat([p.flatten() for p in run[network].parameters()]) for run in runs)
+        runs.append(tune(trained, case, tmp_path / str(i), replace(SHORT, epochs=2, seed=seed))[0])
+    for network in ("dmin", "lipn"):
+        first, same, other = (
+            torch.cat([p.flatten() for p in getattr(run, network).parameters()]) for run in runs
+        )
         assert torch.equal(first, same)
         assert not torch.equal(first, other)
 
 
-def test_the_test_part_is_not_looked_at(trained, data, tmp_path):
-    bags, split, labels = data
-    seen = {s: bags[s] for s in (*split.train, *split.val)}
-    known = {s: labels[s] for s in seen}
-    whole = tune(trained, data, tmp_path / "whole")[3]
-    blind = tune(trained, (seen, split, known), tmp_path / "blind")[3]
+def test_the_test_part_is_not_looked_at(trained, case, tmp_path):
+    _, split = case
+    bags, labels = make_bags()
+    seen = (*split.train, *split.val)
+    blind_data = BagDataset({s: bags[s] for s in seen}, {s: labels[s] for s in seen})
+    whole = tune(trained, case, tmp_path / "whole")[2]
+    blind = tune(trained, (blind_data, split), tmp_path / "blind")[2]
     pd.testing.assert_frame_equal(blind, whole, check_exact=True)
 
 
 def test_bags_of_one_tile_are_fine_tuned(trained, tmp_path):
-    bags, labels = make_bags(12, n_tiles=1)
-    history = tune(trained, (bags, make_split(bags), labels), tmp_path, replace(SHORT, epochs=2))[3]
+    data = make_data(12, n_tiles=1)
+    history = tune(trained, (data, make_split(data.slide_ids)), tmp_path, replace(SHORT, epochs=2))[2]
     assert (history["keep_ratio"] == 1).all()
     assert history["val_loss"].notna().all()
 
 
-def test_gradients_are_clipped_network_by_network(trained, data, tmp_path):
-    clipped = tune(trained, data, tmp_path / "clipped", replace(SHORT, epochs=2, clip=1e-3))[0]
-    free = tune(trained, data, tmp_path / "free", replace(SHORT, epochs=2))[0]
-    assert any(not torch.equal(a, b) for a, b in zip(clipped.parameters(), free.parameters(), strict=True))
+def test_gradients_are_clipped_network_by_network(trained, case):
+    data, split = case
+    model = copy.deepcopy(trained)
+    objective = joint.JointLearning(model, data, joint.LIPNLossWeights())
+    optimizer = loop.make_optimizer(objective.param_groups(), SHORT)
+    loop.train_epoch(objective, optimizer, data, split.train[:2], replace(SHORT, clip=1e-3))
+    assert len(optimizer.param_groups) == 2
+    for network, group in zip((model.dmin, model.lipn), optimizer.param_groups, strict=True):
+        assert {*map(id, group["params"])} == {*map(id, network.parameters())}
+        norm = torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_run_of_other_networks_is_refused(trained, data, tmp_path):
-    tune(trained, data, tmp_path, replace(SHORT, epochs=1))
-    dmin, lipn, thresholds = trained
-    for other, named in (((dmin, LIPN(2), thresholds), "lipn"), ((dmin, lipn, [0.5, 0.5]), "thresholds")):
+def test_a_run_of_other_networks_is_refused(trained, case, tmp_path):
+    short = replace(SHORT, epochs=1)
+    tune(trained, case, tmp_path, short)
+    other_lipn = HDMIL(trained.dmin, LIPN(2), thresholds=trained.thresholds)
+    for other, named in ((other_lipn, "lipn"), (trained.with_rules(thresholds=0.5), "thresholds")):
         with pytest.raises(CheckpointError, match=named):
-            tune(other, data, tmp_path, replace(SHORT, epochs=1))
+            tune(other, case, tmp_path, short)
 
 
-def test_what_cannot_be_fine_tuned_is_refused(trained, data, tmp_path):
-    dmin, lipn, thresholds = trained
-    with pytest.raises(ValueError, match="1 threshold"):
-        tune((dmin, lipn, thresholds[:1]), data, tmp_path)
-    plain = build_model("dmin", DIM, 2, **SMALL_DMIN, self_distillation=False)
+def test_what_cannot_be_fine_tuned_is_refused(trained, case, tmp_path):
+    plain = create_model("dmin", DIM, 2, **SMALL_DMIN, self_distillation=False)
     with pytest.raises(ValueError, match="selects no tiles"):
-        tune((plain, lipn, thresholds), data, tmp_path)
+        tune(HDMIL(plain, trained.lipn), case, tmp_path / "plain")
     assert not any(tmp_path.iterdir())
+    bags, labels = make_bags()
+    blind = BagDataset({s: replace(bag, patches=None) for s, bag in bags.items()}, labels)
+    with pytest.raises(BagError, match="has no patches, which this model needs"):
+        tune(trained, (blind, case[1]), tmp_path / "blind")

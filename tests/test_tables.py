@@ -5,15 +5,14 @@ import pandas as pd
 import pytest
 from bag_factory import make_bags, make_cohort
 
+from hdmil_lib.bags import write_bag
 from hdmil_lib.errors import CohortError
 from hdmil_lib.reproduce import tables
 from hdmil_lib.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.reproduce.tables import add_mask_scores, save_table, table1, table2, table3, to_markdown
-from hdmil_lib.bags import write_bag
-from hdmil_lib.inference import Predictor
-from hdmil_lib.training.crossval import run_crossval
-from hdmil_lib.training.recipes import Recipe
+from hdmil_lib.training.crossval import cross_validate
 from hdmil_lib.training.fit import TrainSettings
+from hdmil_lib.training.recipes import Recipe
 
 
 def predictions(methods, folds=2, **columns):
@@ -121,34 +120,38 @@ def test_markdown_and_csv_say_the_same(tmp_path):
     pd.testing.assert_frame_equal(again, table)
 
 
-GEOMETRY = {"mpp_x": 0.5, "mpp_y": 0.5, "patch_size": 256, "tile_mpp": 0.5}
-
-
 @pytest.fixture(scope="module")
 def crossval(tmp_path_factory):
-    """A short cross-validation on bags whose first third is tumor: predictions, folder, cohort, bags."""
+    """A short cross-validation on bags whose first third is tumor, with its cohort and bags."""
     folder = tmp_path_factory.mktemp("crossval")
     bags, labels = make_bags(12)
     cohort = make_cohort(folder, bags, labels)
     for slide_id, bag in bags.items():
-        bag.attrs.update(GEOMETRY)
         truth = np.where(np.arange(len(bag)) < len(bag) // 3, labels[slide_id], 0.0)
         write_bag(cohort.bag_path(slide_id), bag, truth)
     short = TrainSettings(epochs=2, min_epochs=0)
     models = {"dmin": {"embed_dim": 8, "attention_dim": 4, "degree": 3}}
-    recipe = Recipe(short, short, short, models)
-    methods = ["max", "hdmil_dagger", "hdmil", "random"]
-    run = (cohort, bags, methods, 3, 0, recipe, folder / "runs")
-    return run_crossval(*run, workers=1, progress=False), folder / "runs", cohort, bags
+    cv = cross_validate(
+        cohort,
+        ["max", "hdmil_dagger", "hdmil", "random"],
+        folds=3,
+        recipe=Recipe(short, short, short, models),
+        out=folder / "runs",
+        bags=bags,
+        workers=1,
+        progress=False,
+    )
+    return cv, cohort, bags
 
 
 def test_masks_are_scored_by_the_networks_that_never_saw_the_slide(crossval):
-    predictions, run_dir, cohort, bags = crossval
+    cv, _, bags = crossval
     scored = add_mask_scores(*crossval)
-    pd.testing.assert_frame_equal(scored[predictions.columns], predictions)
+    pd.testing.assert_frame_equal(scored[cv.predictions.columns], cv.predictions)
     for row in scored[scored["method"].isin(["hdmil_dagger", "hdmil"])].itertuples():
-        predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
-        mask = predictor.predict_bag(bags[row.slide_id], prescreen=row.method == "hdmil").mask.any(axis=1)
+        assert row.slide_id in cv.splits[row.fold].test
+        model = cv.hdmil(row.fold)
+        mask = model.predict(bags[row.slide_id], all_tiles=row.method == "hdmil_dagger").mask.any(axis=1)
         assert row.kept == mask.mean()
         assert np.isnan(row.tumor_recall) if row.label == 0 else row.tumor_recall == mask[:4].mean()
 
@@ -163,13 +166,12 @@ def test_masks_of_methods_that_have_none(crossval):
 
 
 def test_hdmil_keeps_what_it_reads_and_predicts_as_the_cross_validation_did(crossval):
-    predictions, run_dir, cohort, bags = crossval
+    cv, _, bags = crossval
     scored = add_mask_scores(*crossval)
     hdmil = scored[scored["method"] == "hdmil"]
     np.testing.assert_allclose(hdmil["kept"], hdmil["keep_ratio"])
     for row in hdmil.itertuples():
-        predictor = Predictor.from_fold(run_dir, row.fold, cohort.classes, bags[row.slide_id])
-        probabilities = predictor.predict_bag(bags[row.slide_id]).probabilities
+        probabilities = cv.model("hdmil", row.fold).predict(bags[row.slide_id]).probabilities
         # the table was written with the shortest decimals that give back a float64
         np.testing.assert_allclose(probabilities, [row.p_0, row.p_1], atol=1e-6)
 

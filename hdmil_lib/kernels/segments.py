@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ class Segments:
 
     Attributes:
         lengths: Tiles of each bag, on the host.
+        n_tiles: Number of tiles of all bags, N.
+        longest: Number of tiles of the longest bag.
         offsets: Where each bag starts and the last one ends, from 0 to N, int64 (B + 1,).
     """
 
@@ -27,10 +30,12 @@ class Segments:
 
         Raises:
             ValueError: There is no bag, or a length is negative.
+            TypeError: A length is no integer.
         """
-        self.lengths = tuple(int(length) for length in lengths)
+        self.lengths = tuple(index(length) for length in lengths)
         if not self.lengths or min(self.lengths) < 0:
-            raise ValueError(f"lengths is {self.lengths}, expected 0 or more tiles for each of one bag or more")
+            raise ValueError(f"lengths is {self.lengths}, expected one bag or more, of 0 or more tiles each")
+        self.n_tiles, self.longest = sum(self.lengths), max(self.lengths)
         sizes = torch.tensor((0, *self.lengths), dtype=torch.int64)
         self.offsets = sizes.cumsum(0).to(device, non_blocking=True)
 
@@ -53,16 +58,6 @@ class Segments:
     def n_bags(self) -> int:
         """Number of bags, B."""
         return len(self.lengths)
-
-    @cached_property
-    def n_tiles(self) -> int:
-        """Number of tiles of all bags, N."""
-        return sum(self.lengths)
-
-    @cached_property
-    def longest(self) -> int:
-        """Number of tiles of the longest bag."""
-        return max(self.lengths)
 
     @cached_property
     def sizes(self) -> Tensor:

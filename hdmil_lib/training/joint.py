@@ -91,8 +91,8 @@ def fine_tune(
     at these thresholds. Epoch 0 is the networks as they came: fine-tuning that never helps changes nothing.
 
     `out` gets the files of `fit`, where `model.safetensors` is DMIN, `lipn.safetensors`, and in
-    `config.json` the final `thresholds`. Both networks end in evaluation mode with the weights of the best
-    epoch. Resuming is as in `fit`.
+    `config.json` the final `thresholds`. The model ends in evaluation mode with the weights and thresholds of
+    the best epoch. Resuming is as in `fit`.
 
     Args:
         model: Trained networks with their thresholds; changed in place.
@@ -124,5 +124,7 @@ def fine_tune(
     history = optimize(
         objective, data, split, settings, out=out, config=config, progress=progress, first_epoch_trains=False
     )
-    store_thresholds(model.lipn, data, split.val, model.dmin.settings.keep_ratio, out)
+    thresholds = store_thresholds(model.lipn, data, split.val, model.dmin.settings.keep_ratio, out)
+    for buffer in (model.thresholds, model.trained_thresholds):  # those of the best epoch, not of the last
+        buffer.copy_(torch.tensor(thresholds))
     return history

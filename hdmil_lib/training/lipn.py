@@ -158,12 +158,13 @@ def trained_thresholds(
 
 def store_thresholds(
     lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float, folder: Path
-) -> None:
-    """Add a trained LIPN's `thresholds` for these slides to the run's `config.json`, once."""
+) -> list[float]:
+    """Add a trained LIPN's `thresholds` for these slides to the run's `config.json`, once; return them."""
     config = read_json(folder / "config.json")
     if "thresholds" not in config:
-        thresholds = trained_thresholds(lipn, data, slide_ids, keep_ratio)
-        write_json(folder / "config.json", config | {"thresholds": thresholds})
+        config["thresholds"] = trained_thresholds(lipn, data, slide_ids, keep_ratio)
+        write_json(folder / "config.json", config)
+    return config["thresholds"]
 
 
 def lipn_targets(
