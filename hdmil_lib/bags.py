@@ -1,4 +1,4 @@
-"""One HDF5 file per slide: features, places and patches of its tiles, whole or absent."""
+"""Bags: features, positions and patches of the tiles of a slide, in one HDF5 file per slide."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from hdmil_lib.version import __version__
 SCHEMA_VERSION = 2
 PATCH_SIZE = 16
 MAX_CELLS = 2**22
-"""Number of tiles of the largest grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any glass."""
+"""Largest number of tiles of a grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any slide."""
 TRIDENT_ATTRS = (
     "patch_size",
     "patch_size_level0",
@@ -27,12 +27,12 @@ TRIDENT_ATTRS = (
     "level0_width",
     "level0_height",
 )
-"""Attributes that TRIDENT keeps on the data set `coords`; all others are attributes of the file."""
+"""Attributes that TRIDENT stores on the dataset `coords`; all others are attributes of the file."""
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Which encoder made features: its name and the hash of its weights."""
+    """Name of an encoder and hash of its weights."""
 
     name: str
     weights_hash: str
@@ -46,17 +46,17 @@ UNKNOWN = EncoderIdentity("unknown", "unknown")
 
 @dataclass(frozen=True, eq=False)
 class Bag:
-    """A slide as multiple-instance learning sees it; row i is the same tile in every array.
+    """The tiles of a slide for multiple-instance learning; row i is the same tile in every array.
 
     Attributes:
         slide_id: Name of the slide.
         features: (N, D), float16 as stored.
         coords: Level-0 (x, y) of the tiles' top-left corners, int64 (N, 2).
         rowcol: Position of the tiles on the slide's grid, int64 (N, 2).
-        shape: (rows, cols) of the whole grid, tissue or not.
-        patches: The tiles at low resolution, uint8 (N, 16, 16, 3); `None` in a bag of another tool.
-        encoder: Which encoder made the features.
-        attrs: Further provenance and geometry: mpp_x, patch_size_level0, min_tissue and the like.
+        shape: (rows, cols) of the whole grid, with and without tissue.
+        patches: The tiles at low resolution, uint8 (N, 16, 16, 3); `None` in bags of other tools.
+        encoder: Encoder of the features.
+        attrs: Further provenance and geometry, such as mpp_x, patch_size_level0 and min_tissue.
     """
 
     slide_id: str
@@ -76,7 +76,7 @@ class Bag:
         """The patches.
 
         Raises:
-            BagError: The bag has none.
+            BagError: The bag has no patches.
         """
         if self.patches is None:
             raise BagError(
@@ -86,7 +86,7 @@ class Bag:
 
     @property
     def thumbnail(self) -> np.ndarray:
-        """The slide at 8 um/px put together from its patches, white where there is none, uint8."""
+        """The slide at 8 um/px composed of its patches, white where there is none, uint8 (H, W, 3)."""
         rows, cols = self.shape
         blocks = np.full((rows, cols, PATCH_SIZE, PATCH_SIZE, 3), 255, np.uint8)
         if self.patches is not None:
@@ -97,13 +97,13 @@ class Bag:
 def write_bag(
     path: str | Path, bag: Bag, tile_labels: np.ndarray | None = None, *, compress: bool = False
 ) -> None:
-    """Write a bag, readable by users of CLAM and TRIDENT; a crash leaves the old file or none.
+    """Write a bag that CLAM and TRIDENT can read; the file is written whole or not at all.
 
     Args:
-        path: The .h5 file; its folder is made.
-        bag: What to write; features are stored as float16.
+        path: The .h5 file; its folder is created.
+        bag: The bag; features are stored as float16.
         tile_labels: Share of tumor in each tile, (N,); for teaching and evaluation only.
-        compress: Whether patches are stored with gzip: smaller to ship, slower to read.
+        compress: Whether patches are compressed with gzip, which is smaller but slower to read.
 
     Raises:
         BagError: The arrays do not fit together, or features are not finite in float16.
@@ -111,7 +111,7 @@ def write_bag(
     path = Path(path)
     with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
         features = np.asarray(bag.features).astype(np.float16)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "features": features,
         "coords": bag.coords.astype(np.int64),
         "rowcol": bag.rowcol.astype(np.int64),
@@ -137,12 +137,12 @@ def write_bag(
 
 
 def read_bag(path: str | Path) -> Bag:
-    """Read a bag; never its tile labels.
+    """Read a bag without its tile labels.
 
-    A bag without grid positions, of hdmil before 0.2 or of CLAM or TRIDENT, gets them from its coordinates.
+    If grid positions are missing (bags of CLAM, TRIDENT or hdmil 0.1), they are derived from the coordinates.
 
     Raises:
-        BagError: The file is missing, damaged or inconsistent, or is no bag.
+        BagError: The file is missing, damaged or inconsistent, or is not a bag.
     """
     path = Path(path)
     with _open(path) as file:
@@ -167,9 +167,9 @@ def read_bag(path: str | Path) -> Bag:
 
 
 def read_tile_labels(path: str | Path) -> np.ndarray | None:
-    """Share of tumor in each tile, float32 (N,), or None where the truth is unknown.
+    """Share of tumor in each tile, float32 (N,), or None if it is unknown.
 
-    For teaching and evaluation: nothing that trains may call this.
+    For teaching and evaluation only; training code must not call this.
 
     Raises:
         BagError: The file is missing or damaged.
@@ -180,10 +180,10 @@ def read_tile_labels(path: str | Path) -> np.ndarray | None:
 
 
 def bag_info(path: str | Path) -> dict[str, Any]:
-    """A bag's attributes with `n_tiles` and `dim`, without reading its arrays.
+    """Attributes of a bag, `n_tiles` and `dim`, without reading its arrays.
 
     Raises:
-        BagError: The file is missing, damaged, or no bag.
+        BagError: The file is missing, damaged or not a bag.
     """
     path = Path(path)
     with _open(path) as file:
@@ -194,13 +194,13 @@ def bag_info(path: str | Path) -> dict[str, Any]:
 
 
 def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
-    """Hold that bags can be learned from together: one encoder, one set of weights, one width.
+    """Check that all bags have the same encoder, encoder weights and width of features.
 
     Returns:
         The encoder of all bags.
 
     Raises:
-        BagError: Some bags differ from most; the first of them is named. Or there is no bag.
+        BagError: There is no bag, or some bags differ from the majority; the first of them is named.
     """
     kinds = {bag.slide_id: (bag.encoder, bag.features.shape[1]) for bag in bags}
     if not kinds:
@@ -227,10 +227,10 @@ def _encoder(attrs: Mapping[str, Any]) -> EncoderIdentity:
 def _grid_positions(
     path: Path, coords: np.ndarray, attrs: Mapping[str, Any]
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Grid positions (N, 2) and shape, from the first tile on, of tiles that were stored without.
+    """Grid positions (N, 2) and shape of the grid, relative to the first row and column with a tile.
 
-    The pitch is the exact tile size where the bag knows its scale; otherwise TRIDENT's rounded one, or the
-    most frequent step between neighbors.
+    The pitch is the exact tile size if the bag has its scale, else TRIDENT's rounded tile size, else the most
+    frequent step between neighbors.
     """
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) == 0:
         raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {_REMEDY}")
@@ -249,8 +249,8 @@ def _grid_positions(
 def _usual_step(coords: np.ndarray) -> int:
     """The most frequent distance from a tile to the next one in its row or column.
 
-    CLAM begins a lattice of its own in every piece of tissue, so that the smallest distance between two
-    columns may be a single pixel.
+    CLAM starts a separate grid in every piece of tissue, so the smallest distance between two columns may be
+    a single pixel.
     """
     steps = []
     for along, across in ((0, 1), (1, 0)):
@@ -289,7 +289,7 @@ def _attrs(file: h5py.File) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own type for what h5py returns as a numpy scalar."""
+    """Convert a NumPy scalar, as h5py returns it, to the Python type."""
     return value.item() if isinstance(value, np.generic) else value
 
 

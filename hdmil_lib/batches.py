@@ -1,4 +1,4 @@
-"""Bags of a cohort in memory, one after the other, from which a step takes as many as it wants."""
+"""Bags of a cohort in memory, and batches of them on a device."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,30 +11,32 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
-from hdmil_lib.errors import BagError
+from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.kernels.segments import Segments
 
 MAX_TILES = 65_536
-"""Tiles that a prediction holds at once."""
+"""Largest number of tiles per batch of a prediction, unless a single bag has more."""
 
 
 class TakesBags(Protocol):
-    """A network that says which fields of a batch it takes."""
+    """A network that names the fields of a `BagBatch` that it takes."""
 
-    inputs: Any
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the fields."""
 
 
 @dataclass(frozen=True, eq=False)
 class BagBatch:
-    """B bags with N tiles together, on one device; row i is the same tile in every tensor.
+    """B bags with N tiles in total, on one device; row i is the same tile in every tensor.
 
     Attributes:
-        slide_ids: The slides, B of them.
-        segments: Where each bag lies among the tiles.
-        features: (N, D), float32.
-        patches: uint8 (N, 16, 16, 3); `None` where the bags have none.
+        slide_ids: Names of the B slides.
+        segments: The bags.
+        features: Features, float32 (N, D).
+        patches: Patches, uint8 (N, 16, 16, 3); `None` unless all bags have them.
         rowcol: Position of the tiles on their slide's grid, int64 (N, 2).
-        labels: Class indices, int64 (B,); `None` where they are not known.
+        labels: Class indices, int64 (B,); `None` unless all are known.
     """
 
     slide_ids: tuple[str, ...]
@@ -44,8 +46,21 @@ class BagBatch:
     rowcol: Tensor
     labels: Tensor | None
 
+    @property
+    def known_labels(self) -> Tensor:
+        """The labels, for a loss.
+
+        Raises:
+            CohortError: A bag has no label.
+        """
+        if self.labels is None:
+            raise CohortError(
+                f"a slide of {', '.join(self.slide_ids)} has no label; give BagDataset all labels"
+            )
+        return self.labels
+
     def inputs_for(self, model: TakesBags) -> dict[str, Any]:
-        """What `model.forward` takes, by name: `model(**batch.inputs_for(model))`.
+        """Keyword arguments of `model.forward`: `model(**batch.inputs_for(model))`.
 
         Raises:
             BagError: The model needs patches, which the bags do not have.
@@ -53,29 +68,30 @@ class BagBatch:
         inputs = {name: getattr(self, name) for name in model.inputs}
         if "patches" in inputs and self.patches is None:
             raise BagError(
-                f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide with hdmil"
+                f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide "
+                "with hdmil"
             )
         return inputs | {"segments": self.segments}
 
 
 class BagDataset:
-    """Bags in memory with their labels: one matrix for each field, features in half precision.
+    """Bags in memory with their labels: one array per field, features in half precision.
 
     Args:
-        bags: Bags by slide_id, of one encoder.
+        bags: Bags by slide_id, all from one encoder.
         labels: Class index by slide_id, where known.
         device: Device of the batches.
 
     Attributes:
-        slide_ids: The slides, in the order of `bags`.
+        slide_ids: Names of the slides, in the order of `bags`.
         labels: Class index by slide_id.
-        encoder: Which encoder made the features.
+        encoder: Encoder of the features.
         dim: Width of the features, D.
         device: Device of the batches.
 
     Raises:
-        BagError: There is no bag, a bag has no tiles or features that are not finite, or bags are of
-            different encoders or widths.
+        BagError: There is no bag, a bag has no tiles or features that are not finite, or the encoders or
+            widths of the bags differ.
     """
 
     def __init__(
@@ -113,7 +129,7 @@ class BagDataset:
         return end - first
 
     def batch(self, slide_ids: Sequence[str]) -> BagBatch:
-        """These bags, one after the other, on the device.
+        """Put the bags of these slides on the device.
 
         Raises:
             BagError: A slide has no bag.
@@ -130,7 +146,7 @@ class BagDataset:
         )
 
     def batches(self, slide_ids: Sequence[str], max_tiles: int = MAX_TILES) -> Iterator[BagBatch]:
-        """The slides in their order, as many at a time as have `max_tiles` tiles together, or one."""
+        """Batches of the slides in their order, each with one slide or up to `max_tiles` tiles in total."""
         chunk: list[str] = []
         total = 0
         for slide_id in slide_ids:
@@ -146,7 +162,7 @@ class BagDataset:
         """Short hash of the features of these slides."""
         digest = hashlib.sha256()
         for slide_id in slide_ids:
-            digest.update(self._features[slice(*self._rows(slide_id))].numpy())
+            digest.update(self._features[slice(*self._rows(slide_id))].numpy().data)
         return digest.hexdigest()[:16]
 
     def _rows(self, slide_id: str) -> tuple[int, int]:

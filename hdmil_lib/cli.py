@@ -13,6 +13,7 @@ from hdmil_lib.errors import HDMILError, nearest
 if TYPE_CHECKING:
     import numpy as np
 
+    from hdmil_lib.inference.prediction import Prediction
     from hdmil_lib.models import HDMIL
     from hdmil_lib.training.recipes import Recipe
 
@@ -288,7 +289,7 @@ def predict(
         )
     _print_seconds(prediction.seconds)
     if heatmap is not None:
-        prediction.plot(heatmap)
+        _write_heatmap(prediction, heatmap)
         typer.echo(f"heatmap  {heatmap}")
     if geojson is not None:
         prediction.to_geojson(geojson)
@@ -301,8 +302,8 @@ def encoders() -> None:
     from hdmil_lib.encoders.loading import ENCODERS
 
     for name, spec in ENCODERS.items():
-        gate = ", accept its licence on the hub first" if spec.gated else ""
-        typer.echo(f"{name:20} {spec.dim:5} features, {spec.licence}{gate}")
+        gate = ", accept its license on the hub first" if spec.gated else ""
+        typer.echo(f"{name:20} {spec.dim:5} features, {spec.license}{gate}")
 
 
 def _predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
@@ -329,6 +330,16 @@ def _predict_anytime(model: "HDMIL", slide: Path, **options: Any) -> None:
     _print_answer(slide, model.classes, step.probabilities)
     typer.echo(f"tiles    {len(step.rows):,} of {step.n_tiles:,} read, then stopped: {step.end}")
     _print_seconds(step.seconds)
+
+
+def _write_heatmap(prediction: "Prediction", path: Path) -> None:
+    import matplotlib
+
+    from hdmil_lib.viz.style import use_style
+
+    matplotlib.use("Agg")  # no window, whatever the environment says
+    use_style()
+    prediction.plot(path)
 
 
 def _print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray") -> None:

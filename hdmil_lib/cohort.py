@@ -1,4 +1,4 @@
-"""Cohorts: tables of slides and labels, and splits by case."""
+"""Cohorts: tables of slides with labels, and their splits by case."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from hdmil_lib.errors import CohortError
 
 @dataclass(frozen=True)
 class Cohort:
-    """A table of slides, as CLAM writes it, and where their files lie.
+    """A table of slides in CLAM's format, with the locations of their files.
 
     Attributes:
-        table: One row per slide: `slide_id`, `case_id`, `label` (a name out of `classes`), `path` (relative
-            to `root`, or missing where only bags are at hand), and optionally `mpp` and `split`.
-        classes: Class names; the index of a class is its position here.
-        root: Folder that relative paths start from.
+        table: One row per slide: `slide_id`, `case_id`, `label` (one of `classes`), `path` (relative to
+            `root`; missing if there is only a bag), and optionally `mpp` and `split`.
+        classes: Class names in the order of the class indices.
+        root: Folder to which paths are relative.
         bag_dir: Folder with one `<slide_id>.h5` per slide, or None before extraction.
     """
 
@@ -42,9 +42,9 @@ class Cohort:
         Args:
             path: CSV with `slide_id`, `case_id`, `label` and `path`; labels are class names, or indices into
                 `classes`.
-            classes: Class names in order; default: the labels found, sorted.
-            bags: Folder of extracted bags. With it every slide needs a bag, and the `path` column may be
-                absent; without it every slide file must exist. Bags without a row are left out.
+            classes: Class names in the order of the class indices; by default the labels found, sorted.
+            bags: Folder of extracted bags. If given, every slide needs a bag and the column `path` may be
+                absent; otherwise every slide file must exist. Bags without a row are ignored.
 
         Raises:
             CohortError: A column, a label or a file is missing, a slide is listed twice, a label is unknown,
@@ -64,12 +64,12 @@ class Cohort:
 
     @property
     def slide_ids(self) -> list[str]:
-        """Slide identifiers in table order."""
+        """Names of the slides, in the order of the table."""
         return self.table["slide_id"].tolist()
 
     @property
     def labels(self) -> np.ndarray:
-        """Class indices in table order, int64 (number of slides,)."""
+        """Class indices in the order of the table, int64 (n_slides,)."""
         return self.table["label"].map(self.classes.index).to_numpy(np.int64)
 
     @property
@@ -83,7 +83,11 @@ class Cohort:
         return dict(zip(self.slide_ids, self.table["case_id"], strict=True))
 
     def slide_path(self, slide_id: str) -> Path:
-        """The slide's file."""
+        """File of a slide.
+
+        Raises:
+            CohortError: The table has no path for the slide.
+        """
         value = self.table.loc[self.table["slide_id"] == slide_id, "path"].item()
         if pd.isna(value):
             raise CohortError(
@@ -92,22 +96,26 @@ class Cohort:
         return self.root / value
 
     def bag_path(self, slide_id: str) -> Path:
-        """The slide's bag."""
+        """Bag of a slide.
+
+        Raises:
+            CohortError: The cohort has no bags.
+        """
         if self.bag_dir is None:
             raise CohortError(f"the cohort in {self.root} has no bags; extract features first")
         return self.bag_dir / f"{slide_id}.h5"
 
     def select(self, slide_ids: Sequence[str]) -> "Cohort":
-        """The cohort of these slides only, in the order given."""
+        """The cohort with only these slides, in this order."""
         table = self.table.set_index("slide_id", drop=False).loc[list(slide_ids)].reset_index(drop=True)
         return Cohort(table, self.classes, self.root, self.bag_dir)
 
     def load_bags(self, progress: bool = False) -> dict[str, Bag]:
-        """All bags in memory by slide_id, features in float16; tile labels are never read.
+        """Read all bags into memory, by slide_id.
 
         Raises:
-            BagError: A bag is missing or damaged, or of another encoder, weights or width than the others.
-            CohortError: The cohort has no bags yet.
+            BagError: A bag is missing or damaged, or differs from the others in encoder, weights or width.
+            CohortError: The cohort has no bags.
         """
         ids = tqdm(self.slide_ids, desc="bags", unit="bag", disable=not progress)
         bags = {slide_id: read_bag(self.bag_path(slide_id)) for slide_id in ids}
@@ -115,18 +123,18 @@ class Cohort:
         return bags
 
     def set_aside(self, share: float, seed: int) -> tuple["Cohort", "Cohort"]:
-        """Divide the cohort by case, stratified by class: a part to make choices on, and the rest to score.
+        """Divide the cohort by case, stratified by class, into a part for choosing settings and the rest.
 
-        Over the folds of a cross-validation the validation slides are the other folds' test slides: whoever
-        chooses a setting by all of them has seen every test slide. Choose on the first part, by a
-        cross-validation of its own, and report scores of the second.
+        The validation slides of all folds of a cross-validation are also its test slides, so settings must
+        not be chosen on them. Choose settings by a cross-validation of the first part, and report the scores
+        of the second.
 
         Args:
             share: Share of the cases in the first part, between 0 and 1.
-            seed: Seed of the draw.
+            seed: Seed of the random draw.
 
         Returns:
-            The part for choices, and the rest; no case stands in both.
+            The part for choosing settings, and the rest; no case is in both.
 
         Raises:
             ValueError: The share is out of range.
@@ -137,8 +145,9 @@ class Cohort:
         if not 0 < share < 1:
             raise ValueError(f"share is {share}, expected a number between 0 and 1")
         cases = _case_classes(self)
+        names = cases.index.to_numpy()  # scikit-learn cannot index the strings of pandas
         try:
-            first, _ = train_test_split(cases.index, train_size=share, random_state=seed, stratify=cases)
+            first, _ = train_test_split(names, train_size=share, random_state=seed, stratify=cases)
         except ValueError as error:
             raise CohortError(f"{self.root}: too few cases to set {share:.0%} aside ({error})") from error
         chosen = self.table["case_id"].isin(first)
@@ -146,17 +155,17 @@ class Cohort:
         return self.select(ids[chosen].tolist()), self.select(ids[~chosen].tolist())
 
     def permuted(self, seed: int) -> "Cohort":
-        """The cohort with its labels dealt anew among the cases: a control, on which nothing can be learned.
+        """The cohort with its labels permuted among the cases, as a negative control.
 
-        A case counts for the highest class among its slides, which all get its new label.
+        The class of a case is the highest class among its slides; all its slides get its new label.
         """
         cases = _case_classes(self)
-        dealt = pd.Series(np.random.default_rng(seed).permutation(cases.to_numpy()), index=cases.index)
-        labels = self.table["case_id"].map(dealt).map(dict(enumerate(self.classes)))
+        permuted = pd.Series(np.random.default_rng(seed).permutation(cases.to_numpy()), index=cases.index)
+        labels = self.table["case_id"].map(permuted).map(dict(enumerate(self.classes)))
         return Cohort(self.table.assign(label=labels), self.classes, self.root, self.bag_dir)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the label file that `from_csv` reads."""
+        """Write a label file that `from_csv` reads."""
         self.table.to_csv(path, index=False)
 
     def _check_files(self, source: Path) -> None:
@@ -172,12 +181,12 @@ class Cohort:
 
 
 def _case_classes(cohort: Cohort) -> pd.Series:
-    """Class index of each case: the highest among its slides."""
+    """Class index of each case, the highest among its slides."""
     return pd.Series(cohort.labels, index=cohort.table["case_id"]).groupby(level=0).max()
 
 
 def _refuse(slides: Sequence[str], what: str, remedy: str) -> None:
-    """Raise a CohortError that names the first few slides, if there are any."""
+    """Raise a CohortError that names the first five slides, if there are any."""
     if slides:
         names = ", ".join(map(str, slides[:5])) + (f" and {len(slides) - 5} more" if len(slides) > 5 else "")
         raise CohortError(f"{what} {names}; {remedy}")
@@ -186,12 +195,13 @@ def _refuse(slides: Sequence[str], what: str, remedy: str) -> None:
 def _check_table(
     table: pd.DataFrame, classes: Sequence[str] | None, *, source: Path, needs_path: bool
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Check rows and map labels to class names."""
+    """Check the rows and map labels to class names."""
     required = ["slide_id", "case_id", "label"] + ["path"] * needs_path
     missing = [column for column in required if column not in table]
     if missing:
-        found = ", ".join(table.columns)
-        raise CohortError(f"{source}: no column {', '.join(missing)} among {found}; add or rename it")
+        raise CohortError(
+            f"{source}: no column {', '.join(missing)} among {', '.join(table.columns)}; add or rename it"
+        )
     table = table.assign(path=table.get("path", pd.Series(pd.NA, index=table.index)))
     for column in required:
         empty = table.loc[table[column].isna(), "slide_id"].fillna("(no slide_id)").tolist()
@@ -217,7 +227,7 @@ def _check_table(
 
 @dataclass(frozen=True)
 class Split:
-    """Slide identifiers of one fold's three parts."""
+    """Names of the slides in the three parts of a fold."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -225,11 +235,11 @@ class Split:
 
 
 def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
-    """Cross-validation by case, stratified by class: no case stands in two parts of a fold.
+    """Split for cross-validation by case, stratified by class: no case is in two parts of a fold.
 
-    The cases are dealt into `n_folds` groups; fold k tests on group k, stops early on group k + 1 and trains
-    on the rest. A case counts for the highest class among its slides. A choice between settings must not be
-    made on all validation parts together, which are all test slides: see `Cohort.set_aside`.
+    The cases are divided into `n_folds` groups. In fold k, group k is the test part, group k + 1 the
+    validation part, and the others the training part. The class of a case is the highest class among its
+    slides. For choosing settings see `Cohort.set_aside`.
 
     Raises:
         CohortError: Fewer than three folds, or a class has fewer cases than there are folds.
@@ -246,9 +256,9 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
                 f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
                 "ask for fewer folds, or add cases"
             )
-    dealer = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    dealt = [cases.index[members] for _, members in dealer.split(cases.index, cases)]
-    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(dealt)])
+    divider = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    divided = [cases.index[members] for _, members in divider.split(cases.index, cases)]
+    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(divided)])
     groups = cohort.table["case_id"].map(group_of).to_numpy()
     slides = cohort.table["slide_id"].to_numpy()
 
@@ -260,7 +270,7 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
 
 
 def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
-    """Write `splits_<k>.csv` as CLAM does: columns train, val, test, shorter ones padded with blanks."""
+    """Write `splits_<k>.csv` in CLAM's format: columns train, val, test, padded with blanks."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for k, split in enumerate(splits):
@@ -272,10 +282,10 @@ def read_splits(folder: str | Path) -> list[Split]:
     """Read CLAM's `splits_0.csv`, `splits_1.csv`, ... in order.
 
     Raises:
-        CohortError: No split files, a column is missing, or a slide stands in two parts of a fold.
+        CohortError: There are no split files, a column is missing, or a slide is in two parts of a fold.
     """
     folder = Path(folder)
-    splits = []
+    splits: list[Split] = []
     while (path := folder / f"splits_{len(splits)}.csv").is_file():
         table = pd.read_csv(path, dtype=str)
         if not {"train", "val", "test"} <= set(table.columns):
@@ -290,7 +300,7 @@ def read_splits(folder: str | Path) -> list[Split]:
 
 
 def column_split(cohort: Cohort) -> Split | None:
-    """The official split of the table's column `split` ("train", "val", "test"); None where it has none.
+    """The official split in the column `split` ("train", "val" or "test"), or None without that column.
 
     Raises:
         CohortError: A slide has another value, or a part is empty.
@@ -311,11 +321,11 @@ def column_split(cohort: Cohort) -> Split | None:
 
 
 def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
-    """Hold splits to a cohort.
+    """Check that splits fit a cohort.
 
     Raises:
-        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a case stands in
-            two parts of a split.
+        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a case is in two
+            parts of a split.
     """
     known = cohort.case_of
     if not splits:
@@ -329,4 +339,4 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
             unknown = [slide_id for slide_id in slides if slide_id not in known]
             _refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
             twice = [s for s in slides if cases.setdefault(known[s], part) != part]
-            _refuse(twice, f"split {fold}: the case stands in two parts, of", "keep each case in one part")
+            _refuse(twice, f"split {fold}: the case is in two parts, of", "keep each case in one part")

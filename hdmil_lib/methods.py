@@ -1,4 +1,4 @@
-"""The systems that can be cross-validated: what each one trains, and which tiles it reads."""
+"""Methods that can be cross-validated: the networks that they train and the tiles that they read."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,19 +11,19 @@ Screen = Literal["lipn", "random", "published", "joint"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a results table.
+    """A method of `METHODS`.
 
     Attributes:
         title: Name in tables and figures.
-        model: Name in `MODELS` of the network that it trains.
-        options: Settings of that network, beyond the recipe's.
-        screen: Tiles that a trained DMIN gets to read: all (None); those that LIPN keeps at the thresholds
-            chosen in training ("lipn"); as many as these, drawn at random ("random"); those that LIPN keeps at
-            gamma, each pooled by the branches that it was kept for, as in the paper ("published"); or those
-            of a LIPN that went on learning together with DMIN ("joint").
+        model: Name in `MODELS` of the bag classifier, for a method that reads all tiles.
+        options: Settings of the bag classifier in addition to those of the recipe.
+        screen: Tiles that a trained DMIN reads. None: all tiles. "lipn": the tiles that LIPN keeps at the
+            thresholds chosen in training. "random": the same number of random tiles. "published": the tiles
+            that LIPN keeps at gamma, pooled by the branches that they were kept for, as in the paper.
+            "joint": as "lipn", with DMIN and LIPN fine-tuned together.
         lipn: Options of `fit_lipn`, for a method that trains a LIPN.
-        dmin: Method whose DMIN it builds on, if it screens tiles.
-        base: Method whose LIPN it builds on, if it screens tiles and trains none.
+        dmin: Method whose DMIN is used, for a method that screens tiles.
+        base: Method whose LIPN is used, for a method that screens tiles and trains no LIPN.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Methods that must have been trained before."""
+        """Methods that must be trained before this one."""
         if self.screen is None:
             return ()
         return (self.dmin,) if self.screen == "lipn" else (self.dmin, self.base)
@@ -76,15 +76,15 @@ METHODS: dict[str, Method] = {
 
 
 def title(method: str) -> str:
-    """The name of a method of `METHODS` in tables and figures; another name as it is."""
+    """Title of a method in tables and figures; a name that is not in `METHODS` is its own title."""
     return METHODS[method].title if method in METHODS else method
 
 
 def check_methods(names: Iterable[str]) -> None:
-    """Hold names to `METHODS`.
+    """Check that all names are in `METHODS`.
 
     Raises:
-        HDMILError: A name is unknown; the nearest known one is named.
+        HDMILError: A name is unknown.
     """
     for name in names:
         if name not in METHODS:

@@ -1,4 +1,4 @@
-"""Files that are read back are held to a schema: types, bounds, and nothing that is not known."""
+"""Schemas of files that are read back: types, bounds, and no unknown fields."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +11,13 @@ Kind = TypeVar("Kind", bound="Schema")
 
 
 class Schema(BaseModel):
-    """A frozen record with checked fields; unknown fields and numbers in quotes are refused."""
+    """A frozen record with checked fields; unknown fields and values of another type are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem that a schema found, in one line: which field, its value, what is expected."""
+    """The first problem that a schema found, in one line: the field, its value, and what is expected."""
     problem = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in problem["loc"]) or "the file"
     value = repr(problem["input"])
@@ -35,8 +35,8 @@ def read_schema(path: Path, kind: type[Kind], remedy: str) -> Kind:
 
     Args:
         path: The file.
-        kind: Its schema.
-        remedy: What the user can do about a file that does not fit.
+        kind: Schema of the file.
+        remedy: What the user can do if the file does not fit.
 
     Raises:
         CheckpointError: The file is missing, is not JSON, or does not fit.
@@ -52,5 +52,5 @@ def read_schema(path: Path, kind: type[Kind], remedy: str) -> Kind:
 
 
 def to_json(record: Schema) -> dict[str, Any]:
-    """A record as plain JSON values."""
+    """Convert a record to JSON values."""
     return record.model_dump(mode="json")

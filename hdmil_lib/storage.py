@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read back with errors that name them."""
+"""Files that are written whole or not at all."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name in its folder, then rename it: it is whole or absent.
+    """Write a file under a temporary name, then rename it, so that it is never incomplete.
 
     Args:
-        path: The file; its folder is made.
-        write: Writes the content to the path that it is given, which has the same suffix.
+        path: The file; its folder is created.
+        write: Function that writes the content to the path that it gets, which has the suffix of `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+        temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: The file is missing or damaged.
     """
     try:
         content = json.loads(path.read_text())
@@ -59,12 +59,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
-    """Write a CSV, whole or not at all."""
+    """Write a CSV file, whole or not at all."""
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
+def readable(name: str) -> str:
+    r"""A file name as text that can be printed and stored: a byte that is not UTF-8 is written as "\xff"."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def save_weights(model: "nn.Module", path: Path) -> None:
-    """Write a model's parameters and buffers as safetensors."""
+    """Write the parameters and buffers of a model as safetensors."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -72,7 +77,7 @@ def save_weights(model: "nn.Module", path: Path) -> None:
 
 
 def load_weights(model: "nn.Module", path: Path) -> None:
-    """Read what `save_weights` wrote.
+    """Load the parameters and buffers that `save_weights` wrote.
 
     Raises:
         CheckpointError: The file is missing or damaged, or belongs to a model of another shape.
@@ -89,7 +94,7 @@ def load_weights(model: "nn.Module", path: Path) -> None:
 
 
 def weights_digest(model: "nn.Module") -> str:
-    """Short hash of a model's parameters and buffers."""
+    """Short hash of the parameters and buffers of a model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())

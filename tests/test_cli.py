@@ -1,20 +1,24 @@
 """Every command, from arguments to files; every bad input: one clear line, nothing half-written."""
 
 import json
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from model_factory import ColorEncoder, write_textured_slide
+import torch
+from model_factory import ColorEncoder, make_model, write_textured_slide
+from safetensors.torch import load_file
 from slide_factory import write_slide
 from typer.testing import CliRunner
 
+from hdmil_lib.bags import EncoderIdentity, read_bag, write_bag
 from hdmil_lib.cli import app
-from hdmil_lib.bags import read_bag, write_bag
+from hdmil_lib.models import HDMIL
+from hdmil_lib.version import __version__
 
 N_SLIDES = 12
 
@@ -34,16 +38,15 @@ def hdmil(*arguments, code=0):
 def color_encoder():
     """The commands load an encoder without weights, in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("features.encoders", "inference.predictor"):
-            patch.setattr(f"hdmil_lib.{module}.load_encoder", load_color_encoder)
+        patch.setattr("hdmil_lib.encoders.loading.load_encoder", load_color_encoder)
         yield
 
 
-def load_color_encoder(name, precision="auto", calibration=None, compiled=False):
+def load_color_encoder(name, device="auto", precision="auto", int8_tiles=None, compiled=False):
     assert not compiled
     encoder = ColorEncoder()
     if precision == "int8":
-        assert calibration.shape == (2 * 9, 256, 256, 3) and calibration.dtype == np.uint8
+        assert int8_tiles.shape == (2 * 9, 256, 256, 3) and int8_tiles.dtype == np.uint8
         encoder.precision = precision
     return encoder
 
@@ -62,7 +65,8 @@ def work(tmp_path_factory):
         )
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
     hdmil("extract", folder / "slides", "--out", folder / "bags")
-    hdmil(*train_arguments(folder), "--out", folder / "model", "--compare", "max")
+    hdmil(*train_arguments(folder), "--out", folder / "trained", "--compare", "max")
+    (folder / "model").symlink_to(folder / "trained" / "model")
     return folder
 
 
@@ -73,6 +77,10 @@ def train_arguments(folder, cohort="cohort.csv", bags="bags", folds=3):
     )
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def test_help_lists_the_commands_without_loading_what_they_need():
     code = (
         "import sys, hdmil_lib.cli; print(*{'pandas', 'timm', 'openslide', 'matplotlib'} & set(sys.modules))"
@@ -81,6 +89,10 @@ def test_help_lists_the_commands_without_loading_what_they_need():
     assert loaded.split() == []
     listing = hdmil("--help")
     assert all(command in listing for command in ("samples", "extract", "train", "calibrate", "predict"))
+
+
+def test_the_version_is_printed():
+    assert hdmil("--version") == f"hdmil {__version__}\n"
 
 
 def test_extract_writes_a_bag_for_each_slide_and_skips_what_is_done(work):
@@ -104,6 +116,13 @@ def test_extract_fits_int8_to_the_slides(work, tmp_path):
     assert read_bag(tmp_path / "bags" / "s01.h5").attrs["precision"] == "int8"
 
 
+def test_extract_refuses_an_output_that_is_a_file_before_it_encodes(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(ColorEncoder, "__call__", lambda self, tiles: 1 / 0)
+    (tmp_path / "bags").write_text("notes")
+    error = hdmil("extract", work / "slides", "--out", tmp_path / "bags", code=1)
+    assert "bags: cannot be a folder" in error and (tmp_path / "bags").read_text() == "notes"
+
+
 def test_extract_goes_on_when_a_slide_fails_and_says_which(work, tmp_path):
     (tmp_path / "notes.tif").write_text("not a slide")
     error = hdmil(
@@ -120,20 +139,24 @@ def test_two_slides_of_one_name_would_share_a_bag(work, tmp_path):
 
 
 def test_train_writes_a_model_and_its_test_scores(work):
-    scores = pd.read_csv(work / "model" / "scores.csv", index_col="method")
+    scores = pd.read_csv(work / "trained" / "scores.csv", index_col="method")
     assert set(scores.index) == {"Max-Pooling", "HDMIL†", "HDMIL"}
-    assert {path.name for path in (work / "model").iterdir()} >= {
-        *("config.json", "dmin.safetensors", "lipn.safetensors", "scores.md"),
+    assert {path.name for path in (work / "trained").iterdir()} == {"model", "runs", "scores.csv", "scores.md"}
+    assert {path.name for path in (work / "model").iterdir()} == {
+        *("config.json", "model.safetensors", "README.md"),
     }
-    config = json.loads((work / "model" / "config.json").read_text())
-    assert (config["classes"], config["encoder"]) == (["normal", "tumor"], "color")
+    info = json.loads((work / "model" / "config.json").read_text())["info"]
+    assert (info["classes"], info["encoder"]) == (["normal", "tumor"], "color")
 
 
 def test_the_model_kept_is_of_the_fold_with_the_lowest_validation_loss(work):
-    runs = work / "model" / "runs" / "hdmil"
+    runs = work / "trained" / "runs" / "hdmil"
     losses = [pd.read_csv(runs / f"fold{fold}" / "history.csv")["val_loss"].min() for fold in range(3)]
-    best = runs / f"fold{int(np.argmin(losses))}" / "model.safetensors"
-    assert (work / "model" / "lipn.safetensors").read_bytes() == best.read_bytes()
+    best = load_file(runs / f"fold{int(np.argmin(losses))}" / "model.safetensors")
+    kept = load_file(work / "model" / "model.safetensors")
+    lipn = {name.removeprefix("lipn."): t for name, t in kept.items() if name.startswith("lipn.")}
+    assert lipn.keys() == best.keys()
+    assert all(torch.equal(lipn[name], best[name]) for name in best)
 
 
 def test_predict_prints_the_class_and_draws_the_heatmap(work, tmp_path):
@@ -143,6 +166,80 @@ def test_predict_prints_the_class_and_draws_the_heatmap(work, tmp_path):
     assert "slide    s00" in text and ("normal 0." in text or "normal 1." in text)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in picture.parent.iterdir()] == ["s00.png"]
+
+
+def test_predict_writes_the_kept_tiles_for_qupath(work, tmp_path):
+    slide = work / "slides" / "s00.tif"
+    hdmil("predict", slide, "--model", work / "model", "--geojson", tmp_path / "kept" / "s00.geojson")
+    content = json.loads((tmp_path / "kept" / "s00.geojson").read_text())
+    model = HDMIL.from_pretrained(work / "model")
+    model.encoder = ColorEncoder()
+    assert len(content["features"]) == model.predict(slide).kept.sum()
+
+
+def test_predict_writes_a_table_of_many_slides_and_goes_on_where_it_stopped(work, tmp_path, monkeypatch):
+    out = tmp_path / "tables" / "t.csv"
+    two = [work / "slides" / f"s0{i}.tif" for i in range(2)]
+    model = ("--model", work / "model", "--out", out)
+    text = hdmil("predict", *two, *model)
+    assert f"{out}: 2 of 2 slides predicted" in text
+    table = pd.read_csv(out)
+    assert table["slide_id"].tolist() == ["s00", "s01"] and table["error"].isna().all()
+    np.testing.assert_allclose(table["p_normal"] + table["p_tumor"], 1, atol=1e-6)
+    assert set(table["label"]) <= {"normal", "tumor"} and (table["n_tiles"] == 9).all()
+
+    n_encoded = []
+    encode = ColorEncoder.__call__
+    monkeypatch.setattr(
+        ColorEncoder, "__call__", lambda self, tiles: n_encoded.append(len(tiles)) or encode(self, tiles)
+    )
+    hdmil("predict", *two, *model)
+    assert n_encoded == []
+    pd.testing.assert_frame_equal(pd.read_csv(out), table)
+    hdmil("predict", work / "cohort.csv", *model)  # adds ten
+    again = pd.read_csv(out)
+    pd.testing.assert_frame_equal(again[:2], table)
+    assert len(again) == N_SLIDES and sum(n_encoded) == again["n_read"][2:].sum()
+    hdmil("predict", work / "slides", "--model", work / "model", "--out", tmp_path / "folder.csv")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "folder.csv").drop(columns="seconds"), again.drop(columns="seconds")
+    )
+
+
+def test_predict_writes_a_table_of_one_slide_too(work, tmp_path):
+    slide = work / "slides" / "s00.tif"
+    hdmil("predict", slide, "--model", work / "model", "--out", tmp_path / "t.csv", "--all-tiles")
+    assert pd.read_csv(tmp_path / "t.csv")["n_read"].tolist() == [9]
+
+
+def test_predict_goes_on_when_a_slide_fails_and_says_which(work, tmp_path):
+    (tmp_path / "notes.tif").write_text("not a slide")
+    slides = (tmp_path / "notes.tif", work / "slides" / "s00.tif")
+    error = hdmil("predict", *slides, "--model", work / "model", "--out", tmp_path / "t.csv", code=1)
+    assert error.startswith("error: notes: ") and "notes.tif" in error
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table["slide_id"].tolist() == ["notes", "s00"]
+    assert "notes.tif" in table["error"][0] and table["p_tumor"].notna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--out", "t.csv", "--heatmap", "h.png"), ("--out", "t.csv", "--anytime"), ("--max-tiles", 3)],
+)
+def test_several_slides_need_a_table(work, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    two = [work / "slides" / f"s0{i}.tif" for i in range(2)]
+    for slides in (two, [work / "slides"]):
+        error = hdmil("predict", *slides, "--model", work / "model", *options, code=1)
+        assert "--out" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_slides_of_one_name_would_share_a_row(work, tmp_path):
+    twin = write_textured_slide(tmp_path / "s00.tif", 1, 1)
+    slides = (work / "slides" / "s00.tif", twin)
+    error = hdmil("predict", *slides, "--model", work / "model", "--out", tmp_path / "t.csv", code=1)
+    assert "'s00'" in error and not (tmp_path / "t.csv").exists()
 
 
 def test_predict_reads_every_tile_when_asked(work):
@@ -163,35 +260,87 @@ def test_predict_stops_at_a_budget_and_says_why(work):
     assert "--all-tiles" in hdmil("predict", slide, *model, "--max-tiles", 4, "--all-tiles", code=1)
 
 
-def test_calibrate_writes_the_rules_that_held_out_slides_allow(work, tmp_path):
-    shutil.copytree(work / "model", tmp_path / "model")
+def calibrate(work, model, out, *options, code=0):
     arguments = ("calibrate", "--cohort", work / "cohort.csv", "--bags", work / "bags")
-    before = json.loads((tmp_path / "model" / "config.json").read_text())
-    text = hdmil(*arguments, "--model", tmp_path / "model")
+    return hdmil(*arguments, "--model", model, "--out", out, *options, code=code)
+
+
+@pytest.fixture
+def ranked(work, tmp_path):
+    """A model whose LIPN tells tiles apart, and whose trained thresholds read nearly all of them."""
+    make_model(work / "slides" / "s00.tif", keep=0.95).save_pretrained(tmp_path / "ranked")
+    return tmp_path / "ranked"
+
+
+LOOSE = ("--epsilon", 0.99, "--delta", 0.99)
+"""A rule may err on all but one of 12 slides: the fastest passes, whatever the networks say."""
+
+
+def test_calibrate_writes_the_rules_that_held_out_slides_allow(work, ranked, tmp_path):
+    before = contents(ranked)
+    trained = HDMIL.from_pretrained(ranked)
+    text = calibrate(work, ranked, tmp_path / "strict")
     assert text.count(f"not achievable with {N_SLIDES} slides; it takes 45") == 2 and "--all-tiles" in text
-    assert json.loads((tmp_path / "model" / "config.json").read_text()) == before
-    text = hdmil(*arguments, "--model", tmp_path / "model", "--epsilon", 0.6, "--delta", 0.5)
-    after = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert "rule " in text and after["thresholds"] > before["thresholds"]
-    assert after["margin"] is None  # a slide is one block, so that no margin reads less
-    assert "epsilon is 2.0" in hdmil(*arguments, "--model", tmp_path / "model", "--epsilon", 2, code=1)
+    strict = HDMIL.from_pretrained(tmp_path / "strict")
+    assert torch.equal(strict.thresholds, trained.trained_thresholds) and strict.margin.isinf()
+
+    text = calibrate(work, ranked, tmp_path / "loose", *LOOSE)
+    loose = HDMIL.from_pretrained(tmp_path / "loose")
+    assert "rule " in text and (loose.thresholds > trained.thresholds).all()
+    assert loose.margin.isinf()  # a slide is one block, so that no margin reads less
+    assert torch.equal(loose.trained_thresholds, trained.trained_thresholds)
+    for name, tensor in trained.state_dict().items():
+        assert name == "thresholds" or torch.equal(loose.state_dict()[name], tensor)
+    assert "epsilon is 2.0" in calibrate(work, ranked, tmp_path / "new", "--epsilon", 2, code=1)
+    assert not (tmp_path / "new").exists()
+    assert contents(ranked) == before
+
+
+def test_calibrating_what_was_calibrated_gives_the_same_rules(work, ranked, tmp_path):
+    """Candidates depend on no slide of the calibration: not even by way of the rules it learned before."""
+    first = calibrate(work, ranked, tmp_path / "first", *LOOSE)
+    second = calibrate(work, tmp_path / "first", tmp_path / "second", *LOOSE)
+    again = calibrate(work, ranked, tmp_path / "first", *LOOSE)
+    assert again == first and second == first.replace("/first", "/second")
+    names = ("config.json", "model.safetensors", "README.md")
+    assert {path.name for path in (tmp_path / "first").iterdir()} == set(names)
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_one_slide_of_each_case_calibrates(work, ranked, tmp_path):
+    table = pd.read_csv(work / "cohort.csv")
+    table.assign(case_id=table.index // 2).to_csv(tmp_path / "cases.csv", index=False)
+    text = hdmil(
+        *("calibrate", "--cohort", tmp_path / "cases.csv", "--bags", work / "bags"),
+        *("--model", ranked, "--out", tmp_path / "new"),
+    )
+    assert text.count(f"not achievable with {N_SLIDES // 2} slides") == 2
+
+
+@pytest.mark.parametrize("out", ["model", "trained/model", "trained/../model", "trained/model/"])
+def test_calibrate_does_not_write_over_the_model(work, monkeypatch, out):
+    before = contents(work / "trained")
+    monkeypatch.chdir(work)
+    assert "is the model itself" in calibrate(work, "model", out, *LOOSE, code=1)
+    assert contents(work / "trained") == before
 
 
 def test_samples_names_what_it_prepared(monkeypatch, work):
     from hdmil_lib.cohort import Cohort
 
-    cohort = Cohort.from_csv(work / "cohort.csv", bag_dir=work / "bags")
+    cohort = Cohort.from_csv(work / "cohort.csv", bags=work / "bags")
     asked = []
     monkeypatch.setattr(
-        "hdmil_lib.cohort.prepare_cohort", lambda name, fast: asked.append((name, fast)) or cohort
+        "hdmil_lib.synthetic.cohorts.prepare_cohort", lambda name, fast: asked.append((name, fast)) or cohort
     )
-    monkeypatch.setattr("hdmil_lib.cohort.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
+    monkeypatch.setattr("hdmil_lib.slides.sample.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
     text = hdmil("samples", "--cohort", "nsclc-mini", "--fast")
     assert asked == [("nsclc-mini", True)]
     assert "synthetic" in text and str(work / "bags") in text and "CMU-1" in text
 
 
-def test_encoders_are_listed_with_their_licences():
+def test_encoders_are_listed_with_their_licenses():
     listing = hdmil("encoders")
     assert "efficientnet_lite0" in listing and "Apache-2.0" in listing
 
@@ -248,14 +397,13 @@ def test_a_slide_without_a_scale_is_used_when_it_is_given(work, tmp_path):
     ("change", "named"),
     [
         (lambda table: pd.concat([table, table.iloc[:1].assign(slide_id="s99")]), "s99"),
-        (lambda table: table.drop(index=5), "s05"),
         (lambda table: pd.concat([table, table.iloc[7:8]]), "s07"),
         (lambda table: table.assign(label="tumor"), "two classes"),
         (lambda table: table.assign(case_id=table["label"]), "fewer than the 3 folds"),
         (lambda table: table.drop(columns="label"), "label"),
         (lambda table: table.assign(label=table["label"].mask(table.index == 2)), "s02"),
     ],
-    ids=["no bag", "no row", "twice", "one class", "few cases", "no labels", "label empty"],
+    ids=["no bag", "twice", "one class", "few cases", "no labels", "label empty"],
 )
 def test_a_label_file_that_does_not_fit(work, tmp_path, change, named):
     change(pd.read_csv(work / "cohort.csv")).to_csv(tmp_path / "changed.csv", index=False)
@@ -265,11 +413,30 @@ def test_a_label_file_that_does_not_fit(work, tmp_path, change, named):
     assert [path.name for path in tmp_path.iterdir()] == ["changed.csv"]
 
 
+def test_bags_without_a_row_are_left_out(work, tmp_path):
+    pd.read_csv(work / "cohort.csv").drop(index=5).to_csv(tmp_path / "held_out.csv", index=False)
+    options = ("--bags", work / "bags", "--out", tmp_path / "model", "--folds", 3, "--epochs", 1)
+    hdmil("train", "--cohort", tmp_path / "held_out.csv", *options, "--workers", 1)
+    parts = pd.concat(pd.read_csv(p) for p in (tmp_path / "model" / "runs").rglob("predictions.csv"))
+    assert set(parts["slide_id"]) == {f"s{i:02d}" for i in range(N_SLIDES)} - {"s05"}
+
+
+def test_splits_can_be_given(work, tmp_path):
+    split = {"train": [f"s{i:02d}" for i in range(6)], "val": ["s06", "s07"], "test": ["s08", "s09"]}
+    (tmp_path / "splits").mkdir()
+    columns = {part: pd.Series(slides, dtype=str) for part, slides in split.items()}
+    pd.DataFrame(columns).to_csv(tmp_path / "splits" / "splits_0.csv")
+    options = ("--splits", tmp_path / "splits", "--out", tmp_path / "model")
+    hdmil(*train_arguments(work), *options)
+    for path in (tmp_path / "model" / "runs").rglob("predictions.csv"):
+        assert pd.read_csv(path)["slide_id"].tolist() == split["test"]
+
+
 def test_bags_of_two_encoders(work, tmp_path):
     for path in (work / "bags").glob("*.h5"):
         bag = read_bag(path)
         if bag.slide_id == "s01":
-            bag.attrs["encoder"] = "other"
+            bag = replace(bag, encoder=EncoderIdentity("other", "c01"))
         write_bag(tmp_path / "bags" / path.name, bag)
     arguments = ("--cohort", work / "cohort.csv", "--bags", tmp_path / "bags", "--out", tmp_path / "model")
     error = hdmil("train", *arguments, code=1)
@@ -296,10 +463,10 @@ def test_a_model_of_another_encoder(work):
 
 
 def test_training_again_with_other_settings_keeps_what_is_there(work):
-    before = {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()}
-    error = hdmil(*train_arguments(work), "--out", work / "model", "--seed", 7, code=1)
+    before = contents(work / "trained")
+    error = hdmil(*train_arguments(work), "--out", work / "trained", "--seed", 7, code=1)
     assert "another folder" in error
-    assert {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()} == before
+    assert contents(work / "trained") == before
 
 
 @pytest.mark.parametrize(
@@ -310,7 +477,12 @@ def test_training_again_with_other_settings_keeps_what_is_there(work):
         (("extract", "model", "--out", "new"), "no slides"),
         (("extract", "absent.csv", "--out", "new"), "absent.csv"),
         (("train", "--cohort", "absent.csv", "--bags", "bags", "--out", "new"), "absent.csv"),
-        (("train", "--cohort", "cohort.csv", "--bags", "bags", "--out", "new", "--preset", "x"), "brca"),
+        (("train", "--cohort", "cohort.csv", "--bags", "bags", "--out", "new", "--recipe", "bcra"), "'brca'?"),
+        (("train", "--cohort", "cohort.csv", "--bags", "bags", "--out", "new", "--splits", "x"), "splits_0.csv"),
+        (("predict", "slides/s00.tif", "--model", "absent"), "absent: no such model folder"),
+        (("predict", "absent.csv", "--model", "model", "--out", "new"), "absent.csv"),
+        (("predict", "slides/s00.tif", "--model", "model", "--device", "cuda:99"), "cuda:99"),
+        (("calibrate", "--cohort", "cohort.csv", "--bags", "bags", "--model", "bags", "--out", "new"), "config.json"),
         (("train", "--cohort", "cohort.csv", "--bags", "bags", "--out", "new", "--compare", "x"), "abmil"),
         (("train", "--cohort", "cohort.csv", "--bags", "bags", "--out", "new", "--folds", "2"), "three"),
         (("samples", "--cohort", "x"), "camelyon-mini"),

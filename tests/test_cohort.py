@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from hdmil_lib.bags import write_bag
 from hdmil_lib.cohort import (
     Cohort,
-    load_bags,
+    Split,
+    check_splits,
+    column_split,
     make_splits,
     read_splits,
     write_splits,
@@ -35,7 +37,8 @@ GOOD = "slide_id,case_id,label,path\na,1,tumor,a.tif\nb,1,tumor,b.tif\nc,2,norma
 def test_labels_are_names_or_indices(tmp_path):
     by_name = Cohort.from_csv(write_csv(tmp_path, GOOD))
     assert by_name.classes == ("normal", "tumor")
-    assert by_name.labels.tolist() == [1, 1, 0] and len(by_name) == 3
+    assert by_name.labels.tolist() == [1, 1, 0]
+    assert len(by_name) == 3
     assert by_name.slide_path("b") == tmp_path / "b.tif"
     numbers = GOOD.replace("tumor", "1").replace("normal", "0")
     assert Cohort.from_csv(write_csv(tmp_path, numbers), ["n", "t"]).table["label"].tolist() == [
@@ -74,17 +77,16 @@ def test_unknown_labels_and_absent_files(tmp_path):
         Cohort.from_csv(tmp_path / "none.csv")
 
 
-def test_bags_and_rows_must_match(tmp_path):
+def test_every_row_needs_a_bag_and_other_bags_are_left_out(tmp_path):
     bags, labels = make_bags(4)
     cohort = make_cohort(tmp_path, bags, labels)
-    again = partial(Cohort.from_csv, tmp_path / "cohort.csv", bag_dir=tmp_path / "bags")
+    again = partial(Cohort.from_csv, tmp_path / "cohort.csv", bags=tmp_path / "bags")
     assert again().bag_path("s01") == tmp_path / "bags" / "s01.h5"
     with pytest.raises(CohortError, match="only a bag"):
         cohort.slide_path("s01")
-    write_bag(tmp_path / "bags" / "extra.h5", make_bag("extra", 0))
-    with pytest.raises(CohortError, match="no label for bags.* extra"):
-        again()
-    (tmp_path / "bags" / "extra.h5").unlink()
+    write_bag(tmp_path / "bags" / "extra.h5", make_bag("extra", 0, dim=3))
+    assert again().slide_ids == cohort.slide_ids
+    assert list(again().load_bags()) == cohort.slide_ids
     (tmp_path / "bags" / "s02.h5").unlink()
     with pytest.raises(CohortError, match="no bag in .* s02"):
         again()
@@ -97,6 +99,15 @@ def test_a_cohort_survives_writing_and_selection(tmp_path):
     assert cohort.select(["c", "a"]).labels.tolist() == [0, 1]
     with pytest.raises(CohortError, match="no bags"):
         cohort.bag_path("a")
+    with pytest.raises(CohortError, match="no bags"):
+        cohort.load_bags()
+
+
+def test_labels_and_cases_by_slide(tmp_path):
+    cohort = Cohort.from_csv(write_csv(tmp_path, GOOD))
+    assert cohort.label_of == {"a": 1, "b": 1, "c": 0}
+    assert cohort.case_of == {"a": "1", "b": "1", "c": "2"}
+    assert all(type(label) is int for label in cohort.label_of.values())
 
 
 def cohort_of(slides_per_case: list[int], n_classes: int = 2) -> Cohort:
@@ -118,8 +129,9 @@ def cohort_of(slides_per_case: list[int], n_classes: int = 2) -> Cohort:
 def test_splits_keep_cases_together_and_classes_balanced(slides_per_case, n_folds, n_classes, seed):
     cohort = cohort_of(slides_per_case, n_classes)
     splits = make_splits(cohort, n_folds, seed)
-    case_of = dict(zip(cohort.table["slide_id"], cohort.table["case_id"], strict=True))
+    case_of = cohort.case_of
     label_of = dict(zip(cohort.table["case_id"], cohort.table["label"], strict=True))
+    check_splits(splits, cohort)
     tested = [s for split in splits for s in split.test]
     assert sorted(tested) == sorted(cohort.slide_ids)
     for k, split in enumerate(splits):
@@ -138,7 +150,8 @@ def test_permuted_labels_stay_with_their_cases_and_keep_their_number(tmp_path):
     table = pd.DataFrame(rows, columns=["slide_id", "case_id", "label", "path"])
     cohort = Cohort(table, ("normal", "tumor"), tmp_path)
     permuted = cohort.permuted(3)
-    assert permuted.labels.sum() == 8 and not np.array_equal(permuted.labels, cohort.labels)
+    assert permuted.labels.sum() == 8
+    assert not np.array_equal(permuted.labels, cohort.labels)
     assert permuted.table.groupby("case_id")["label"].nunique().eq(1).all()
     assert permuted.slide_ids == cohort.slide_ids
     pd.testing.assert_frame_equal(permuted.table, cohort.permuted(3).table)
@@ -180,7 +193,7 @@ def test_bad_split_files(tmp_path):
 def test_load_bags_reads_all_without_tile_labels(tmp_path):
     bags, labels = make_bags(4)
     cohort = make_cohort(tmp_path, bags, labels)
-    loaded = load_bags(cohort)
+    loaded = cohort.load_bags()
     assert list(loaded) == list(bags)
     assert loaded["s01"].features.dtype == np.float16
     np.testing.assert_array_equal(loaded["s01"].features, bags["s01"].features)
@@ -191,4 +204,125 @@ def test_a_bag_of_another_dimension_is_named(tmp_path):
     bags, labels = make_bags(6)
     bags["s03"] = make_bag("s03", 1, dim=8)
     with pytest.raises(BagError, match="s03"):
-        load_bags(make_cohort(tmp_path, bags, labels))
+        make_cohort(tmp_path, bags, labels).load_bags()
+
+
+# A part set aside for choices
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slides_per_case=st.lists(st.integers(1, 4), min_size=20, max_size=60),
+    n_classes=st.integers(2, 3),
+    share=st.floats(0.2, 0.8),
+    seed=st.integers(0, 100),
+)
+def test_a_part_is_set_aside_by_case_and_stratified(slides_per_case, n_classes, share, seed):
+    cohort = cohort_of(slides_per_case, n_classes)
+    first, rest = cohort.set_aside(share, seed)
+    assert sorted(first.slide_ids + rest.slide_ids) == sorted(cohort.slide_ids)
+    for part in (first, rest):
+        chosen = set(part.slide_ids)
+        assert part.slide_ids == [s for s in cohort.slide_ids if s in chosen]
+        assert part.classes == cohort.classes
+    cases = [set(part.case_of.values()) for part in (first, rest)]
+    assert not cases[0] & cases[1]
+    assert len(cases[0]) == int(share * len(slides_per_case))
+    for label in range(n_classes):  # each class has its share of the cases, to the nearest case
+        own, other = (
+            len({p.case_of[s] for s in p.slide_ids if p.label_of[s] == label}) for p in (first, rest)
+        )
+        expected = len(cases[0]) * (own + other) / len(slides_per_case)
+        assert abs(own - expected) < 1
+    again = cohort.set_aside(share, seed)
+    assert [part.slide_ids for part in again] == [first.slide_ids, rest.slide_ids]
+
+
+def test_another_seed_sets_other_slides_aside():
+    cohort = cohort_of([2] * 40)
+    assert cohort.set_aside(0.3, 0)[0].slide_ids != cohort.set_aside(0.3, 1)[0].slide_ids
+
+
+def test_a_case_of_two_labels_is_set_aside_whole():
+    table = pd.DataFrame(
+        [(f"s{i}{part}", f"c{i}", part) for i in range(12) for part in ("normal", "tumor")]
+        + [(f"h{i}", f"healthy{i}", "normal") for i in range(12)],
+        columns=["slide_id", "case_id", "label"],
+    )
+    first, rest = Cohort(table, ("normal", "tumor"), Path(".")).set_aside(0.5, 0)
+    assert not set(first.case_of.values()) & set(rest.case_of.values())
+    assert sum(case.startswith("c") for case in set(first.case_of.values())) == 6
+
+
+def test_parts_set_aside_are_cross_validated_by_themselves():
+    first, rest = cohort_of([1, 2] * 20).set_aside(0.4, 0)
+    for part in (first, rest):
+        splits = make_splits(part, 3, 0)
+        assert {s for split in splits for s in (*split.train, *split.val, *split.test)} == set(part.slide_ids)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2, float("nan")])
+def test_an_impossible_share_is_refused(share):
+    with pytest.raises(ValueError, match="share is .*, expected a number between 0 and 1"):
+        cohort_of([1] * 20).set_aside(share, 0)
+
+
+@pytest.mark.parametrize(("n_cases", "share"), [(3, 0.5), (20, 0.01), (20, 0.99)])
+def test_too_few_cases_for_two_parts_are_refused(n_cases, share):
+    with pytest.raises(CohortError, match=f"too few cases to set {share:.0%} aside"):
+        cohort_of([1] * n_cases).set_aside(share, 0)
+
+
+# Splits of one's own
+
+
+def with_column(parts):
+    """A cohort of one slide per case with a column `split`."""
+    cohort = cohort_of([1] * len(parts))
+    return Cohort(cohort.table.assign(split=parts), cohort.classes, cohort.root)
+
+
+def test_the_column_split_is_one_fold():
+    cohort = with_column(["train", " Test", "VAL", "train", "test"])
+    assert column_split(cohort) == Split(("0-0", "3-0"), ("2-0",), ("1-0", "4-0"))
+    assert column_split(cohort_of([1] * 5)) is None
+
+
+def test_a_bad_column_split_is_refused():
+    with pytest.raises(CohortError, match="`split` is none of train, val, test for 1-0, 3-0; correct it"):
+        column_split(with_column(["train", "dev", "val", None, "test"]))
+    with pytest.raises(CohortError, match="no slide has `split` val"):
+        column_split(with_column(["train", "test", "test"]))
+
+
+def test_the_column_split_is_read_from_the_table(tmp_path):
+    text = "slide_id,case_id,label,path,split\n" + "".join(
+        f"{s},{s},{label},{s}.tif,{part}\n"
+        for s, label, part in (("a", "tumor", "train"), ("b", "normal", "val"), ("c", "tumor", "test"))
+    )
+    cohort = Cohort.from_csv(write_csv(tmp_path, text))
+    assert column_split(cohort) == Split(("a",), ("b",), ("c",))
+    cohort.to_csv(tmp_path / "again.csv")
+    assert column_split(Cohort.from_csv(tmp_path / "again.csv")) == column_split(cohort)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ([], "there are no splits"),
+        ([Split(("0-0",), (), ("1-0",))], "split 0 has no slides in its part val"),
+        ([Split(("0-0",), ("2-0",), ("1-0", "x"))], "split 0: not in the cohort: x"),
+        ([Split(("0-0",), ("2-0",), ("1-0", "2-1"))], "split 0: the case is in two parts, of 2-1"),
+        (
+            [Split(("0-0",), ("2-0",), ("1-0",)), Split(("0-0",), ("1-0",), ("0-0",))],
+            "split 1: the case .* 0-0",
+        ),
+    ],
+)
+def test_splits_that_do_not_fit_the_cohort_are_refused(splits, message):
+    with pytest.raises(CohortError, match=message):
+        check_splits(splits, cohort_of([1, 1, 2]))
+
+
+def test_splits_need_not_use_every_slide():
+    check_splits([Split(("0-0",), ("2-0", "2-1"), ("1-0",))], cohort_of([1, 1, 2, 3]))

@@ -1,5 +1,6 @@
 """Slides to bags: only the asked tiles are read, runs resume, and failures are reported."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -302,6 +303,18 @@ def test_a_poison_bag_or_labels_stop_no_other(slide_path, tmp_path):
     table = extract([slide_path, last], MeanColor(), tmp_path / "b", tile_labels=poison, progress=False)
     assert table.status.tolist() == ["failed", "failed"]
     assert "division" in table.error[0] and "same tiles" in table.error[1]
+
+
+def test_a_name_that_is_not_utf_8_is_extracted_like_others(slide_path, tmp_path):
+    odd = slide_path.with_name(os.fsdecode(b"a\xff.tif"))
+    odd.write_bytes(slide_path.read_bytes())
+    for status in ("done", "skipped"):
+        table = extract([odd, slide_path], MeanColor(), tmp_path / "bags", progress=False)
+        assert table.slide_id.tolist() == ["a\\xff", "a"] and table.status.tolist() == [status, status]
+    assert read_bag(tmp_path / "bags" / f"{odd.stem}.h5").slide_id == "a\\xff"
+    odd.write_text("no slide any more")
+    table = extract([odd], MeanColor(), tmp_path / "again", progress=False)
+    assert table.status.tolist() == ["failed"] and "a\\xff.tif" in table.error[0]
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])

@@ -79,7 +79,8 @@ def test_evidence_is_that_of_tiles_asked_one_by_one(n_classes, self_distillation
             expected.append(a * divergence if p[y] > q[y] else 0.0)
         # features reach the networks as float32 numbers, exactly; the rest is double
         np.testing.assert_allclose(found[s], expected, rtol=1e-6, atol=1e-12)
-        assert found[s].ge(0).all() and found[s].le(1).all()
+        assert found[s].ge(0).all()
+        assert found[s].le(1).all()
 
 
 def test_evidence_does_not_turn_on_the_names_of_the_classes():
@@ -155,7 +156,8 @@ def test_patches_take_all_positions_of_a_square_and_no_other():
         for transformed in (torch.rot90(square[0], turn), torch.rot90(square[0], turn).flip(1))
     }
     counts = Counter(patch.numpy().tobytes() for patch in turned)
-    assert len(positions) == 8 and set(counts) == positions
+    assert len(positions) == 8
+    assert set(counts) == positions
     # four standard deviations of a binomial count of 400 draws with probability 1/8
     assert list(counts.values()) == pytest.approx([50] * 8, abs=4 * np.sqrt(400 * 7 / 64))
 

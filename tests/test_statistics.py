@@ -11,21 +11,11 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, f1_score
 
 from hdmil_lib.errors import CohortError
+from hdmil_lib.evaluation.auc_tests import auc_interval, delong, paired_permutation
 from hdmil_lib.evaluation.metrics import auc, fold_scores
-from hdmil_lib.evaluation.statistics import (
-    align_methods,
-    auc_interval,
-    brier_score,
-    compare,
-    delong,
-    expected_calibration_error,
-    format_p,
-    format_scores,
-    holm,
-    paired_permutation,
-    reliability,
-    score_table,
-)
+from hdmil_lib.evaluation.out_of_fold import align_methods
+from hdmil_lib.evaluation.reliability import brier_score, expected_calibration_error, reliability
+from hdmil_lib.evaluation.statistics import compare, format_p, format_scores, holm, score_table
 
 
 def two_columns(p):

@@ -20,6 +20,7 @@ from hdmil_lib.training.crossval import cross_validate
 
 NAME = "camelyon-mini"
 N_SLIDES = 100
+MIN_TUMOR_TILES = 4
 N_FOLDS = 5  # of the cross-validation in `make tutorial`
 LIMIT_MB = 16
 
@@ -29,16 +30,25 @@ README = """# Sample bags and model
 `hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained
 on the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
 slides or training. `make samples` makes them: of every class of the full cohort, the slides with the fewest
-tiles; of the cross-validation, the fold of lowest validation loss.
+tiles, tumor slides with {least} tumor tiles or more; of the cross-validation, the fold of lowest validation loss.
 """
 
 
 def choose(cohort: Cohort) -> list[str]:
-    """The slides with the fewest tiles, equally many of every class, in the cohort's order."""
-    tiles = pd.Series({s: bag_info(cohort.bag_path(s))["n_tiles"] for s in cohort.slide_ids})
-    labels = cohort.table.set_index("slide_id")["label"]
+    """The slides with the fewest tiles, equally many of every class, in the cohort's order.
+
+    Slides of the last class count only with `MIN_TUMOR_TILES` tumor tiles or more: of a hundred slides with
+    smaller tumors no system learns anything, and a first run would show nothing.
+    """
+    tiles, tumor = {}, {}
+    for slide_id in cohort.slide_ids:
+        tiles[slide_id] = bag_info(cohort.bag_path(slide_id))["n_tiles"]
+        share = read_tile_labels(cohort.bag_path(slide_id))
+        tumor[slide_id] = 0 if share is None else int((share >= 0.5).sum())
+    table = cohort.table.set_index("slide_id").assign(tiles=tiles, tumor=tumor)
+    fit = (table["label"] != cohort.classes[-1]) | (table["tumor"] >= MIN_TUMOR_TILES)
     per_class = N_SLIDES // len(cohort.classes)
-    chosen = {s for name in cohort.classes for s in tiles[labels == name].nsmallest(per_class).index}
+    chosen = {s for _, rows in table[fit].groupby("label") for s in rows["tiles"].nsmallest(per_class).index}
     return [slide_id for slide_id in cohort.slide_ids if slide_id in chosen]
 
 
@@ -71,6 +81,7 @@ def main() -> None:
         tiles=sum(bag_info(shipped.bag_path(s))["n_tiles"] for s in shipped.slide_ids),
         size=size,
         encoder=DEFAULT_ENCODER,
+        least=MIN_TUMOR_TILES,
     )
     (SAMPLES / "README.md").write_text(text)
     print(text)

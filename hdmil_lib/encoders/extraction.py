@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
 from hdmil_lib.errors import BagError, CohortError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,7 +184,7 @@ def extract_slide(
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(
-            slide_id=slide.name,
+            slide_id=readable(slide.name),
             features=features,
             coords=grid.coords,
             rowcol=grid.rowcol,
@@ -266,8 +267,8 @@ def extract(
         try:
             status, n_tiles = run(path)
         except Exception as caught:  # whatever it is, it is this slide's, and the others go on
-            status, n_tiles, error = "failed", 0, str(caught) or type(caught).__name__
-        records.append((path.stem, status, n_tiles, time.perf_counter() - start, error))
+            status, n_tiles, error = "failed", 0, readable(str(caught)) or type(caught).__name__
+        records.append((readable(path.stem), status, n_tiles, time.perf_counter() - start, error))
         _show_rate(bar, records)
     return pd.DataFrame(records, columns=["slide_id", "status", "n_tiles", "seconds", "error"])
 

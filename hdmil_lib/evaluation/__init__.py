@@ -1,1 +1,1 @@
-"""Scores of predictions and of masks, stage timings, and the paper's tables."""
+"""Scores of predictions and of tile masks, with confidence intervals and tests."""

@@ -1,7 +1,7 @@
 """AUC of test slides: bootstrap intervals, DeLong's test and a paired permutation test.
 
-All are about the sampling of test slides, the trained models being given. What another seed or another
-training set would change comes on top.
+They measure the uncertainty from the sampling of test slides, for given trained models. The variation between
+random seeds and between training sets is not included.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from hdmil_lib.evaluation.metrics import auc
 
 
 class Interval(NamedTuple):
-    """An estimate and the two ends of its confidence interval."""
+    """An estimate and the ends of its confidence interval."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An estimated difference, its confidence interval, and the two-sided p value of no difference."""
+    """An estimated difference, its confidence interval, and the two-sided p value for no difference."""
 
     value: float
     low: float
@@ -32,18 +32,19 @@ class Difference(NamedTuple):
     p: float
 
 
-def _fold_mean(statistic: Callable[[np.ndarray], np.ndarray], folds: np.ndarray) -> np.ndarray:
-    """Mean over folds of a statistic of the slides (S,) bool that a fold tests on."""
-    return np.mean([statistic(folds == fold) for fold in np.unique(folds)], axis=0)
+def _fold_mean(statistic: Callable[[np.ndarray], np.ndarray | float], folds: np.ndarray) -> np.ndarray:
+    """Mean over folds of a statistic, which is given the test slides of a fold as bool (S,)."""
+    return np.mean(np.array([statistic(folds == fold) for fold in np.unique(folds)]), axis=0)
 
 
 def resample_weights(
     labels: np.ndarray, folds: np.ndarray, cases: np.ndarray, n_resamples: int, seed: int
 ) -> np.ndarray:
-    """How often a bootstrap draws each slide: (n_resamples, S) float.
+    """Draw bootstrap samples: how often each one holds each slide, float (n_resamples, S).
 
-    Cases are drawn with replacement, with all their slides, apart for each class in each fold, so that these
-    keep their number of cases. A case counts for the highest class among its slides, as in `make_splits`.
+    Cases are drawn with replacement and bring all their slides. They are drawn separately for each class of
+    each fold, so that its number of cases stays the same. The class of a case is the highest class of its
+    slides, as in `make_splits`.
     """
     slides = pd.DataFrame({"fold": folds, "case": cases, "label": labels})
     by_case = slides.groupby(["fold", "case"])
@@ -71,18 +72,20 @@ def auc_interval(
 
     Args:
         labels: Class indices (S,).
-        probabilities: Class probabilities (S, C); more than two classes: one against the rest, averaged.
+        probabilities: Class probabilities (S, C). With more than two classes the AUC is the mean of one
+            against the rest.
         reference: Class probabilities (S, C) of the method to compare with.
-        folds: (S,): only slides of a fold are ranked against each other, and the folds' AUCs averaged;
-            default: all are pooled.
-        cases: (S,): slides of a case are drawn together; default: each by itself.
-        level: Of confidence.
-        n_resamples: Bootstrap samples; see `resample_weights`. Those that leave a class of a fold without a
-            slide, which only cases of mixed classes can do, do not count.
-        seed: Of the samples: the same for all methods.
+        folds: Fold of each slide (S,): slides are ranked within their fold only, and the AUCs of the folds
+            averaged. By default all slides are ranked together.
+        cases: Case of each slide (S,): the slides of a case are drawn together. By default each slide is a
+            case of its own.
+        level: Confidence level.
+        n_resamples: Number of bootstrap samples; see `resample_weights`. A sample without any slide of a
+            class in a fold, which only cases of mixed classes can cause, is left out.
+        seed: Seed of the bootstrap; with equal seeds all methods are scored on the same samples.
 
     Raises:
-        CohortError: A class has no slide, in one of the folds if these are given.
+        CohortError: A class has no slide, or none in one of the given folds.
     """
     labels = np.asarray(labels)
     folds = np.zeros(len(labels), int) if folds is None else np.asarray(folds)
@@ -103,13 +106,13 @@ def auc_interval(
 
 
 def percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:
-    """The ends of the central share `level` of samples (B,), nan among them left out."""
+    """The ends of the central share `level` of the samples (B,), leaving out nan."""
     low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def _weighted_auc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC (B,) of slides that count as often as weights (B, S) say; nan where a class has none."""
+    """AUC (B,) of slides with weights (B, S); nan where a class has no weight."""
     aucs = []
     for c in _scored_classes(probabilities):
         positive, scores = labels == c, probabilities[:, c]
@@ -136,21 +139,21 @@ def delong(
 ) -> Difference:
     """DeLong's test of the AUCs of two methods on the same slides, of two classes.
 
-    The variance is that of the slides' placements (share of the other class that they outrank), found from
-    midranks in O(S log S). With folds it is a stratified test: placements, differences and variances are
-    taken within each fold and averaged, so that no score is held against that of another model. Slides are
-    taken as independent. The variance is somewhat too large in small folds: simulated, by 10 to 17 % in folds
-    of 8 and 12 slides, by 1 to 5 % for 80 and 120.
+    The variance is that of the slides' placements (share of the other class that they outrank), computed from
+    midranks in O(S log S). With folds the test is stratified: placements, differences and variances are
+    computed within each fold and averaged, so that scores of different models are never compared. Slides are
+    assumed to be independent. In small folds the variance is slightly too large: in simulations by 10 to 17 %
+    with 8 slides of one class and 12 of the other, and by 1 to 5 % with 80 and 120.
 
     Args:
-        labels: 0 or 1 a slide (S,).
+        labels: Class index, 0 or 1, of each slide (S,).
         scores: Scores of class 1 (S,).
-        reference: Those of the method to compare with (S,).
-        folds: (S,); default: all slides in one.
-        level: Of confidence.
+        reference: Scores of class 1 (S,) of the method to compare with.
+        folds: Fold of each slide (S,); by default all slides are in one.
+        level: Confidence level.
 
     Returns:
-        The difference of AUCs; interval and p are nan where the methods differ but placements do not vary.
+        The difference of AUCs. Interval and p are nan if the methods differ but the placements do not vary.
 
     Raises:
         CohortError: A fold has fewer than two slides of a class.
@@ -166,13 +169,13 @@ def delong(
         positive = labels[folds == fold] == 1
         if min(positive.sum(), (~positive).sum()) < 2:
             raise CohortError(
-                f"fold {fold}: DeLong's test needs two slides of each class, not {positive.sum()} and "
-                f"{(~positive).sum()}; use paired_permutation"
+                f"fold {fold}: DeLong's test needs two slides of each class, but there are "
+                f"{(~positive).sum()} of class 0 and {positive.sum()} of class 1; use paired_permutation"
             )
         parts.append(_placement_difference(positive, both[:, folds == fold]))
     values, variances = np.transpose(parts)
     value, error = float(values.mean()), float(np.sqrt(variances.sum())) / len(parts)
-    if error < 1e-12:  # rounding: placements are multiples of 1 / S
+    if error < 1e-12:  # zero but for rounding: placements are multiples of 1 / S
         return Difference(value, 0.0, 0.0, 1.0) if abs(value) < 1e-12 else Difference(value, *[np.nan] * 3)
     reach = float(norm.ppf((1 + level) / 2)) * error
     return Difference(value, value - reach, value + reach, float(2 * norm.sf(abs(value) / error)))
@@ -181,12 +184,12 @@ def delong(
 def _placement_difference(positive: np.ndarray, both: np.ndarray) -> tuple[float, float]:
     """Difference of the AUCs of two score vectors (2, S) and its variance."""
     ranks = rankdata(both, axis=1)
-    variance = 0.0
+    placements = []
     for members in (~positive, positive):
         outranked = ranks[:, members] - rankdata(both[:, members], axis=1)
-        difference = (outranked[0] - outranked[1]) / (~members).sum()
-        variance += difference.var(ddof=1) / members.sum()
-    return difference.mean(), variance
+        placements.append((outranked[0] - outranked[1]) / (~members).sum())
+    variance = sum(float(part.var(ddof=1)) / len(part) for part in placements)
+    return float(placements[1].mean()), variance
 
 
 def paired_permutation(
@@ -199,11 +202,11 @@ def paired_permutation(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> float:
-    """Two-sided p value of equal AUC: the two methods exchange their scores of a slide, or of a case.
+    """Two-sided p value for equal AUC, from exchanging the scores of the two methods on slides or cases.
 
-    Scores are first replaced by their ranks within fold and method, which makes them exchangeable although
-    the methods may differ in scale; AUC is averaged over folds. It takes any number of classes, and tries
-    all exchanges where these are no more than `n_resamples`. Arguments are those of `auc_interval`.
+    Scores are first replaced by their ranks within fold and method, which makes them exchangeable even if the
+    methods differ in scale; the AUC is averaged over folds. Any number of classes is possible. All exchanges
+    are tried if there are no more than `n_resamples`. The arguments are those of `auc_interval`.
 
     Source:
         Venkatraman and Begg, Biometrika 1996.
@@ -241,7 +244,7 @@ def paired_permutation(
 
 
 def _ranked_auc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """AUC (...) of scores (..., S, C) by sums of ranks."""
+    """AUC (...) of scores (..., S, C), from sums of ranks."""
     aucs = []
     for c in _scored_classes(scores):
         positive = labels == c

@@ -9,14 +9,14 @@ from hdmil_lib.errors import CohortError
 
 
 def auc(labels: np.ndarray | Sequence[int], probabilities: np.ndarray) -> float:
-    """Area under the ROC curve: of class 1 for two classes, the mean of one against the rest for more.
+    """Area under the ROC curve: of class 1 for two classes, the one-against-rest mean for more.
 
     Args:
         labels: Class indices (S,).
         probabilities: Class probabilities (S, C).
 
     Raises:
-        CohortError: A class has no slide, so that its curve does not exist.
+        CohortError: A class has no slide, so its ROC curve does not exist.
     """
     from sklearn.metrics import roc_auc_score  # takes a second to import
 
@@ -26,30 +26,30 @@ def auc(labels: np.ndarray | Sequence[int], probabilities: np.ndarray) -> float:
     if absent:
         raise CohortError(
             f"no AUC: none of the {len(labels)} slides has class {', '.join(map(str, absent))}; "
-            "score a part that holds every class"
+            "score a set of slides that has every class"
         )
     columns = [1] if n_classes == 2 else range(n_classes)
     return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in columns]))
 
 
 def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Share of slides (S,) whose most probable class (S, C) is right."""
+    """Share of slides whose most probable class is their label; labels (S,), probabilities (S, C)."""
     return float(np.mean(np.argmax(probabilities, axis=1) == np.asarray(labels)))
 
 
 def keep_ratio(mask: np.ndarray) -> float:
-    """Share of tiles kept by at least one branch of a mask (N, C), or by a mask (N,)."""
+    """Share of tiles that at least one branch of a mask (N, C) keeps, or that a mask (N,) keeps."""
     mask = np.asarray(mask, dtype=bool)
     return float(np.mean(mask.reshape(len(mask), -1).any(axis=1)))
 
 
 def tumor_recall(mask: np.ndarray, tile_labels: np.ndarray, threshold: float = 0.5) -> float:
-    """Share of a slide's tumor tiles that at least one branch keeps; nan on a slide without tumor tiles.
+    """Share of a slide's tumor tiles that at least one branch keeps; nan for a slide without tumor tiles.
 
     Args:
         mask: Kept tiles, (N, C) or (N,).
         tile_labels: Share of tumor in each tile (N,), from `read_tile_labels`.
-        threshold: A tile with at least this share is a tumor tile.
+        threshold: Smallest share of tumor of a tumor tile.
     """
     tumor = np.asarray(tile_labels) >= threshold
     return keep_ratio(np.asarray(mask)[tumor]) if tumor.any() else float("nan")
@@ -57,24 +57,24 @@ def tumor_recall(mask: np.ndarray, tile_labels: np.ndarray, threshold: float = 0
 
 def mean_sd(values: Sequence[float], *, percent: bool = True) -> str:
     """Mean and sample standard deviation over folds as the paper prints them: "93.17 (1.83)"."""
-    values = np.asarray(values, dtype=float) * (100 if percent else 1)
-    sd = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():.2f} ({sd:.2f})"
+    numbers = np.asarray(values, dtype=float) * (100 if percent else 1)
+    sd = numbers.std(ddof=1) if len(numbers) > 1 else 0.0
+    return f"{numbers.mean():.2f} ({sd:.2f})"
 
 
 def fold_scores(predictions: pd.DataFrame) -> pd.DataFrame:
     """Scores of each method on each fold's test slides.
 
     Args:
-        predictions: What `run_crossval` returns: `method`, `fold`, `label`, `keep_ratio` and one probability
-            column `p_<class index>` a class.
+        predictions: Predictions of `cross_validate`: `method`, `fold`, `label`, `keep_ratio` and one
+            probability column `p_<class index>` per class.
 
     Returns:
-        One row a method and fold, in the order of `predictions`: `method`, `fold`, `auc`, `accuracy`,
+        One row per method and fold, in the order of `predictions`: `method`, `fold`, `auc`, `accuracy`,
         `keep_ratio` (mean over slides), `n_slides`.
 
     Raises:
-        CohortError: A fold's test slides miss a class.
+        CohortError: A class is missing among the test slides of a fold.
     """
     columns = sorted((c for c in predictions if c.startswith("p_")), key=lambda c: int(c[2:]))
     rows = []
@@ -94,5 +94,5 @@ def fold_scores(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over folds of `fold_scores`: one row a method, one text column a score."""
+    """Mean and standard deviation of `fold_scores` as text: one row per method, one column per score."""
     return scores.groupby("method", sort=False)[["auc", "accuracy", "keep_ratio"]].agg(mean_sd)

@@ -1,4 +1,4 @@
-"""The predictions of a cross-validation, checked and brought into the same order for every method."""
+"""The predictions of a cross-validation, checked, with the slides in the same order for every method."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from hdmil_lib.evaluation.metrics import auc
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """What several methods predict for the same S test slides; row i is the same slide in all of it.
+    """Predictions of several methods for the same S test slides; row i is the same slide in every array.
 
     Attributes:
-        slide_ids: (S,).
-        folds: Fold that tests on the slide (S,).
+        slide_ids: Names of the slides (S,).
+        folds: Fold in which each slide is a test slide (S,).
         labels: Class indices (S,).
         cases: Case of each slide (S,).
-        probabilities: Class probabilities (S, C) by method, in the order of the table.
+        probabilities: Class probabilities (S, C) by method, in the order of the predictions.
     """
 
     slide_ids: np.ndarray
@@ -35,16 +35,16 @@ class OutOfFold:
 
 
 def align_methods(predictions: pd.DataFrame, cases: Mapping[str, str] | None = None) -> OutOfFold:
-    """Bring the predictions of all methods into the same order of slides.
+    """Check the predictions of all methods and bring them into the same order of slides.
 
     Args:
-        predictions: What `run_crossval` returns: `method`, `fold`, `slide_id`, `label` and one probability
-            column `p_<class index>` a class.
-        cases: Case by slide_id; default: the column `case_id`, or where there is none each slide by itself.
+        predictions: Predictions of `cross_validate`: `method`, `fold`, `slide_id`, `label` and one
+            probability column `p_<class index>` per class.
+        cases: Case by slide_id. By default the column `case_id`; without it, each slide is a case of its own.
 
     Raises:
-        CohortError: A column is missing, a label or probability is impossible, a fold's test slides miss a
-            class, or the methods were not tested on the same slides, each once.
+        CohortError: A column is missing, a label or probability is out of range, a class is missing among the
+            test slides of a fold, or the methods were not tested on the same slides, once each.
     """
     columns = _class_columns(predictions)
     _check_values(predictions, columns)
@@ -61,13 +61,13 @@ def align_methods(predictions: pd.DataFrame, cases: Mapping[str, str] | None = N
         if unequal:
             raise CohortError(
                 f"methods '{first}' and '{method}' were not tested on the same slides, in the same folds and "
-                f"with the same labels: {_some(unequal)} differ; compare methods of one cross-validation"
+                f"with the same labels: {_some(unequal)} differ; compare methods of the same cross-validation"
             )
     for fold, part in reference.groupby("fold"):
         if absent := sorted(set(range(len(columns))) - set(part["label"])):
             raise CohortError(
                 f"fold {fold}: none of its {len(part)} test slides has class {_some(absent)}, so there is no "
-                "AUC; use fewer folds"
+                "AUC; use fewer folds or more slides"
             )
     return OutOfFold(
         reference.index.to_numpy(),
@@ -79,7 +79,7 @@ def align_methods(predictions: pd.DataFrame, cases: Mapping[str, str] | None = N
 
 
 def case_ids(table: pd.DataFrame, cases: Mapping[str, str] | None = None) -> np.ndarray:
-    """The case of each row of a table: from `cases`, its column `case_id`, or its `slide_id`.
+    """The case of each row of a table: from `cases`, else from its column `case_id`, else its `slide_id`.
 
     Raises:
         CohortError: `cases` lacks a slide.
@@ -87,7 +87,7 @@ def case_ids(table: pd.DataFrame, cases: Mapping[str, str] | None = None) -> np.
     if cases is None:
         return table["case_id" if "case_id" in table else "slide_id"].to_numpy()
     if missing := set(table["slide_id"]) - set(cases):
-        raise CohortError(f"cases: no case for slide {_some(missing)}; give a case for each slide")
+        raise CohortError(f"cases: no case for slide {_some(missing)}; name a case for every slide")
     return table["slide_id"].map(cases).to_numpy()
 
 
@@ -95,16 +95,14 @@ def _class_columns(predictions: pd.DataFrame) -> list[str]:
     columns = sorted((c for c in predictions if c.startswith("p_")), key=lambda c: int(c[2:]))
     missing = [c for c in ("method", "fold", "slide_id", "label", "p_0", "p_1") if c not in predictions]
     if missing or predictions.empty:
-        raise CohortError(
-            f"predictions: {len(predictions)} rows, without column {_some(missing) or '-'}; give what "
-            "run_crossval returns"
-        )
+        problem = f"without column {_some(missing)}" if missing else "with 0 rows"
+        raise CohortError(f"predictions {problem}; give the predictions of cross_validate")
     return columns
 
 
 def _check_values(predictions: pd.DataFrame, columns: list[str]) -> None:
     checks = {
-        "has a probability that is nan or outside [0, 1]; train that fold again": ~(
+        "has a probability that is nan or outside [0, 1]; train this fold again": ~(
             predictions[columns].ge(0) & predictions[columns].le(1)
         ).all(axis=1),
         f"has a label outside 0 to {len(columns) - 1}; give class indices": ~predictions["label"].isin(
@@ -122,6 +120,6 @@ def _check_values(predictions: pd.DataFrame, columns: list[str]) -> None:
             )
 
 
-def _some(names: Iterable, limit: int = 3) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _some(names: Iterable[object], limit: int = 3) -> str:
+    texts = sorted(map(str, names))
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

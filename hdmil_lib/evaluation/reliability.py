@@ -1,4 +1,4 @@
-"""Whether predicted probabilities come true: reliability, expected calibration error, Brier score."""
+"""Calibration of predicted probabilities: reliability, expected calibration error, Brier score."""
 
 import numpy as np
 import pandas as pd
@@ -9,18 +9,19 @@ def reliability(
 ) -> pd.DataFrame:
     """Predicted probability against observed frequency, in bins of slides.
 
-    Of two classes the probability of class 1 is held against its frequency; of more, the confidence in the
-    most probable class against the accuracy (Guo et al., ICML 2017).
+    For two classes the probability of class 1 is compared with the frequency of class 1; for more, the
+    probability of the most probable class with the accuracy (Guo et al., ICML 2017).
 
     Args:
         labels: Class indices (S,).
         probabilities: Class probabilities (S, C).
-        bins: Number of bins; fewer come back where probabilities coincide or bins are empty.
-        equal_mass: Bins of as many slides each, which a set of some hundred slides needs; otherwise bins of
-            the same width on [0, 1].
+        bins: Number of bins; there are fewer rows where probabilities coincide or bins are empty.
+        equal_mass: Whether bins have equal numbers of slides, which suits a few hundred slides, or equal
+            widths on [0, 1].
 
     Returns:
-        One row a bin, by rising probability: `predicted` and `observed` (means over its slides), `n_slides`.
+        One row per bin, by rising probability: `predicted` and `observed`, means over its slides, and
+        `n_slides`.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, float)
     if probabilities.shape[1] == 2:
@@ -39,8 +40,8 @@ def expected_calibration_error(
 ) -> float:
     """Mean over slides of |predicted - observed| in the slide's bin of `reliability`.
 
-    It depends on the bins and is above zero even for perfect probabilities of few slides: with bins of n
-    slides by about 0.8 sqrt(p (1 - p) / n). Compare only values of the same slides and bins.
+    It depends on the bins, and on few slides it is above zero even for perfect probabilities: by about
+    0.8 sqrt(p (1 - p) / n) with n slides per bin. Compare it only for the same slides and bins.
     """
     table = reliability(labels, probabilities, bins=bins, equal_mass=equal_mass)
     return float(np.average((table["predicted"] - table["observed"]).abs(), weights=table["n_slides"]))

@@ -1,29 +1,31 @@
-"""What stands behind the means of a results table: intervals, paired tests, calibration.
+"""Scores of all methods of a cross-validation, with confidence intervals and adjusted p values.
 
-A cross-validation scores every slide once, by the model of the fold that tests on it. Two AUCs follow.
-The *pooled* one ranks the slides of all folds together and so assumes that the folds' models share a scale:
-where they do not, it falls although no model ranks worse. The one *within folds* compares only slides that
-one model scored, and is averaged over folds: the mean AUC of the paper's tables. `score_table` states both,
-and compares methods within folds, because a comparison of rankings should not turn on calibration.
+A cross-validation scores every slide once, with the model of the fold in which it is a test slide. There are
+two AUCs for this. The *pooled* AUC ranks the slides of all folds together. It assumes that the models of the
+folds share a scale; where they do not, it is lower although no model ranks its slides worse. The AUC *within
+folds* ranks only slides that the same model scored, and is averaged over folds: it is the mean AUC of the
+paper's tables. `score_table` has both, and compares methods within folds, so that the comparison does not
+depend on calibration.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+
 from hdmil_lib.errors import CohortError
-from hdmil_lib.evaluation.auc_tests import Difference, Interval, auc_interval, delong, paired_permutation
-from hdmil_lib.evaluation.reliability import brier_score, expected_calibration_error, reliability
+from hdmil_lib.evaluation.auc_tests import Difference, auc_interval, delong, paired_permutation
 from hdmil_lib.evaluation.metrics import accuracy, fold_scores
 from hdmil_lib.evaluation.out_of_fold import OutOfFold, align_methods
+from hdmil_lib.evaluation.reliability import brier_score, expected_calibration_error
 from hdmil_lib.methods import title
 
 SIGNIFICANT = 0.05
-"""Adjusted p values below it are marked in tables and figures."""
+"""Adjusted p values below this are marked in tables and figures."""
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's adjustment of the p values (M,) of M tests; nan is no test and stays nan."""
+    """Adjust the p values (M,) of M tests by Holm's method; nan, which stands for no test, stays nan."""
     p_values = np.asarray(p_values, float)
     order = np.argsort(p_values, kind="stable")[: np.isfinite(p_values).sum()]
     adjusted = np.full(p_values.shape, np.nan)
@@ -41,10 +43,10 @@ def compare(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Difference:
-    """A method's mean AUC over folds less that of a reference, with interval and p value.
+    """A method's mean AUC over folds minus that of a reference, with interval and p value.
 
-    By DeLong's test within folds for two classes, one slide a case, and two slides of each class a fold;
-    otherwise by the paired bootstrap and the paired permutation test, over cases.
+    DeLong's test within folds is used for two classes if every case has one slide and every fold at least two
+    slides of each class; otherwise the paired bootstrap and the paired permutation test over cases.
     """
     labels, folds, cases = slides.labels, slides.folds, slides.cases
     ours, theirs = slides.probabilities[method], slides.probabilities[reference]
@@ -52,9 +54,11 @@ def compare(
     smallest = pd.DataFrame({"fold": folds, "label": labels}).value_counts().min()
     if ours.shape[1] == 2 and independent and smallest >= 2:
         return delong(labels, ours[:, 1], theirs[:, 1], folds=folds, level=level)
-    options = {"folds": folds, "cases": cases, "n_resamples": n_resamples, "seed": seed}
-    interval = auc_interval(labels, ours, theirs, level=level, **options)
-    return Difference(*interval, paired_permutation(labels, ours, theirs, **options))
+    interval = auc_interval(
+        labels, ours, theirs, folds=folds, cases=cases, level=level, n_resamples=n_resamples, seed=seed
+    )
+    p = paired_permutation(labels, ours, theirs, folds=folds, cases=cases, n_resamples=n_resamples, seed=seed)
+    return Difference(*interval, p)
 
 
 def score_table(
@@ -70,35 +74,38 @@ def score_table(
     """All scores of all methods, and their differences to a reference.
 
     Args:
-        predictions: What `run_crossval` returns.
+        predictions: Predictions of `cross_validate`.
         reference: Method that the others are compared with.
         cases: Case by slide_id, for cases of several slides; see `align_methods`.
-        level: Of confidence.
-        n_resamples: Of bootstrap and permutation test.
-        seed: Of the same.
-        bins: Of the calibration error, with as many slides each.
+        level: Confidence level.
+        n_resamples: Number of samples of the bootstrap and of the permutation test.
+        seed: Seed of the bootstrap and of the permutation test.
+        bins: Number of bins of the calibration error.
 
     Returns:
-        Indexed by method in the order of `predictions`: `auc` and `auc_sd` (mean and deviation over folds);
-        `pooled_auc`, `pooled_low`, `pooled_high`; `accuracy`, `balanced_accuracy`, `f1` (macro), `ece`,
-        `brier` (over all slides); `difference`, `difference_low`, `difference_high` (of `auc`, from
-        `compare`), `p`, and `p_holm`, adjusted over the methods compared; nan for the reference.
+        Indexed by method in the order of `predictions`: `auc` and `auc_sd` (mean and standard deviation over
+        folds); `pooled_auc`, `pooled_low`, `pooled_high`; `accuracy`, `balanced_accuracy`, `f1` (macro),
+        `ece`, `brier` (over all slides); `difference`, `difference_low`, `difference_high` (of `auc`, from
+        `compare`), `p`, and `p_holm`, adjusted over the methods compared. The differences and p values of the
+        reference are nan.
 
     Raises:
-        CohortError: The reference is missing, or `align_methods` cannot make sense of the predictions.
+        CohortError: The reference has no predictions, or `align_methods` rejects the predictions.
     """
     slides = align_methods(predictions, cases)
     if reference not in slides.probabilities:
         raise CohortError(
             f"reference '{reference}' has no predictions; choose from {', '.join(slides.probabilities)}"
         )
-    options = {"level": level, "n_resamples": n_resamples, "seed": seed}
     rows = {}
     for method, probabilities in slides.probabilities.items():
         folds = slides.fold_aucs(method)
-        pooled = auc_interval(slides.labels, probabilities, cases=slides.cases, **options)
-        none = Difference(*[np.nan] * 4)
-        difference = none if method == reference else compare(slides, method, reference, **options)
+        pooled = auc_interval(
+            slides.labels, probabilities, cases=slides.cases, level=level, n_resamples=n_resamples, seed=seed
+        )
+        difference = Difference(*[np.nan] * 4)
+        if method != reference:
+            difference = compare(slides, method, reference, level=level, n_resamples=n_resamples, seed=seed)
         rows[method] = {
             "auc": np.mean(folds),
             "auc_sd": np.std(folds, ddof=1) if len(folds) > 1 else 0.0,
@@ -131,7 +138,7 @@ def summary_table(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The scores that a user asks for first, in percent, by the titles of the methods.
+    """AUC, accuracy and share of tiles read of all methods, in percent.
 
     Args:
         predictions: Predictions of `cross_validate`.
@@ -141,11 +148,11 @@ def summary_table(
         seed: Seed of the bootstrap.
 
     Returns:
-        `AUC` and `ACC`, means over folds; `AUC low` and `AUC high`, the bootstrap interval of that mean over
-        test slides, drawn by case; `tiles read`.
+        Indexed by the methods' titles: `AUC` and `ACC`, means over folds; `AUC low` and `AUC high`, the
+        interval of the mean AUC from a bootstrap of the cases; `tiles read`.
 
     Raises:
-        CohortError: A fold's test slides miss a class, or the methods were not tested on the same slides.
+        CohortError: `align_methods` rejects the predictions.
     """
     slides = align_methods(predictions, cases)
     means = fold_scores(predictions).groupby("method")[["accuracy", "keep_ratio"]].mean()
@@ -171,7 +178,7 @@ def summary_table(
 
 
 def format_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """A `score_table` as text to print, by the methods' titles: in percent, "value (low to high)"."""
+    """A `score_table` as text, indexed by the methods' titles: in percent, as "value (low to high)"."""
 
     def interval(columns: tuple[str, str, str], sign: str = "") -> list[str]:
         numbers = 100 * scores[list(columns)].to_numpy()
@@ -195,5 +202,5 @@ def format_scores(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_p(p: float) -> str:
-    """A p value as printed: three decimals, "<0.001", "-" for nan."""
+    """A p value as text: three decimals, "<0.001" if smaller, "-" for nan."""
     return "-" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -116,17 +116,23 @@ class Prediction:
         """Draw attention of the predicted class beside the tiles that were read.
 
         Args:
-            path: Picture to write, whole or not at all; by default none.
+            path: Picture to write, whole or not at all; by default none. Then the figure is closed, so that
+                pictures of many slides do not fill the memory.
 
         Returns:
             The figure.
         """
+        import matplotlib.pyplot as plt
+
         from hdmil_lib.viz.overlays import prediction_figure
 
         figure = prediction_figure(self)
         if path is not None:
             path = Path(path)
-            write_whole(path, lambda part: figure.savefig(part, dpi=150, format=path.suffix[1:]))
+            try:
+                write_whole(path, lambda part: figure.savefig(part, dpi=150, format=path.suffix[1:]))
+            finally:
+                plt.close(figure)
         return figure
 
     def to_geojson(self, path: str | Path, *, kept_only: bool = True) -> None:

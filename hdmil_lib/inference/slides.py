@@ -1,7 +1,7 @@
 """One slide or many: LIPN chooses tiles on the thumbnail, only those are read, DMIN classifies."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from hdmil_lib.inference.prediction import Prediction, stage
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.storage import write_table
+from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+COUNTS = ("n_tiles", "n_read", "n_broken")
 
 
 def predict(model: HDMIL, slide: str | Path | Bag, **options: Any) -> Prediction:
@@ -78,7 +80,7 @@ def predict_slide(
             raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
         result = _classify(model, features[whole], rows[whole], mask, len(grid), seconds)
     return Prediction(
-        slide_id=slide.name,
+        slide_id=readable(slide.name),
         classes=model.classes,
         coords=grid.coords,
         tile_size_level0=grid.tile_size_level0,
@@ -150,44 +152,71 @@ def predict_many(
 
     Raises:
         SlideError: No slide is named, or two have the same name.
-        CheckpointError: `out` is a table of something else.
+        CheckpointError: `out` is a table of something else, or of a model with other classes, or a folder; or
+            the model does not know its encoder.
     """
-    import pandas as pd
     from tqdm.auto import tqdm
 
     paths, out = slide_files(slides), Path(out)
-    twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    names = {path: readable(path.stem) for path in paths}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise SlideError(f"several slides are called {twice[0]!r}; rename them, or predict them apart")
-    rows = _rows_of(out)
+    rows = _rows_of(out, model.classes)
     model.encoder  # noqa: B018  loaded before the first slide: a model without its encoder fails at once
-    todo = [path for path in paths if rows.get(path.stem, {"error": "new"})["error"]]
+    todo = [path for path in paths if rows.get(names[path], {"error": "new"})["error"]]
     with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress) as bar:
         for path in todo:
             try:
                 prediction = predict_slide(model, path, all_tiles=all_tiles, **options)
-                rows[path.stem] = prediction.to_row() | {"error": ""}
+                rows[names[path]] = prediction.to_row() | {"error": ""}
             except Exception as error:  # whatever it is, it is this slide's, and the others go on
-                message = " ".join(str(error).split()) or type(error).__name__
-                rows[path.stem] = {"slide_id": path.stem, "error": message}
-            write_table(out, pd.DataFrame(rows.values()))
+                message = readable(" ".join(str(error).split())) or type(error).__name__
+                rows[names[path]] = {"slide_id": names[path], "error": message}
+            write_table(out, _table(rows.values()))
             bar.update()
             bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()))
-    wanted = [rows[path.stem] for path in paths]
-    return pd.DataFrame(wanted).reset_index(drop=True)
+    return _table(rows[names[path]] for path in paths)
 
 
-def _rows_of(out: Path) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run by slide_id."""
+def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
+    """Rows as a table; counts stay whole numbers beside the gaps of slides that failed."""
     import pandas as pd
 
+    table = pd.DataFrame(list(rows))
+    table = table[[name for name in table if name != "error"] + ["error"]]
+    return table.astype({name: "Int64" for name in COUNTS if name in table})
+
+
+def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by slide_id; makes the folder of the table, so that a run does not end in vain."""
+    import pandas as pd
+
+    if out.is_dir():
+        raise CheckpointError(f"{out}: is a folder; name a CSV file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out.parent}: cannot be a folder ({error.strerror}); choose another") from error
     if not out.is_file():
         return {}
     try:
-        table = pd.read_csv(out, dtype={"slide_id": str, "error": str}).fillna({"error": ""})
-        return {row["slide_id"]: dict(row) for row in table.to_dict(orient="records")}
-    except (ValueError, KeyError, pd.errors.ParserError) as error:
+        table = pd.read_csv(
+            out,
+            dtype={"slide_id": str, "label": str, "error": str},
+            keep_default_na=False,  # a slide or a class may be called "NA"
+            na_values=[""],
+        )
+    except (OSError, ValueError, pd.errors.ParserError) as error:
         raise CheckpointError(f"{out}: no table of predictions ({error}); choose another file") from error
+    found = {name for name in table if name.startswith("p_")}
+    if not {"slide_id", "error"} <= set(table) or found - {f"p_{name}" for name in classes}:
+        raise CheckpointError(
+            f"{out}: no table of predictions of {', '.join(classes)}, but of the columns "
+            f"{', '.join(map(str, table))}; choose another file"
+        )
+    rows = table.fillna({"error": ""}).to_dict(orient="records")
+    return {row["slide_id"]: {key: value for key, value in row.items() if not pd.isna(value)} for row in rows}
 
 
 def check_bag(model: HDMIL, bag: Bag) -> None:

@@ -1,4 +1,4 @@
-"""Bag classifiers and the pre-screening network; one short file a model."""
+"""Bag classifiers, the pre-screening network LIPN, and HDMIL, which joins DMIN and LIPN."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,8 @@ from hdmil_lib.models.clam import CLAM
 from hdmil_lib.models.dmin import DMIN, DMINOutput, DMINSettings, LossWeights
 from hdmil_lib.models.dsmil import DSMIL
 from hdmil_lib.models.dtfd import DTFD
-from hdmil_lib.models.hdmil import HDMIL, HDMILOutput, ModelInfo
+from hdmil_lib.models.hdmil import HDMIL, HDMILOutput
+from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.mambamil import MambaMIL
@@ -69,7 +70,7 @@ MODELS: dict[str, Callable[..., MILModel]] = {
 
 
 def create_model(name: str, in_dim: int, n_classes: int, **settings: Any) -> MILModel:
-    """Make a bag classifier by its name in `MODELS`.
+    """Create a bag classifier.
 
     Args:
         name: A key of `MODELS`.

@@ -1,4 +1,4 @@
-"""ABMIL: attention decides how much each tile counts."""
+"""ABMIL: attention weights the tiles of a bag."""
 
 from torch import Tensor, nn
 
@@ -14,11 +14,13 @@ class ABMIL(MILModel[MILOutput]):
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        gated: tanh and sigmoid gate; otherwise tanh alone.
+        gated: Whether a sigmoid gate multiplies the tanh units of the attention.
         embed_dim: Width of the projected features.
         attention_dim: Width of the attention's hidden layer.
-        dropout: Dropout after the projection and, if gated, on both factors of the attention.
+        dropout: Dropout rate after the projection and, if gated, on both factors of the attention.
     """
+
+    attention: GatedAttention | nn.Sequential
 
     def __init__(
         self,

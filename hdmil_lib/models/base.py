@@ -1,4 +1,4 @@
-"""What every bag classifier takes and returns."""
+"""The interface of all bag classifiers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import Segments, check_segments
 
 LossTerms = dict[str, Tensor]
-"""Weighted terms of a loss by name, scalars; their sum is the loss."""
+"""Weighted terms of a loss by name, each a scalar; their sum is the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MILOutput:
-    """What a model says about B bags of N tiles together.
+    """Output of a model for B bags with N tiles in total.
 
     Attributes:
         logits: Class scores of the bags before the softmax, (B, C).
-        segments: Where each bag lies among the tiles.
-        attention: Attention logits before the softmax over tiles, (N, A); `None` for a model without.
+        segments: The bags.
+        attention: Attention logits before the softmax over tiles, (N, A); `None` without attention.
     """
 
     logits: Tensor
@@ -40,35 +40,35 @@ Output = TypeVar("Output", bound=MILOutput)
 
 
 class MILModel(nn.Module, ABC, Generic[Output]):
-    """Base of the bag classifiers; a subclass defines `classify`, and `loss` if it is not cross entropy.
+    """Base class of the bag classifiers; a subclass defines `classify` and, beyond cross entropy, `loss`.
 
-    Features of some encoders differ between dimensions in offset and spread, which slows training down. A
-    model may therefore learn their mean and standard deviation once, before training, and keep them with its
-    weights; without that it takes features as they are, as in the paper.
+    The features of some encoders differ in offset and spread between dimensions, which slows training down.
+    `standardize` stores their mean and standard deviation with the weights, once before training. Without it
+    the features are used as they are, as in the paper.
 
     Attributes:
         inputs: Fields of a `BagBatch` that `forward` takes.
-        reads_all: Whether the model needs the features of every tile. Where it does not, its output says, as
-            `keep_ratio`, of which share.
+        reads_all: Whether the model needs the features of every tile. If not, its output has a `keep_ratio`,
+            the share of tiles that it needs.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("features",)
     reads_all: ClassVar[bool] = True
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(self, in_dim: int, n_classes: int):
         super().__init__()
         self.in_dim = in_dim
         self.n_classes = n_classes
-        self.feature_mean: Tensor
-        self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_std", torch.ones(in_dim))
 
     @torch.no_grad()
     def standardize(self, bags: Iterable[Tensor]) -> None:
-        """Keep mean and standard deviation of the features of these bags (N, in_dim), over all tiles."""
+        """Store mean and standard deviation over all tiles of the features (N, in_dim) of these bags."""
         tiles = torch.cat([bag.to(self.feature_mean.dtype) for bag in bags])
         self.feature_mean.copy_(tiles.mean(0))
         self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
@@ -77,13 +77,13 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         """Classify bags of any length.
 
         Args:
-            features: Tiles of all bags one after the other, (N, in_dim).
-            segments: Where each of B bags lies; `None` for one bag, B = 1.
-            **options: Further inputs and options of the model, as its `classify` takes them.
+            features: Features of the tiles, bag after bag, (N, in_dim).
+            segments: The B bags; `None` for one bag, B = 1.
+            **options: Further keyword arguments of the model's `classify`.
 
         Raises:
-            BagError: Features have another width, or a bag has no tiles.
-            ValueError: `segments` does not cover the tiles.
+            BagError: The features have another width, or a bag has no tiles.
+            ValueError: `segments` does not fit the features.
         """
         features = self.prepare(features)
         if segments is None:
@@ -94,27 +94,27 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         return self.classify(features, segments, **options)
 
     @abstractmethod
-    def classify(self, features: Tensor, segments: Segments) -> Output:
-        """Output of B bags, given prepared features (N, in_dim)."""
+    def classify(self, features: Tensor, segments: Segments, *args: Any, **options: Any) -> Output:
+        """Classify B bags, given prepared features (N, in_dim); models may add keyword arguments."""
 
     def loss(self, output: Output, labels: Tensor) -> LossTerms:
-        """The weighted terms of the loss of these bags, each a mean over bags; they are to be added up.
+        """Compute the weighted terms of the loss, each a mean over the bags; the loss is their sum.
 
         Args:
-            output: What `forward` returned.
+            output: Output of `forward`.
             labels: Class indices, int64 (B,).
         """
         return {"bag": cross_entropy(output.logits, labels)}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer; gradients are clipped within each group by itself."""
+        """Parameter groups for an optimizer; the gradients of each group are clipped by their own norm."""
         return [{"params": list(self.parameters())}]
 
     def prepare(self, features: Tensor) -> Tensor:
-        """Features (N, in_dim) as the first layer takes them.
+        """Check features (N, in_dim) and standardize them.
 
         Raises:
-            BagError: They have another shape, or there is not one tile.
+            BagError: The features have another shape, or there are no tiles.
         """
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise BagError(

@@ -1,4 +1,4 @@
-"""CLAM: attention MIL whose attention also sorts tiles for instance classifiers."""
+"""CLAM: attention MIL whose attention also selects tiles for instance classifiers."""
 
 from dataclasses import dataclass
 
@@ -14,31 +14,32 @@ from hdmil_lib.models.layers import GatedAttention, projection
 
 @dataclass(frozen=True, kw_only=True)
 class CLAMOutput(MILOutput):
-    """What CLAM says about bags; `attention` has one column (SB) or one a class (MB).
+    """Output of CLAM; `attention` is (N, 1) with a single branch, (N, C) with several.
 
     Attributes:
-        embeddings: Projected features, (N, E), which the instance classifiers take.
+        embeddings: Projected features, (N, E), the inputs of the instance classifiers.
     """
 
+    attention: Tensor
     embeddings: Tensor
 
 
 class CLAM(MILModel[CLAMOutput]):
-    """Clustering-constrained attention MIL, with a single branch or one a class (Lu et al. 2021; Table 1).
+    """Clustering-constrained attention MIL (Lu et al. 2021; Table 1).
 
-    The single branch (CLAM-SB) pools one bag embedding, of which a linear classifier makes all class scores;
-    with several (CLAM-MB) each class has its own attention, embedding and score.
+    With a single branch (CLAM-SB) all class scores come from one bag embedding; with one branch per class
+    (CLAM-MB) each class has its own attention and bag embedding.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        multi_branch: CLAM-MB; otherwise CLAM-SB.
+        multi_branch: Whether there is one branch per class (CLAM-MB) or a single one (CLAM-SB).
         embed_dim: Width of the projected features.
         attention_dim: Width of the attention's hidden layer.
-        dropout: After the projection and on both factors of the attention.
-        k: Tiles at each end of the attention that the instance classifiers learn from.
-        subtyping: Every class has tiles of its own; see `instance_clustering_loss`.
-        bag_weight: Share of the bag's cross entropy in the loss; the rest is the clustering loss.
+        dropout: Dropout rate after the projection and on both factors of the attention.
+        k: Number of tiles at each end of the attention that the instance classifiers learn from.
+        subtyping: Whether every class has tiles of its own; see `instance_clustering_loss`.
+        bag_weight: Weight of the bags' cross entropy in the loss; the clustering loss has 1 - bag_weight.
 
     Raises:
         ValueError: k is less than 1, or bag_weight is not between 0 and 1.
@@ -71,12 +72,12 @@ class CLAM(MILModel[CLAMOutput]):
     def classify(self, features: Tensor, segments: Segments) -> CLAMOutput:
         embeddings = self.projection(features)
         bag, attention = self.attention.pool(embeddings, segments)
-        bag = bag.expand(-1, self.n_classes, -1)  # a single branch serves every class
+        bag = bag.expand(-1, self.n_classes, -1)  # a single branch is shared by all classes
         logits = torch.einsum("bce,ce->bc", bag, self.classifier.weight) + self.classifier.bias
         return CLAMOutput(logits=logits, segments=segments, attention=attention, embeddings=embeddings)
 
     def loss(self, output: CLAMOutput, labels: Tensor) -> LossTerms:
-        """Cross entropy of the bags and the clustering loss of their tiles, weighted."""
+        """Compute the cross entropy of the bags and the clustering loss of their tiles."""
         clustering = instance_clustering_loss(
             self.instance_heads,
             output.embeddings,

@@ -1,4 +1,4 @@
-"""Instance clustering: tiles of highest attention stand for the class, those of lowest do not."""
+"""Instance clustering: instance classifiers learn from the tiles of highest and of lowest attention."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ def smooth_top1_svm(logits: Tensor, labels: Tensor) -> Tensor:
     With z = other - true logit: log(1 + e^(1 + z)), and the hinge max(0, 1 + z) where |z| > ln 1000.
 
     Args:
-        logits: (B, 2).
-        labels: (B,), 0 or 1.
+        logits: (n, 2).
+        labels: 0 or 1, (n,).
 
     Returns:
-        One loss per row, (B,).
+        One loss per row, (n,).
     """
     difference = logits[:, 1] - logits[:, 0]
     z = torch.where(labels == 0, difference, -difference)
@@ -29,7 +29,7 @@ def smooth_top1_svm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def instance_clustering_loss(
-    heads: Sequence[nn.Module],
+    heads: Sequence[nn.Module] | nn.ModuleList,
     embeddings: Tensor,
     attention: Tensor,
     labels: Tensor,
@@ -42,43 +42,45 @@ def instance_clustering_loss(
 
     On the branch of the true class the k tiles of highest attention are labeled 1 and the k lowest 0.
     With `subtyping`, the k highest of every other branch are labeled 0 as well. k is at most half the
-    bag and at least 1; in a bag of one tile that tile is both the highest and the lowest.
+    bag and at least 1; in a bag with one tile that tile is both the highest and the lowest.
 
     Args:
         heads: One instance classifier per branch, (n, E) to (n, 2).
         embeddings: F, (N, E).
         attention: A, (N, C).
         labels: Class of each bag, (B,).
-        segments: Where each of the B bags lies.
-        k: Tiles at each end.
-        subtyping: Every class has tiles of its own.
+        segments: The B bags.
+        k: Largest number of tiles at each end.
+        subtyping: Whether every class has tiles of its own.
 
     Returns:
         Mean over the branches that take part, then over bags: a scalar.
     """
-    ks = (segments.sizes // 2).clamp(1, k)
-    place = torch.arange(min(max(segments.longest // 2, 1), k), device=ks.device)
-    takes = place < ks.unsqueeze(1)
+    # The first n_ends[b] of the k columns of `ends` are used in bag b.
+    n_ends = (segments.sizes // 2).clamp(1, k)
+    k = min(max(segments.longest // 2, 1), k)
+    ends = torch.arange(k, device=n_ends.device) < n_ends.unsqueeze(1)
+    bags = torch.arange(len(labels), device=n_ends.device).unsqueeze(1).expand_as(ends)
     total = embeddings.new_zeros(len(labels))
     for branch, head in enumerate(heads):
-        scores = attention[:, branch].detach()
+        # The lowest tiles are used in bags of this class only, with `subtyping` the highest in all bags.
         of_class = labels == branch
-        highest = _ends(scores, segments, len(place))
-        lowest = _ends(-scores, segments, len(place))
-        part = takes if subtyping else takes & of_class.unsqueeze(1)
-        low_part = takes & of_class.unsqueeze(1)
-        tiles = torch.cat((highest[part], lowest[low_part]))
-        if not len(tiles):
+        low = ends & of_class.unsqueeze(1)
+        high = ends if subtyping else low
+        bags_high, bags_low = bags[high], bags[low]
+        bag = torch.cat((bags_high, bags_low))
+        if not len(bag):
             continue
-        positive = of_class.unsqueeze(1).expand_as(takes)[part]
-        targets = torch.cat((positive, positive.new_zeros(int(low_part.sum())))).long()
-        bag = torch.arange(len(labels), device=ks.device).unsqueeze(1).expand_as(takes)
-        bag = torch.cat((bag[part], bag[low_part]))
-        n_tiles = torch.where(of_class, 2 * ks, ks)[bag]
+        # The used tiles, first those of highest attention; label 1 is for these in bags of this class.
+        scores = attention[:, branch].detach()
+        tiles = torch.cat((_top_k(scores, segments, k)[high], _top_k(-scores, segments, k)[low]))
+        targets = torch.cat((of_class[bags_high].long(), torch.zeros_like(bags_low)))
+        # Each bag counts the mean over its tiles: both ends in bags of this class, one end in others.
+        n_tiles = torch.where(of_class, 2 * n_ends, n_ends)[bag]
         total = total.index_add(0, bag, smooth_top1_svm(head(embeddings[tiles]), targets) / n_tiles)
     return total.mean() / (len(heads) if subtyping else 1)
 
 
-def _ends(scores: Tensor, segments: Segments, k: int) -> Tensor:
-    """Rows, among all tiles, of each bag's k tiles of highest score, (B, k); shorter bags have fewer."""
+def _top_k(scores: Tensor, segments: Segments, k: int) -> Tensor:
+    """Rows, among all tiles, of the k highest scores of each bag, (B, k); padding behind shorter bags."""
     return pad(scores, segments, -torch.inf).topk(k, dim=1).indices + segments.offsets[:-1].unsqueeze(1)

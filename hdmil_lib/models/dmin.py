@@ -1,4 +1,4 @@
-"""DMIN: attention MIL that learns which tiles it needs by distilling itself (paper: DMIN)."""
+"""DMIN: attention MIL that learns by self-distillation which tiles it needs (paper: DMIN)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class LossWeights(Schema):
-    """a1 to a5 of DMIN's loss, with the values of the authors' code."""
+    """Weights a1 to a5 of DMIN's loss, in this order; the defaults are those of the authors' code."""
 
     teacher: Weight = 0.7
     clustering: Weight = 0.3
@@ -34,7 +34,7 @@ class LossWeights(Schema):
 
 
 class DMINSettings(Schema):
-    """The arguments of a DMIN, with their bounds: what a model folder keeps of it."""
+    """Arguments of a DMIN with their bounds, as stored in a model folder."""
 
     in_dim: Width
     n_classes: Annotated[int, Field(ge=2, le=1000)]
@@ -56,17 +56,19 @@ class DMINSettings(Schema):
 
 @dataclass(frozen=True, kw_only=True)
 class DMINOutput(MILOutput):
-    """What DMIN says about bags; `logits` are the student's, `attention` is (N, C).
+    """Output of DMIN; `logits` are those of the student, `attention` is (N, C).
 
     Attributes:
-        mask: Selection of each branch, (N, C), straight-through in training; `None` without a student.
-        keep_ratio: r~, share of each bag's tiles that one branch or more select, (B,); `None` likewise.
-        teacher_logits: Class scores over all tiles, (B, C).
+        mask: Selection M of each branch, (N, C), straight-through in training; `None` without
+            self-distillation.
+        keep_ratio: r~, share of each bag's tiles that at least one branch selects, (B,); `None` likewise.
+        teacher_logits: Class scores of the teacher, (B, C).
         bag_student: Embedding of the selected tiles of each branch, (B, C, E).
         bag_teacher: Embedding of all tiles of each branch, (B, C, E).
         embeddings: F, (N, E).
     """
 
+    attention: Tensor
     mask: Tensor | None
     keep_ratio: Tensor | None
     teacher_logits: Tensor
@@ -76,34 +78,34 @@ class DMINOutput(MILOutput):
 
 
 class DMIN(MILModel[DMINOutput]):
-    """Dynamic multi-instance network: a teacher over all tiles, a student over those it selects.
+    """Dynamic multi-instance network: a teacher over all tiles, a student over the tiles that it selects.
 
-    One attention column, mask, bag embedding and classifier for each class; teacher and student share
-    all weights. In training the selection is drawn with Gumbel noise; in evaluation it is
+    Each class has a branch: an attention column, a mask, a bag embedding and a classifier. Teacher and
+    student share all weights. In training the selection is drawn with Gumbel noise; in evaluation it is
     M_c = [sigmoid(A_c) > gamma], without noise or temperature. A branch that selects nothing pools its
-    tile of highest attention. In a model without self-distillation the teacher is also the answer.
+    tile of highest attention. Without self-distillation there is no mask, and student and teacher are equal.
 
     Args:
         in_dim: Width of the features, D.
         n_classes: Number of classes and of branches, C.
         embed_dim: Width of the embeddings, E.
         attention_dim: Width of the attention's hidden layer.
-        dropout: Dropout on the embeddings and on both factors of the attention.
+        dropout: Dropout rate of the embeddings and of both factors of the attention.
         degree: K, degree of the Chebyshev heads.
-        temperature: tau of the Gumbel-sigmoid, used in training alone.
+        temperature: tau of the Gumbel-sigmoid, used in training only.
         threshold: gamma; a tile is kept where its sigmoid exceeds it.
         keep_ratio: r, the target of the rate loss.
-        head: Chebyshev-KAN ("cka") or linear classifiers (Table 3 without CKA).
-        linear_start: Whether Chebyshev heads begin as linear ones.
-        self_distillation: Whether there are a mask and a student (Table 3 without SelfDist).
+        head: Chebyshev-KAN ("cka") or linear classifiers ("linear": Table 3 without CKA).
+        linear_start: Whether Chebyshev heads start as linear ones; see `ChebyshevKAN`.
+        self_distillation: Whether there is a mask (False: Table 3 without SelfDist).
         k: Number of tiles at each end of the attention in the clustering loss.
-        subtyping: Whether every class has its own tiles; see `instance_clustering_loss`.
-        detach_teacher: Whether the distillation terms move the student alone. By default, as in the authors'
-            code, they move the teacher too.
-        loss_weights: a1 to a5; the authors' by default.
+        subtyping: Whether every class has tiles of its own; see `instance_clustering_loss`.
+        detach_teacher: Whether the distillation terms have no gradient to the teacher. By default they have,
+            as in the authors' code.
+        loss_weights: Weights of the loss; those of the authors' code by default.
 
     Attributes:
-        settings: All of these arguments.
+        settings: The arguments.
 
     Raises:
         ValueError: An argument is out of bounds.
@@ -175,12 +177,12 @@ class DMIN(MILModel[DMINOutput]):
 
         Args:
             features: I, (N, in_dim).
-            segments: Where each of the B bags lies.
-            mask: Tiles of each branch (N, C) chosen beforehand by LIPN, in place of DMIN's own choice.
-            generator: Source of the seed of the Gumbel noise in training; torch's global one by default.
+            segments: The B bags.
+            mask: Tiles that LIPN selected for each branch, (N, C), in place of DMIN's own selection.
+            generator: Generator of the Gumbel noise in training; torch's global generator by default.
 
         Raises:
-            BagError: Features or mask have another shape than the model or the bags.
+            BagError: The mask has another shape.
         """
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
@@ -206,16 +208,15 @@ class DMIN(MILModel[DMINOutput]):
     def loss(self, output: DMINOutput, labels: Tensor) -> LossTerms:
         """L = a1 CE(Y_tea, y) + a2 L_clu + a3 MSE(E_stu, E_tea) + a4 KL(Y_tea || Y_stu) + a5 (r~ - r)^2.
 
-        The divergence is that of the student from the teacher, sum_c p_tea log(p_tea / p_stu). A model
-        without self-distillation has the first two terms alone.
+        Here KL(Y_tea || Y_stu) = sum_c p_tea log(p_tea / p_stu) (paper: objective of DMIN).
 
         Args:
-            output: What `forward` returned.
+            output: Output of `forward`.
             labels: Class indices, int64 (B,).
 
         Returns:
             The weighted terms "teacher", "clustering", "embedding", "prediction" and "rate", each a mean
-            over bags (paper: objective of DMIN).
+            over bags; without self-distillation the first two only.
         """
         terms = {
             "teacher": cross_entropy(output.teacher_logits, labels),
@@ -251,32 +252,31 @@ class DMIN(MILModel[DMINOutput]):
     def _pool(
         embeddings: Tensor, attention: Tensor, mask: Tensor | None, segments: Segments
     ) -> tuple[Tensor, Tensor]:
-        """Student and teacher (B, C, E), each tile read once: the teacher is a second set of branches."""
+        """Pool student and teacher, each (B, C, E), in one pass: the teacher is a second set of branches."""
         if mask is None:
             teacher = segment_softmax_pool(embeddings, attention, None, segments)
             return teacher, teacher
         masks = torch.cat((mask, torch.ones_like(mask)), 1)
-        student, teacher = segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, segments).chunk(
-            2, 1
-        )
+        pooled = segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, segments)
+        student, teacher = pooled.chunk(2, 1)
         return student, teacher
 
     @staticmethod
     def _given(mask: Tensor, attention: Tensor) -> Tensor:
         if mask.shape != attention.shape:
             raise BagError(
-                f"mask has shape {tuple(mask.shape)}, expected {tuple(attention.shape)}: one row for each "
-                "tile whose features are given and one column for each class"
+                f"mask has shape {tuple(mask.shape)}, expected {tuple(attention.shape)}: one row per "
+                "tile and one column per class"
             )
         return mask.to(attention.dtype)
 
     def score(self, bags: Tensor) -> Tensor:
-        """Logits (B, C) of bag embeddings (B, C, E), branch c by head c."""
+        """Logits (B, C) of bag embeddings (B, C, E); head c classifies branch c."""
         return torch.cat([head(bags[:, c]) for c, head in enumerate(self.heads)], dim=1)
 
 
 def union(mask: Tensor) -> Tensor:
-    """Whether any branch keeps a tile, with the gradient of a straight-through mask: (N, C) to (N,)."""
+    """Union over branches of a mask (N, C) of 0 and 1: (N,), differentiable for a straight-through mask."""
     dropped = 1 - mask[:, 0]
     for branch in mask[:, 1:].unbind(1):
         dropped = dropped * (1 - branch)

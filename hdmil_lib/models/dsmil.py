@@ -1,4 +1,4 @@
-"""DSMIL: the tile of highest class score asks all others how much they resemble it."""
+"""DSMIL: tiles are weighted by their similarity to the tile of highest class score."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from hdmil_lib.models.ragged import bag_argmax, pad, unpad
 
 @dataclass(frozen=True, kw_only=True)
 class DSMILOutput(MILOutput):
-    """What DSMIL says about bags; `attention` is (N, C), to the critical tile of each class.
+    """Output of DSMIL; `attention` is (N, C), the similarity to the critical tile of each class.
 
     Attributes:
         critical_logits: Score of each class at its critical tile, (B, C).
@@ -25,14 +25,14 @@ class DSMILOutput(MILOutput):
 class DSMIL(MILModel[DSMILOutput]):
     """Dual-stream MIL: max pooling finds critical tiles, attention to them pools the bag (Li et al. 2021).
 
-    The critical tile of a class is that of highest score by the instance classifier. Each class pools the
-    features as they are, weighed by softmax(q q_critical / sqrt(attention_dim)) over the bag's tiles, and
-    a convolution as long as the features, a linear map of all C embeddings, makes the scores of the bag.
+    The critical tile of a class has the highest score of the instance classifier. For each class the raw
+    features are pooled with the weights softmax(q q_critical / sqrt(attention_dim)) over the bag's tiles. A
+    linear map of all C bag embeddings (the published convolution over their full length) gives the scores.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        attention_dim: Width of the queries and of their hidden layer.
+        attention_dim: Width of the queries q and of their hidden layer.
     """
 
     def __init__(self, in_dim: int, n_classes: int, *, attention_dim: int = 128):
@@ -62,7 +62,7 @@ class DSMIL(MILModel[DSMILOutput]):
         )
 
     def loss(self, output: DSMILOutput, labels: Tensor) -> LossTerms:
-        """Cross entropy of the bags' scores and of their critical tiles', half each."""
+        """Compute the cross entropies of the bags and of their critical tiles, with weight 0.5 each."""
         return {
             "bag": 0.5 * cross_entropy(output.logits, labels),
             "critical": 0.5 * cross_entropy(output.critical_logits, labels),

@@ -1,4 +1,4 @@
-"""DTFD-MIL: groups of tiles are bags themselves, and what they distill is the bag of a second tier."""
+"""DTFD-MIL: the first tier pools groups of tiles, the second pools the features that the groups distill."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,11 +18,11 @@ Distillation = Literal["afs", "maxs", "maxmins"]
 
 @dataclass(frozen=True, kw_only=True)
 class DTFDOutput(MILOutput):
-    """What DTFD says about bags; `attention` is tier 1's (N, 1), whose softmax is over a group's tiles.
+    """Output of DTFD; `attention` is that of tier 1, (N, 1), with a softmax over the tiles of a group.
 
     Attributes:
         group_logits: Class scores of the G groups of all bags, (G, C).
-        groups: Where the groups of each bag lie among all groups.
+        groups: The groups of each bag.
     """
 
     group_logits: Tensor
@@ -32,24 +32,24 @@ class DTFDOutput(MILOutput):
 class DTFD(MILModel[DTFDOutput]):
     """Double-tier feature distillation MIL (Zhang et al. 2022; Table 1).
 
-    Tier 1 is attention MIL on each group, which has the label of its bag. What it distills of each group is
-    the bag of tier 2, also attention MIL: the group's embedding ("afs"), its tile of highest class
-    activation ("maxs"), or those of highest and lowest ("maxmins"). The activation of a tile is what its
-    embedding, weighed by attention, adds to the class scores: with two classes the tile likeliest to be
-    class 1 is the highest, with more the surest of any class.
+    Tier 1 is attention MIL on each group, with the label of its bag. Tier 2 is attention MIL on the features
+    that the groups distill: the group's embedding ("afs"), its tile of highest class activation ("maxs"), or
+    its tiles of highest and lowest class activation ("maxmins"). The class activation of a tile is the
+    contribution of its embedding, weighted by attention, to the class scores: with two classes the difference
+    between class 1 and class 0, with more the largest softmax over classes.
 
-    Each tier learns from its own loss alone: distilled features carry no gradient to tier 1. That is what
-    training with one optimizer per tier amounts to, as published: tier 1's never steps by the loss of tier 2.
+    Each tier learns from its own loss alone: distilled features carry no gradient to tier 1. This is
+    equivalent to the published training, in which the optimizer of tier 1 never uses the loss of tier 2.
 
     In training a bag is split at random. In evaluation its tiles are dealt to the groups in the order of
     their attention, so that a prediction is repeatable, does not depend on the order of tiles, and all groups
-    get tiles of high attention. A bag of fewer tiles than groups has one group per tile.
+    get tiles of high attention. A bag with fewer tiles than groups has one group per tile.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        distill: What tier 2 gets of each group.
-        n_groups: Groups per bag.
+        distill: Features that a group passes to tier 2: "afs", "maxs" or "maxmins".
+        n_groups: Number of groups per bag.
         embed_dim: Width of the projected features.
         attention_dim: Width of the hidden layer of both attentions.
 
@@ -86,9 +86,9 @@ class DTFD(MILModel[DTFDOutput]):
 
         Args:
             features: (N, in_dim).
-            segments: Where each of the B bags lies.
-            generator: Generator of the CPU that splits bags in training, one number per tile, so that bags
-                together are split as they would be one by one; torch's global one by default.
+            segments: The B bags.
+            generator: CPU generator of the random splits in training; torch's global generator by default. It
+                draws one number per tile, so the splits do not depend on how bags are batched.
         """
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
@@ -116,7 +116,7 @@ class DTFD(MILModel[DTFDOutput]):
 
     @torch.no_grad()
     def _extremes(self, embeddings: Tensor, attention: Tensor, group_tiles: Segments) -> Tensor:
-        """Embeddings (G, E) or (2 G, E) of each group's tile of highest, and lowest, class activation."""
+        """Embeddings (G, E) of each group's tile of highest activation; with the lowest too, (2 G, E)."""
         weights = unpad(pad(attention, group_tiles, -torch.inf).softmax(1), group_tiles)
         activation = weights * linear(embeddings, self.classifier.weight)
         two_classes = self.n_classes == 2
@@ -127,7 +127,7 @@ class DTFD(MILModel[DTFDOutput]):
         return embeddings[tiles]
 
     def loss(self, output: DTFDOutput, labels: Tensor) -> LossTerms:
-        """Cross entropy of the groups, a mean over each bag's, and that of the bags."""
+        """Compute the cross entropies of the groups, averaged within each bag, and of the bags."""
         group_labels = labels[output.groups.bag]
         groups = cross_entropy(output.group_logits, group_labels, reduction="none")
         return {
@@ -136,22 +136,22 @@ class DTFD(MILModel[DTFDOutput]):
         }
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One parameter group per tier, since gradients are clipped tier by tier."""
+        """One parameter group per tier, whose gradients are clipped separately."""
         tiers = (self.projection, self.attention, self.classifier), (self.bag_attention, self.bag_classifier)
         return [{"params": [p for module in tier for p in module.parameters()]} for tier in tiers]
 
 
 def deal(order: Tensor, segments: Segments, n_groups: int) -> tuple[Tensor, Segments]:
-    """Deal the tiles of each bag to groups like cards: the first to the first group, and so on around.
+    """Deal the tiles of each bag to its groups in turn.
 
     Args:
-        order: Values (N,) that rank tiles: each bag's lowest is dealt first, equals in their order.
-        segments: Where each of the B bags lies.
-        n_groups: Groups per bag; a bag of fewer tiles has one group per tile.
+        order: Values (N,) that rank tiles: each bag's lowest is dealt first, equal ones in their order.
+        segments: The B bags.
+        n_groups: Number of groups per bag; a bag with fewer tiles has one group per tile.
 
     Returns:
-        tiles: Rows among all N tiles, bag by bag and group by group, int64 (N,).
-        group_tiles: Where each of the G groups lies in `tiles`.
+        tiles: Rows among all N tiles, bag after bag and group after group, int64 (N,).
+        group_tiles: The G groups, as segments of `tiles`.
     """
     bag, place = segments.bag, segments.place
     ranked = unpad(pad(order.detach(), segments, torch.inf).argsort(dim=1, stable=True), segments)

@@ -1,10 +1,10 @@
-"""HDMIL: LIPN chooses tiles on the thumbnail, DMIN classifies from these alone (paper: inference)."""
+"""HDMIL: LIPN selects tiles on the thumbnail, DMIN classifies the slide from them (paper: inference)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from hdmil_lib.models.dmin import DMIN
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN, keep_mask
 
-if TYPE_CHECKING:  # the rooms above, which read slides; the methods open their doors
+if TYPE_CHECKING:  # modules of higher layers; the methods that use them import them
     import pandas as pd
 
     from hdmil_lib.bags import Bag
@@ -32,15 +32,16 @@ PATCHES_AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class HDMILOutput(MILOutput):
-    """What HDMIL says about B bags of N tiles; `attention` is DMIN's (N, C), nan where a tile was not read.
+    """Output of HDMIL; `attention` is that of DMIN, (N, C), nan for tiles that were not read.
 
     Attributes:
-        mask: Tiles kept for each branch, bool (N, C): LIPN's choice of what to read or, where all tiles were
-            read, DMIN's choice of what to pool.
-        read: Tiles that DMIN saw, bool (N,).
-        keep_ratio: Share of each bag's tiles that DMIN saw, (B,).
+        mask: Tiles kept for each branch, bool (N, C): LIPN's selection of tiles to read or, if all tiles were
+            read, DMIN's selection of tiles to pool.
+        read: Tiles whose features DMIN took, bool (N,).
+        keep_ratio: Share of each bag's tiles that were read, (B,).
     """
 
+    attention: Tensor
     mask: Tensor
     read: Tensor
     keep_ratio: Tensor
@@ -50,30 +51,34 @@ Self = TypeVar("Self", bound="HDMIL")
 
 
 class HDMIL(nn.Module):
-    """The two networks of HDMIL and the rules between them: one object from training to a slide's diagnosis.
+    """DMIN, LIPN, and the rules that connect them.
 
-    LIPN decides which tiles are read: the union over branches. Of these DMIN selects by itself, as it does
-    without LIPN. The paper's branches pool the tiles that LIPN kept for them instead
-    (`pooling="lipn"`), though DMIN has then seen each at full resolution; on synthetic slides that costs accuracy (notebook 06).
-    `all_tiles=True` reads every tile and asks DMIN alone, which is the paper's HDMIL†.
+    LIPN selects the tiles to read: the union over branches. Among these DMIN makes its own selection for each
+    branch. In the paper each branch pools the tiles that LIPN kept for it instead (`pooling="lipn"`); on
+    synthetic slides that is less accurate (notebook 06). With `all_tiles=True` LIPN is not used and DMIN
+    reads every tile, which is the paper's HDMIL†.
 
     Args:
         dmin: Trained classifier.
-        lipn: Pre-screening network trained for it.
+        lipn: Pre-screening network trained for `dmin`.
         thresholds: Thresholds on LIPN's sigmoid, one number or one per branch; DMIN's gamma by default.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
-        pooling: Whose selection a branch pools, "dmin" or, as published, "lipn".
-        trained_thresholds: Thresholds that training chose, where `thresholds` are others.
+        pooling: Network whose selection a branch pools: "dmin" or, as published, "lipn".
+        trained_thresholds: Thresholds chosen in training, if they differ from `thresholds`.
         info: What the model was trained for; needed for slides and for saving.
 
     Attributes:
         inputs: Fields of a `BagBatch` that `forward` takes.
 
     Raises:
-        ValueError: The networks have different classes, or a threshold, the margin or `info` does not fit.
+        ValueError: The networks have different numbers of classes, or a threshold, the margin, `pooling` or
+            `info` does not fit.
     """
 
-    inputs = ("features", "patches")
+    inputs: ClassVar[tuple[str, ...]] = ("features", "patches")
+    thresholds: Tensor
+    trained_thresholds: Tensor
+    margin: Tensor
 
     def __init__(
         self,
@@ -95,12 +100,8 @@ class HDMIL(nn.Module):
             raise ValueError(f"pooling is {pooling!r}, expected 'dmin' or 'lipn'")
         if not margin > 0:
             raise ValueError(f"margin is {margin}, expected more than 0")
-        gamma = dmin.settings.threshold
-        chosen = gamma if thresholds is None else thresholds
+        chosen = dmin.settings.threshold if thresholds is None else thresholds
         self.dmin, self.lipn, self.pooling, self.info = dmin, lipn, pooling, info
-        self.thresholds: Tensor
-        self.trained_thresholds: Tensor
-        self.margin: Tensor
         self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
         trained = self.thresholds if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
@@ -119,17 +120,17 @@ class HDMIL(nn.Module):
         *,
         all_tiles: bool = False,
     ) -> HDMILOutput:
-        """Two-stage inference on bags whose features are all at hand.
+        """Run two-stage inference on bags.
 
         Args:
-            features: Tiles of all bags one after the other, (N, D).
+            features: Features of the tiles, bag after bag, (N, D).
             patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3).
-            segments: Where each of B bags lies; `None` for one bag.
-            all_tiles: Whether DMIN sees every tile and LIPN is not asked (HDMIL†).
+            segments: The B bags; `None` for one bag.
+            all_tiles: Whether DMIN reads every tile and LIPN is not used (HDMIL†).
 
         Raises:
-            BagError: Features or patches have another shape than the networks take, or a bag has no tiles.
-            ValueError: `segments` does not cover the tiles.
+            BagError: The features or patches have another shape or type, or a bag has no tiles.
+            ValueError: `segments` does not fit the features.
         """
         if segments is None:
             segments = Segments([len(features)], features.device)
@@ -168,23 +169,23 @@ class HDMIL(nn.Module):
         )
 
     def screen(self, patches: Tensor, segments: Segments) -> Tensor:
-        """Tiles that LIPN keeps for each branch, bool (N, C), of patches uint8 (N, 16, 16, 3)."""
+        """Tiles that LIPN keeps for each branch, bool (N, C), given their patches, uint8 (N, 16, 16, 3)."""
         return keep_mask(self.lipn_logits(patches), self.thresholds, segments)
 
     def lipn_logits(self, patches: Tensor) -> Tensor:
         """LIPN's logits P, float32 (N, C), of patches uint8 (N, 16, 16, 3) on the model's device.
 
-        On a CPU they are those of the module to the bit; on a GPU `kernels.lipn_forward` computes them in 16
-        bits, from `packed_lipn`.
+        On a CPU they are equal to those of `lipn` to the bit; on a GPU `kernels.lipn_forward` computes them
+        in 16 bits.
         """
         if not patches.is_cuda:
             return torch.cat([self.lipn(chunk) for chunk in patches.split(PATCHES_AT_ONCE)])
         return lipn_forward(patches, self.packed_lipn()).float()
 
     def packed_lipn(self) -> list[Tensor]:
-        """LIPN's weights as the kernel takes them, packed again only after a number has changed.
+        """LIPN's weights as the kernel takes them; packed again only after they changed.
 
-        Packing takes longer than a slide.
+        Packing them takes longer than running the kernel on a slide.
         """
         tensors = (*self.lipn.parameters(), *self.lipn.buffers())
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
@@ -199,12 +200,12 @@ class HDMIL(nn.Module):
         margin: float | None = None,
         pooling: Pooling | None = None,
     ) -> "HDMIL":
-        """The same networks with other rules; what is `None` stays.
+        """The same networks with other rules; a rule that is `None` stays as it is.
 
         Args:
             thresholds: Thresholds on LIPN's sigmoid, one number or one per branch.
             margin: Lead in log odds at which `stream` stops; infinite to read everything.
-            pooling: Whose selection a branch pools.
+            pooling: Network whose selection a branch pools.
         """
         other = HDMIL(
             self.dmin,
@@ -221,17 +222,17 @@ class HDMIL(nn.Module):
     # --- slides ---------------------------------------------------------------------------------------------
 
     def predict(self, slide: "str | Path | Bag", *, all_tiles: bool = False, **options: Any) -> "Prediction":
-        """Classify one slide; tiles that LIPN drops are never read at tile resolution.
+        """Classify one slide; tiles that LIPN does not keep are never read at full resolution.
 
         Args:
             slide: A slide file, or a bag of the model's encoder.
-            all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
-            **options: For a slide file, the options of `inference.slides.predict_slide`: `mpp`, `n_readers`,
-                `strict`, `progress`.
+            all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
+            **options: For a slide file, `mpp`, `n_readers`, `strict` and `progress` of
+                `inference.slides.predict_slide`.
 
         Raises:
             SlideError: The slide cannot be read, has no scale or no tissue, or its tiles are damaged.
-            BagError: The bag is of another encoder, or has no patches.
+            BagError: The bag was made by another encoder, or has no patches.
             CheckpointError: The model does not know its encoder, or the encoder has changed.
         """
         from hdmil_lib.inference.slides import predict
@@ -243,27 +244,27 @@ class HDMIL(nn.Module):
     ) -> "pd.DataFrame":
         """Classify many slides into a CSV file, one row per slide; see `inference.slides.predict_many`.
 
-        What stands in the file already is not predicted again, and a slide that fails does not end the run.
+        Slides that are in the file already are skipped, and a slide that fails does not end the run.
         """
         from hdmil_lib.inference.slides import predict_many
 
         return predict_many(self, slides, out=out, **options)
 
-    def stream(self, slide: str | Path, **options: Any) -> "Iterator[AnytimeStep]":
+    def stream(self, slide: str | Path, **options: Any) -> "Generator[AnytimeStep, None, None]":
         """Classify a slide tile by tile, with an answer after each block; see `inference.anytime.stream`."""
         from hdmil_lib.inference.anytime import stream
 
         return stream(self, slide, **options)
 
     def trajectory(self, bag: "Bag", **options: Any) -> "Trajectory":
-        """How `stream` would go on a slide whose bag is stored; see `inference.anytime.trajectory`."""
+        """The answers that `stream` would give on the slide of a bag; see `inference.anytime.trajectory`."""
         from hdmil_lib.inference.anytime import trajectory
 
         return trajectory(self, bag, **options)
 
     @property
     def encoder(self) -> "Encoder":
-        """The encoder that the model was trained on, loaded when it is first needed.
+        """The encoder of the features that the model was trained on, loaded when it is first needed.
 
         Raises:
             CheckpointError: The model does not know its encoder, or the encoder has other weights.
@@ -291,10 +292,10 @@ class HDMIL(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: `model.safetensors`, `config.json` and a card, `README.md`.
 
-        A model that the folder holds already stays whole until the new one is.
+        If saving is interrupted, the folder holds the previous model or the new one, never a mixture.
 
         Raises:
-            CheckpointError: The model does not know what it was trained for (`info`).
+            CheckpointError: The model has no `info`.
         """
         pretrained.save(self, Path(folder))
 
@@ -310,8 +311,8 @@ class HDMIL(nn.Module):
             The model on the CPU, in evaluation mode.
 
         Raises:
-            CheckpointError: Files are missing, damaged, of the old layout, out of bounds, or do not fit
-                together; or the hub cannot be reached.
+            CheckpointError: Files are missing, damaged, from hdmil 0.1, hold values out of bounds or do not
+                fit together; or the hub cannot be reached.
         """
         return pretrained.load(cls, name, revision)
 
@@ -319,7 +320,7 @@ class HDMIL(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return self.thresholds.device
 
     @property
@@ -329,7 +330,7 @@ class HDMIL(nn.Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; their indices where the model was not told them."""
+        """Class names; class indices for a model without `info`."""
         return self.info.classes if self.info else tuple(str(c) for c in range(self.n_classes))
 
     @property
@@ -337,7 +338,7 @@ class HDMIL(nn.Module):
         """What the model was trained for.
 
         Raises:
-            CheckpointError: The model was not told.
+            CheckpointError: The model has no `info`.
         """
         if self.info is None:
             raise CheckpointError(

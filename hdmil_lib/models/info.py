@@ -1,4 +1,4 @@
-"""What a model was trained for: the part of a model folder that people ask about."""
+"""What a model was trained for."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -12,7 +12,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class ModelInfo(Schema):
-    """What a model was trained for; its model folder keeps it.
+    """What a model was trained for, as stored in its model folder.
 
     Attributes:
         classes: Class names in the order of the branches.
@@ -21,7 +21,7 @@ class ModelInfo(Schema):
         tile_size: Side of the tiles in pixels.
         tile_mpp: Scale of the tiles in um/px.
         patch_size: Side of the patches in pixels.
-        cohort: What it was trained on.
+        cohort: Name of the cohort that it was trained on.
         metrics: Test scores by name.
         license: License of the weights.
         library_version: Version of hdmil that trained it.

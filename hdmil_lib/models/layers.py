@@ -8,7 +8,7 @@ from hdmil_lib.kernels.segments import Segments
 
 
 def projection(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
-    """Features I (N, in_dim) to embeddings F (N, embed_dim): linear, ReLU, dropout."""
+    """Linear layer, ReLU and dropout that turn features (N, in_dim) into embeddings (N, embed_dim)."""
     return nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU(), nn.Dropout(dropout))
 
 
@@ -23,17 +23,22 @@ class GatedAttention(nn.Module):
         self.dropout = dropout
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return gated_attention(embeddings, *self._weights, **self._drops())
+        dropout, seed = self._dropout()
+        return gated_attention(embeddings, *self._weights(), dropout=dropout, seed=seed)
 
     def pool(self, embeddings: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Bag embeddings (B, n_branches, embed_dim) and logits; see `kernels.gated_attention_pool`."""
-        return gated_attention_pool(embeddings, *self._weights, None, segments, **self._drops())
+        dropout, seed = self._dropout()
+        return gated_attention_pool(
+            embeddings, *self._weights(), segments=segments, dropout=dropout, seed=seed
+        )
 
-    @property
-    def _weights(self) -> list[Tensor]:
-        return [p for layer in (self.tanh, self.gate, self.score) for p in (layer.weight, layer.bias)]
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        tanh, gate, score = self.tanh, self.gate, self.score
+        return tanh.weight, tanh.bias, gate.weight, gate.bias, score.weight, score.bias
 
-    def _drops(self) -> dict[str, float | int]:
+    def _dropout(self) -> tuple[float, int | None]:
+        """Dropout rate and seed of this call."""
         if not self.training or self.dropout == 0:
-            return {}
-        return {"dropout": self.dropout, "seed": draw_seed()}
+            return 0.0, None
+        return self.dropout, draw_seed()

@@ -1,7 +1,7 @@
-"""LIPN: a tiny network that sees the thumbnail and says which tiles are worth reading (paper: LIPN)."""
+"""LIPN: a small network that selects on the thumbnail which tiles to read (paper: LIPN)."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ PATCH_SIZE = 16
 class PatchBatchNorm(nn.BatchNorm2d):
     """Batch normalization that uses the running statistics for a batch of one patch.
 
-    The last maps of LIPN are 1x1, so a single patch has no variance to normalize by.
+    The last feature maps of LIPN are 1x1, so a single patch has no variance to normalize by.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, maps: Tensor) -> Tensor:
         if self.training and len(maps) == 1:
@@ -27,11 +30,13 @@ class PatchBatchNorm(nn.BatchNorm2d):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution that treats maps of at most 2x2 as one small matrix per channel.
+    """Depthwise convolution that is computed as a matrix product per channel on maps of at most 2x2.
 
-    A kernel of 5x5 on a map of 2x2 is mostly padding, and convolution libraries are slow at it: on a CPU the
-    matrix is ten times faster, forward and backward.
+    A kernel of 5x5 on a map of 2x2 covers mostly padding. On a CPU the matrix product is ten times faster
+    there than a convolution, forward and backward.
     """
+
+    padding: tuple[int, ...]
 
     def forward(self, maps: Tensor) -> Tensor:
         height, width = maps.shape[2:]
@@ -39,20 +44,36 @@ class DepthwiseConv(nn.Conv2d):
             return super().forward(maps)
         rows, columns = self._taps(height), self._taps(width)
         matrices = self.weight[:, 0, rows[:, None, :, None], columns[None, :, None, :]]
-        return (maps[:, :, None, None] * matrices).sum((-2, -1))  # (N, C, out, out, in, in), inputs added
+        return (maps[:, :, None, None] * matrices).sum(
+            (-2, -1)
+        )  # (N, C, out, out, in, in), summed over inputs
 
     def _taps(self, size: int) -> Tensor:
-        """Which weight along an axis links an output to an input: (outputs, inputs)."""
+        """Index along an axis of the weight between each output and each input, (outputs, inputs)."""
         ends = torch.arange(size, device=self.weight.device)
         return ends - ends[:: self.stride[0], None] + self.padding[0]
 
 
-def _conv(
-    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: bool = True
-) -> nn.Sequential:
-    kind = DepthwiseConv if groups > 1 else nn.Conv2d
-    conv = kind(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, PatchBatchNorm(outputs), *([nn.ReLU()] if act else []))
+class ConvBlock(nn.Sequential):
+    """Convolution, batch normalization and, if `act`, ReLU."""
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: bool = True
+    ):
+        kind = DepthwiseConv if groups > 1 else nn.Conv2d
+        conv = kind(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
+        norm = PatchBatchNorm(outputs)
+        super().__init__(conv, norm, *([nn.ReLU()] if act else []))
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution."""
+        return cast(nn.Conv2d, self[0])
+
+    @property
+    def norm(self) -> PatchBatchNorm:
+        """The batch normalization."""
+        return cast(PatchBatchNorm, self[1])
 
 
 class UniversalInvertedBottleneck(nn.Sequential):
@@ -61,51 +82,50 @@ class UniversalInvertedBottleneck(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
         hidden = inputs * expansion
         super().__init__(
-            _conv(inputs, inputs, size, groups=inputs, act=False),
-            _conv(inputs, hidden, 1),
-            _conv(hidden, hidden, size, stride, groups=hidden),
-            _conv(hidden, outputs, 1, act=False),
+            ConvBlock(inputs, inputs, size, groups=inputs, act=False),
+            ConvBlock(inputs, hidden, 1),
+            ConvBlock(hidden, hidden, size, stride, groups=hidden),
+            ConvBlock(hidden, outputs, 1, act=False),
         )
 
 
 class LIPN(nn.Module):
-    """Lightweight instance pre-screening network: 16x16 patches at 8 um/px to one logit for each branch.
+    """Lightweight instance pre-screening network: 16x16 patches at 8 um/px to one logit per branch.
 
-    With two classes it has 33,898 parameters and takes 127,648 multiply-adds per patch. A patch is kept
-    for branch c where sigmoid(logit_c) > gamma. In training, a bag of one patch is normalized by the
-    running statistics.
+    With two classes it has 33,898 parameters and takes 127,648 multiply-adds per patch. Branch c keeps a
+    patch where sigmoid(logit_c) > gamma.
     """
 
     def __init__(self, n_classes: int = 2):
         super().__init__()
         self.n_classes = n_classes
         self.stem = nn.Sequential(
-            _conv(3, 16, 3, stride=2),
-            _conv(16, 16, 3, stride=2),
-            _conv(16, 16, 1),
-            _conv(16, 48, 3, stride=2),
-            _conv(48, 24, 1),
+            ConvBlock(3, 16, 3, stride=2),
+            ConvBlock(16, 16, 3, stride=2),
+            ConvBlock(16, 16, 1),
+            ConvBlock(16, 48, 3, stride=2),
+            ConvBlock(48, 24, 1),
         )
         self.blocks = nn.Sequential(
             UniversalInvertedBottleneck(24, 48, size=5, stride=2, expansion=2),
             UniversalInvertedBottleneck(48, 64, size=3, stride=2, expansion=2),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = _conv(64, 64, 1)
+        self.head = ConvBlock(64, 64, 1)
         self.classifier = nn.Linear(64, n_classes)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Logits P of the branches, (N, C), of uint8 RGB patches (N, 16, 16, 3).
 
         Raises:
-            BagError: If the patches have another shape or type.
+            BagError: The patches have another shape or type.
         """
         self._check(patches)
         pixels = patches.permute(0, 3, 1, 2).float() / 255 - 0.5
         return self.classifier(self.head(self.pool(self.blocks(self.stem(pixels)))).flatten(1))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: all weights together."""
+        """Parameter groups for an optimizer: one, with all weights."""
         return [{"params": list(self.parameters())}]
 
     @staticmethod
@@ -118,12 +138,13 @@ class LIPN(nn.Module):
 
     @torch.no_grad()
     def packed(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The frozen network as the matrices and biases that `kernels.lipn_forward` multiplies with.
+        """Convert the frozen network to the matrices and biases that `kernels.lipn_forward` takes.
 
-        Each linear layer, batch normalization included and layers without an activation between them
-        together, is applied to every unit vector; maps are laid out by row, column and channel.
+        Layers without an activation between them, batch normalization included, make one matrix: their
+        outputs for every unit vector. Maps are laid out by row, column and channel.
         """
-        stem, (block, last) = self.stem, self.blocks
+        layers = [module for module in self.modules() if isinstance(module, ConvBlock)]
+        stem, block, last = layers[:5], layers[5:9], layers[9:13]
         first, b1 = _matrix([stem[0]], 16, 3)
         second, b2 = _matrix([stem[1]], 8, 16)
         point, b3 = _matrix([stem[2]], 4, 16)
@@ -149,13 +170,13 @@ class LIPN(nn.Module):
 def keep_mask(logits: Tensor, thresholds: Tensor | float, segments: Segments) -> Tensor:
     """Tiles that LIPN keeps for each branch: M_LR,c = [sigmoid(P_c) > threshold_c] (paper: inference).
 
-    The tiles to read are the union over branches. A bag of which no branch keeps anything keeps its single
-    tile of highest score, so that every slide gets an answer.
+    The tiles to read are the union over branches. If no branch keeps a tile of a bag, the tile of highest
+    score is kept, so that every slide is classified.
 
     Args:
         logits: P, (N, C).
         thresholds: One number per branch (C,), or one for all.
-        segments: Where each of the B bags lies.
+        segments: The B bags.
 
     Returns:
         bool (N, C).
@@ -173,14 +194,14 @@ def keep_mask(logits: Tensor, thresholds: Tensor | float, segments: Segments) ->
 def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> list[float]:
     """Thresholds on LIPN's sigmoid, one per branch, that keep a given share of tiles, averaged over slides.
 
-    The rate loss leaves the share at gamma to chance, and often gives one branch all of it; this sets it on
-    slides whose labels are not needed. Every branch keeps its highest tiles, the same share of all tiles for
-    each, as large as the union over branches allows.
+    The rate loss does not determine the share that is kept at gamma, and often one branch keeps nearly all of
+    it. Here every branch keeps its highest tiles, the same share of all tiles for each branch, as large as
+    the union over branches allows. Labels are not needed.
 
-    Every slide has weight 1, shared equally by its tiles. In each branch a tile has a rank: the weight of the
-    tiles that score at least as high, as a share of all. When all branches keep the tiles of rank below q, a
-    tile is in the union exactly if its best rank over branches is below q. So the tiles sorted by best rank
-    enter the union one after the other, and q is the best rank of the first one that is too many.
+    All slides have the same weight, shared equally by their tiles. In each branch the rank of a tile is the
+    weight of the tiles that score at least as high, as a share of all. If all branches keep the tiles of rank
+    below q, the union consists of the tiles whose best rank over branches is below q. So the tiles enter the
+    union in the order of their best rank, and q is the best rank of the first tile that exceeds the share.
 
     Args:
         scores: Sigmoid of LIPN's logits for each slide, (N, C).
@@ -202,12 +223,13 @@ def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> li
     return [float(bounds[n : n + 2, branch].mean()) for branch, n in enumerate(kept)]
 
 
-def _matrix(layers: list[nn.Sequential], side: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Convolutions with normalization, without activations: a weight (inputs, outputs) and a bias."""
-    weight = layers[0][0].weight
-    units = torch.eye(side * side * channels, device=weight.device, dtype=torch.float64)
+def _matrix(layers: Sequence[ConvBlock], side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight (inputs, outputs) and bias of convolutions with their normalizations, without activations."""
+    device = layers[0].conv.weight.device
+    units = torch.eye(side * side * channels, device=device, dtype=torch.float64)
     maps = torch.cat((torch.zeros_like(units[:1]), units)).view(-1, side, side, channels).permute(0, 3, 1, 2)
-    for conv, norm, *_ in layers:
+    for layer in layers:
+        conv, norm = layer.conv, layer.norm
         maps = conv2d(maps, conv.weight.double(), None, conv.stride, conv.padding, 1, conv.groups)
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         maps = (maps - norm.running_mean.double()[:, None, None]) * scale[:, None, None]

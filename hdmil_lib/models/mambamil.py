@@ -1,4 +1,4 @@
-"""MambaMIL: selective state space models read the tiles in order and in strides; attention pools them."""
+"""MambaMIL: selective state space models along the tiles, in order and in strides, then attention pooling."""
 
 import math
 
@@ -20,13 +20,13 @@ class MambaMIL(MILModel[MILOutput]):
         in_dim: Width of the features.
         n_classes: Number of classes.
         embed_dim: Width of the projected features.
-        n_layers: Layers, each a layer norm and an SR-Mamba.
-        n_states: States of a channel.
-        conv_size: Taps of the causal convolution before each scan.
-        expand: Channels of the scans, as a multiple of `embed_dim`.
+        n_layers: Number of layers, each a layer norm and an SR-Mamba.
+        n_states: Number of states per channel.
+        conv_size: Kernel size of the causal convolution before each scan.
+        expand: Number of channels of the scans, as a multiple of `embed_dim`.
         rate: Stride of the second scan; 10, and 5 for lung cancer, as published.
         attention_dim: Width of the attention's hidden layer.
-        dropout: After the projection.
+        dropout: Dropout rate after the projection.
 
     Raises:
         ValueError: `rate` is not positive.
@@ -70,19 +70,19 @@ class MambaMIL(MILModel[MILOutput]):
 
 
 def strided_order(segments: Segments, rate: int) -> Tensor:
-    """Tiles of each bag as 0, rate, 2 rate, ..., 1, 1 + rate, ...: their rows among all N, int64 (N,)."""
+    """Rows (N,) of the tiles of each bag in the order 0, rate, 2 rate, ..., 1, 1 + rate, ...; int64."""
     bag, place = segments.bag, segments.place
     return ((bag * rate + place % rate) * segments.longest + place // rate).argsort()
 
 
 class SRMamba(nn.Module):
-    """Two Mamba branches between shared projections: one in order, one in another order, put back and added.
+    """Two Mamba branches between shared projections, one along the tiles and one along another order of them.
 
     Args:
         dim: Width of the tiles.
-        n_states: States of a channel.
-        conv_size: Taps of the causal convolution.
-        expand: Channels of a branch, as a multiple of `dim`.
+        n_states: Number of states per channel.
+        conv_size: Kernel size of the causal convolution.
+        expand: Number of channels of a branch, as a multiple of `dim`.
     """
 
     def __init__(self, dim: int, n_states: int = 16, conv_size: int = 4, expand: int = 2):
@@ -94,7 +94,7 @@ class SRMamba(nn.Module):
         self.output = nn.Linear(channels, dim, bias=False)
 
     def forward(self, tiles: Tensor, order: Tensor, segments: Segments) -> Tensor:
-        """Tiles (N, dim) to the same; `order` (N,) says which tile comes when in the second branch."""
+        """Tiles (N, dim) to (N, dim); `order` (N,) lists the rows of the tiles for the second branch."""
         inputs, gate = self.input(tiles).chunk(2, 1)
         read = self.straight(inputs, segments) + self.strided(inputs[order], segments)[order.argsort()]
         return self.output(read * silu(gate))
@@ -103,12 +103,12 @@ class SRMamba(nn.Module):
 class MambaBranch(nn.Module):
     """Causal convolution, SiLU and selective scan along the tiles of each bag (Gu & Dao 2023).
 
-    It starts with A_n = -n, D = 1, and steps delta log-uniform in 0.001 to 0.1.
+    Initial values: A_n = -n, skip 1, and steps delta log-uniform from 0.001 to 0.1.
 
     Args:
-        channels: D.
-        n_states: S.
-        conv_size: Taps of the convolution.
+        channels: Number of channels, D.
+        n_states: Number of states per channel, S.
+        conv_size: Kernel size of the convolution.
         rank: Rank of the projection to the steps.
     """
 
@@ -126,10 +126,10 @@ class MambaBranch(nn.Module):
         with torch.no_grad():
             self.step.weight.uniform_(-(rank**-0.5), rank**-0.5)
             steps = self.step.bias.uniform_(low, high).exp()
-            self.step.bias.copy_(steps + (-steps).expm1().neg().log())  # softplus gives the steps again
+            self.step.bias.copy_(steps + (-steps).expm1().neg().log())  # inverse of softplus
 
     def forward(self, tiles: Tensor, segments: Segments) -> Tensor:
-        """(N, D) to (N, D): zeros behind a shorter bag reach none of its tiles, since all looks back only."""
+        """(N, D) to (N, D); padding behind shorter bags has no effect, since all operations are causal."""
         padded = pad(tiles, segments)
         tiles = silu(self.convolution(padded.mT)[..., : padded.shape[1]].mT)
         low_rank, into, out = self.selection(tiles).split(self.sizes, 2)

@@ -1,4 +1,4 @@
-"""Max-Pooling: the most suspicious tile speaks for the bag."""
+"""Max-Pooling: the tile of highest probability represents the bag."""
 
 from torch import Tensor, nn
 

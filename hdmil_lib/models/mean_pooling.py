@@ -1,4 +1,4 @@
-"""Mean-Pooling: every tile votes with the same weight."""
+"""Mean-Pooling: all tiles have the same weight."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Nystrom attention: every token attends to all others through a few landmarks (Xiong et al. 2021)."""
+"""Nystrom attention: every token attends to all others through landmarks (Xiong et al. 2021)."""
 
 import math
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from torch.nn.functional import pad
 
 
 class Factors(NamedTuple):
-    """What attention is made of, with K landmarks.
+    """Factors of the attention matrix, with K landmarks: to_landmarks between^+ to_tokens.
 
     Attributes:
         to_landmarks: Softmax from queries to landmarks, (B, H, n, K).
-        between: Softmax from landmarks to landmarks, whose pseudo-inverse stands in the middle, (B, H, K, K).
-        norm: The largest sum of a column of it, in any head, (B, 1, 1, 1).
+        between: Softmax from landmarks to landmarks, (B, H, K, K).
+        norm: Largest column sum of `between` in any head, (B, 1, 1, 1).
         to_tokens: Softmax from landmarks to tokens, (B, H, K, n).
-        values: (B, H, n, d).
+        values: Values of the tokens, (B, H, n, d).
     """
 
     to_landmarks: Tensor
@@ -29,20 +29,20 @@ class Factors(NamedTuple):
 class NystromAttention(nn.Module):
     """Self-attention of H heads with softmax(Q K~^T) softmax(Q~ K~^T)^+ softmax(Q~ K^T) for softmax(Q K^T).
 
-    The landmarks Q~ and K~ are means over m equal stretches of the sequence, which zero tokens in front make
-    divisible by m; these are not masked, as in TransMIL. A depthwise convolution of the values along the
-    sequence is added. Sequences do not affect one another.
+    The landmarks Q~ and K~ are means over m equal stretches of the sequence. Zero tokens in front make its
+    length divisible by m; they are not masked, as in TransMIL. A depthwise convolution of the values along
+    the sequence is added.
 
     Args:
         dim: Width of the tokens, a multiple of `n_heads`.
-        n_heads: Heads, H, each of width d = `dim` / H.
-        n_landmarks: m.
-        iterations: Of the pseudo-inverse.
-        taps: Width of the convolution of the values, odd.
-        dropout: Of the output.
+        n_heads: Number of heads, H, each of width d = `dim` / H.
+        n_landmarks: Number of landmarks, m.
+        iterations: Number of iterations of the pseudo-inverse.
+        taps: Kernel size of the convolution of the values, odd.
+        dropout: Dropout rate of the output.
 
     Raises:
-        ValueError: The heads do not divide the width, or `taps` is even.
+        ValueError: `dim` is not a multiple of `n_heads`, or `taps` is even.
     """
 
     def __init__(
@@ -75,11 +75,12 @@ class NystromAttention(nn.Module):
         return self.output((mixed + self.neighbors(values)).transpose(1, 2).flatten(2))
 
     def first(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What the first token alone gets, without the cost of the others.
+        """Output of the first token, without the cost of the others.
 
         Returns:
-            Its row of `forward`, (B, dim), and its attention to each token in each head, (B, H, n). The
-            convolution is left out there; zero tokens in front have a share, and it can be negative.
+            The first row of `forward`, (B, dim), and the attention of the first token to each token in each
+            head, (B, H, n), without the convolution. It need not sum to 1, since the zero tokens in front
+            have a share, and it can be negative.
         """
         to_landmarks, between, norm, to_tokens, values = self.factors(tokens, n_queries=1)
         weights = pseudo_inverse(between.mT, to_landmarks.mT, norm, self.iterations).mT @ to_tokens
@@ -89,10 +90,10 @@ class NystromAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(1)), weights[:, :, 0]
 
     def factors(self, tokens: Tensor, n_queries: int | None = None) -> Factors:
-        """The factors of attention from the first `n_queries` tokens (all by default) to all tokens.
+        """Factors of the attention from the first `n_queries` tokens (all by default) to all tokens.
 
-        The p landmarks that are means of zero tokens alone are equal, and one with its row and its column
-        times sqrt(p) stands for them: all products, and so the pseudo-inverse, are what they are with p.
+        The p landmarks that are means of zero tokens only are equal. One landmark, with its row and column
+        multiplied by sqrt(p), replaces them: all products, and so the pseudo-inverse, stay the same.
         """
         n = tokens.shape[1]
         stretch = math.ceil(n / self.n_landmarks)
@@ -117,7 +118,7 @@ class NystromAttention(nn.Module):
 
 
 def _softmax(scores: Tensor, root: Tensor) -> Tensor:
-    """Softmax over landmarks of which each stands for root^2 equal ones, times root."""
+    """Softmax over landmarks each of which replaces root^2 equal ones, times root."""
     return (scores + 2 * root.log()).softmax(-1) / root
 
 
@@ -125,13 +126,13 @@ def pseudo_inverse(matrices: Tensor, right: Tensor, norm: Tensor, iterations: in
     """Moore-Penrose inverse times `right`: A^+ R, by an iteration of third order (Xiong et al. 2021, eq. 11).
 
     Z <- Z (13 I - P (15 I - P (7 I - P))) / 4 with P = A Z, from Z = A^T / norm. P is a polynomial of A A^T
-    and follows its own iteration, of two products instead of four, and Z is never formed.
+    with an iteration of its own, which takes two products instead of four, so Z is never formed.
 
     Args:
         matrices: A, (B, H, K, K).
         right: R, (B, H, K, d).
-        norm: Of each A, at least the square of its largest singular value, (B, 1, 1, 1).
-        iterations: Number of steps; few leave small singular values out.
+        norm: Upper bound of the squared largest singular value of each A, (B, 1, 1, 1).
+        iterations: Number of steps; with few steps small singular values are not inverted.
 
     Returns:
         (B, H, K, d).

@@ -1,4 +1,4 @@
-"""A model folder: `model.safetensors`, `config.json` and a card, as the Hugging Face hub has them."""
+"""Model folders in the layout of the Hugging Face hub: `model.safetensors`, `config.json` and a card."""
 
 import hashlib
 import json
@@ -35,8 +35,8 @@ Model = TypeVar("Model", bound="HDMIL")
 def save(model: "HDMIL", folder: Path) -> None:
     """Write a model folder; see `HDMIL.save_pretrained`.
 
-    The new configuration waits as `config.json.pending` until the weights that it describes are there: killed
-    at any point, the folder holds the old model or the new one.
+    The new configuration is written as `config.json.pending` and renamed after the weights: if saving is
+    interrupted at any point, the folder holds the previous model or the new one.
     """
     info = model.known_info
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -66,7 +66,7 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
         folder = _download(str(name), revision)
     if any((folder / file).is_file() for file in OLD_FILES) and not (folder / WEIGHTS).is_file():
         raise CheckpointError(
-            f"{folder}: a model folder of hdmil 0.1; train again, or convert it as CHANGELOG.md shows"
+            f"{folder}: a model folder of hdmil before 0.2; train again, or convert it as CHANGELOG.md shows"
         )
     config = _config(folder)
     with torch.device("meta"):
@@ -94,10 +94,10 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
 
 
 def _config(folder: Path) -> "_Config":
-    """The configuration that belongs to the weights: that of `config.json`, or of a save that was cut off.
+    """The configuration of the weights: `config.json`, or the pending one of an interrupted save.
 
     Raises:
-        CheckpointError: Neither describes the weights.
+        CheckpointError: A file is missing or invalid, or no configuration describes the weights.
     """
     path = folder / CONFIG
     if not path.is_file() and not (folder / PENDING).is_file():
@@ -119,13 +119,13 @@ def _config(folder: Path) -> "_Config":
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    """Hash of a configuration, its own hash left out."""
+    """Hash of a configuration without its own hash."""
     content = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of the file, after their names and shapes were compared with those expected."""
+    """Read the tensors of the file after comparing their names and shapes with those expected."""
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -145,7 +145,7 @@ def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torc
 
 
 class _Config(Schema):
-    """What `config.json` holds."""
+    """Content of `config.json`."""
 
     format: Literal[2]
     architecture: Literal["HDMIL"]
@@ -157,7 +157,7 @@ class _Config(Schema):
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Fetch a model's three files from the Hugging Face hub into its cache."""
+    """Fetch configuration and weights of a model from the Hugging Face hub into its cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -173,7 +173,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _card(model: "HDMIL", info: ModelInfo) -> str:
-    """A model card: what the model is for, how it was scored, how it is used."""
+    """Model card: what the model is for, how to use it, and its scores."""
     metrics = "\n".join(f"| {name} | {value} |" for name, value in info.metrics.items())
     scores = f"\n## Scores\n| score | value |\n| --- | --- |\n{metrics}\n" if metrics else ""
     header = {"library_name": "hdmil", "pipeline_tag": "image-classification", "tags": ["pathology", "mil"]}
@@ -186,7 +186,7 @@ def _card(model: "HDMIL", info: ModelInfo) -> str:
 ---
 # HDMIL: {", ".join(info.classes)}
 
-Two-stage classification of whole-slide images: LIPN chooses tiles on the thumbnail, DMIN classifies from
+Two-stage classification of whole-slide images: LIPN selects tiles on the thumbnail, DMIN classifies from
 these (HDMIL, CVPR 2025, arXiv 2502.21130). A research model, not a medical device.
 
 ```python

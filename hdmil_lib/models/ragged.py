@@ -1,4 +1,4 @@
-"""Means, maxima and padding of bags that lie one after the other; no bag is empty."""
+"""Means, maxima and padding of concatenated bags, none of which is empty."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from hdmil_lib.kernels.segments import Segments
 
 
 def pad(values: Tensor, segments: Segments, fill: float = 0.0) -> Tensor:
-    """(N, ...) as (B, L, ...), where L is the longest bag's length, with `fill` behind the shorter ones."""
+    """Pad values (N, ...) with `fill` to (B, L, ...), where L is the number of tiles of the longest bag."""
     if segments.n_bags == 1:
         return values.unsqueeze(0)
     padded = values.new_full((segments.n_bags, segments.longest, *values.shape[1:]), fill)
@@ -15,7 +15,7 @@ def pad(values: Tensor, segments: Segments, fill: float = 0.0) -> Tensor:
 
 
 def unpad(padded: Tensor, segments: Segments) -> Tensor:
-    """The tiles (N, ...) of what `pad` made."""
+    """Inverse of `pad`: (B, L, ...) to (N, ...)."""
     if segments.n_bags == 1:
         return padded[0]
     return padded[segments.bag, segments.place]
@@ -28,10 +28,10 @@ def bag_mean(values: Tensor, segments: Segments) -> Tensor:
 
 
 def bag_argmax(values: Tensor, segments: Segments) -> Tensor:
-    """Row, among all N tiles, of each bag's tile of highest value, the first of equals.
+    """Row, among all N tiles, of each bag's tile of highest value; the first of equal ones.
 
     Args:
-        values: (N,) or (N, C); used without gradient.
+        values: (N,) or (N, C); no gradient flows back to them.
         segments: The bags.
 
     Returns:

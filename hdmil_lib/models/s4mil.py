@@ -1,4 +1,4 @@
-"""S4MIL: a diagonal state space model reads the tiles in order; its maximum is classified."""
+"""S4MIL: a diagonal state space model along the tiles, then max pooling."""
 
 import math
 
@@ -20,8 +20,8 @@ class S4MIL(MILModel[MILOutput]):
         in_dim: Width of the features.
         n_classes: Number of classes.
         embed_dim: Width of the projected features.
-        n_states: Real states of a channel: half as many conjugate pairs.
-        dropout: After the projection, and within the S4D layer.
+        n_states: Number of real states per channel, even: half as many conjugate pairs.
+        dropout: Dropout rate after the projection and within the S4D layer.
 
     Raises:
         ValueError: `n_states` is odd.
@@ -45,12 +45,12 @@ class S4MIL(MILModel[MILOutput]):
 class S4DLayer(nn.Module):
     """S4D along the tiles of each bag, GELU, dropout and a gated linear unit (Gu et al. 2022).
 
-    It starts as S4D-Lin: A_n = -1/2 + i pi n, with steps dt log-uniform in 0.001 to 0.1.
+    Initial values are those of S4D-Lin: A_n = -1/2 + i pi n, with steps dt log-uniform from 0.001 to 0.1.
 
     Args:
         dim: Width, D.
-        n_states: Real states of a channel, even: S = n_states / 2 conjugate pairs.
-        dropout: After the GELU.
+        n_states: Number of real states per channel, even: S = n_states / 2 conjugate pairs.
+        dropout: Dropout rate after the GELU.
 
     Raises:
         ValueError: `n_states` is odd.
@@ -73,7 +73,7 @@ class S4DLayer(nn.Module):
         self.output = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GLU())
 
     def forward(self, tiles: Tensor, segments: Segments) -> Tensor:
-        """(N, D) to (N, D): zeros behind a shorter bag reach none of its tiles, since S4D looks back only."""
+        """(N, D) to (N, D); the padding behind shorter bags has no effect, since S4D is causal."""
         parameters = (self.log_step, self.decay_log, self.frequency, self.readout, self.skip)
         read = unpad(s4d_convolution(pad(tiles, segments), *parameters), segments)
         return self.output(self.dropout(gelu(read)))

@@ -1,4 +1,4 @@
-"""SMT: a cascade that walks from the thumbnail down and classifies from a small area (paper: Table 1)."""
+"""SMT: a cascade from the thumbnail to full resolution that reads few of the tiles (paper: Table 1)."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from hdmil_lib.models.layers import GatedAttention, projection
 from hdmil_lib.models.ragged import pad, unpad
 
 REGION_TILES = 4
-"""Tiles along a side of a region; a tile's patch shrinks as much, so a region is as large as a patch."""
+"""Side of a region in tiles; patches are reduced by the same factor, so a region has 16x16 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SMTOutput(MILOutput):
-    """What SMT says about bags; `attention` is (N, 1), nan for tiles that were not read at 20x.
+    """Output of SMT; `attention` is (N, 1), nan for tiles that were not read at 20x.
 
     Attributes:
         region_logits: Class scores from the regions of the thumbnail alone, (B, C).
@@ -33,30 +33,29 @@ class SMTOutput(MILOutput):
 
 
 class SMT(MILModel[SMTOutput]):
-    """Cascade of three stages, each of which sees only what the one before opened (Table 1).
+    """Cascade of three stages, each restricted to what the previous stage selected (Table 1).
 
-    No code of SMT is public: this is the cascade as the paper describes it, built from what a bag holds.
-    Regions of 4x4 tiles at 32 um/px are scored and the best share of them opened; then their tiles at
-    8 um/px; then the features at 20x of the tiles opened last, which alone decide. A tile that an early,
-    blurred look passes over is lost.
+    The code of SMT is not public; this cascade follows the description in the paper. The first stage scores
+    regions of 4x4 tiles at 32 um/px and selects the best share of them, the second does the same with their
+    tiles at 8 um/px, and the third classifies the slide from the features at 20x of the tiles that are left.
 
-    The first two stages see each image by a small vision transformer, the last one takes the features; all
-    score by gated attention. A stage adds its score of an image to the sum handed down by the stage before,
-    opens the images of highest sum, and pools its tokens by the softmax of the sums. The selection is hard,
-    in training too; gradients of the final cross entropy reach the early scores through the weights of the
-    final pooling, where the logit of a tile is the score of its region + that of its patch + that of its
-    features. So that the first two stages also learn to see, each classifies the slide by what it pooled.
-    On small cohorts a transformer across the images of a slide overfits, so images do not see each other.
+    The first two stages encode each image with a small vision transformer, the third uses the features; all
+    score by gated attention. A stage adds its score of an image to the sum of the scores of the previous
+    stages, selects the images of highest sum, and pools its tokens with the softmax of the sums. Selection is
+    hard also in training. Gradients of the final cross entropy reach the early scores through the weights of
+    the final pooling, where the logit of a tile is the sum of the scores of its region, patch and features.
+    Each of the first two stages also classifies the slide from its pooled tokens, with a loss of its own.
+    Images do not attend to each other, since on small cohorts such a transformer overfits.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
-        region_share: Share of a slide's regions that are opened, rounded up.
-        patch_share: Share of the tiles of opened regions that are read at 20x, rounded up.
+        region_share: Share of a slide's regions that are selected, rounded up.
+        patch_share: Share of the tiles of selected regions that are read at 20x, rounded up.
         embed_dim: Width of the projected features.
         image_dim: Width of the transformers, a multiple of `heads`.
-        heads: Heads of the transformers.
-        dropout: Dropout on the tokens of every stage.
+        heads: Number of heads of the transformers.
+        dropout: Dropout rate of the tokens of every stage.
         auxiliary: Weight of the cross entropies of the first two stages in the loss.
 
     Raises:
@@ -95,13 +94,13 @@ class SMT(MILModel[SMTOutput]):
         """Classify bags.
 
         Args:
-            features: I, (N, in_dim); only the rows of tiles opened last are used.
-            segments: Where each of the B bags lies.
+            features: I, (N, in_dim); only the rows of tiles that are read at 20x are used.
+            segments: The B bags.
             patches: The tiles at 8 um/px, uint8 (N, 16, 16, 3).
             rowcol: Position of the tiles on their slide's grid, integers (N, 2).
 
         Raises:
-            BagError: Patches or positions have another shape or type.
+            BagError: The patches or positions have another shape or type.
         """
         _check(features, patches, rowcol)
         region_images, region, slide_regions = regions(patches, rowcol, segments)
@@ -127,7 +126,7 @@ class SMT(MILModel[SMTOutput]):
         )
 
     def loss(self, output: SMTOutput, labels: Tensor) -> LossTerms:
-        """Cross entropy of the cascade, and `auxiliary` times that of each earlier stage."""
+        """Compute the cross entropy of the slide, and `auxiliary` times that of either earlier stage."""
         return {
             "bag": cross_entropy(output.logits, labels),
             "region": self.auxiliary * cross_entropy(output.region_logits, labels),
@@ -136,13 +135,13 @@ class SMT(MILModel[SMTOutput]):
 
 
 class Stage(nn.Module):
-    """One magnification: images become tokens, which are scored, pooled by their scores and classified.
+    """One magnification: images are encoded to tokens, scored, pooled by their scores and classified.
 
     Args:
-        embedding: Images (n, ...) to tokens (n, embed_dim).
+        embedding: Module that encodes images (n, ...) to tokens (n, embed_dim).
         embed_dim: Width of the tokens.
         n_classes: Number of classes.
-        dropout: Dropout on the tokens.
+        dropout: Dropout rate of the tokens.
     """
 
     def __init__(self, embedding: nn.Module, embed_dim: int, n_classes: int, dropout: float):
@@ -151,18 +150,18 @@ class Stage(nn.Module):
         self.attention = GatedAttention(embed_dim, embed_dim // 2, 1)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def forward(self, images: Tensor, handed_down: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Summed scores (n, 1) and bag logits (B, C) of images with the scores so far (n, 1)."""
+    def forward(self, images: Tensor, scores: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Summed scores (n, 1) and bag logits (B, C) of images, given the scores of earlier stages (n, 1)."""
         tokens = self.embedding(images)
-        scores = handed_down + self.attention(tokens)
+        scores = scores + self.attention(tokens)
         bags = segment_softmax_pool(tokens, scores, None, segments)
         return scores, self.classifier(bags[:, 0])
 
 
 class ImageTransformer(nn.Module):
-    """A small vision transformer: images (n, 16, 16, 3) to tokens (n, dim), the mean of those of 4x4 pixels.
+    """Small vision transformer: images (n, 16, 16, 3) to (n, dim), the mean of their 16 tokens of 4x4 pixels.
 
-    In the image of a region each of its 16 tokens is one tile.
+    In the image of a region each token is one tile.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -180,17 +179,17 @@ class ImageTransformer(nn.Module):
 
 
 def regions(patches: Tensor, rowcol: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Segments]:
-    """The blocks of 4x4 tiles of each slide as images of 32 um/px, white where there is no tile.
+    """Images at 32 um/px of the regions of 4x4 tiles of each slide, white where there is no tile.
 
     Args:
         patches: The tiles at 8 um/px, uint8 (N, 16, 16, 3); each is averaged to 4x4 pixels.
-        rowcol: Their positions on the grid, (N, 2); regions are counted from the first tissue of a slide.
-        segments: Where each of the B slides lies.
+        rowcol: Positions of the tiles on the grid, (N, 2); regions start at the first row and column in use.
+        segments: The B slides.
 
     Returns:
-        images: Pixels of the R blocks with a tile or more, (R, 16, 16, 3) from -0.5 to 0.5.
-        region: Number of the block that each tile is in, int64 (N,).
-        slide_regions: Where the blocks of each slide lie.
+        images: Pixels of the R regions with at least one tile, (R, 16, 16, 3) from -0.5 to 0.5.
+        region: Region of each tile, int64 (N,).
+        slide_regions: The regions of each slide, as segments.
     """
     n = REGION_TILES
     bag = segments.bag[:, None].expand(-1, 2)
@@ -206,14 +205,14 @@ def regions(patches: Tensor, rowcol: Tensor, segments: Segments) -> tuple[Tensor
 
 
 def best_share(scores: Tensor, segments: Segments, share: float) -> Tensor:
-    """The highest scores of each bag, `share` of their number rounded up: bool (n,) of scores (n,)."""
+    """Mask (n,) of the highest scores (n,) of each bag: the given share of them, rounded up."""
     wanted = (segments.sizes.double() * share - 1e-9).ceil()
     order = pad(scores.detach(), segments, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return unpad(order.argsort(dim=1) < wanted.unsqueeze(1), segments)
 
 
 def _within(tiles: Tensor, segments: Segments) -> Segments:
-    """Where each bag lies among some of the tiles, given by their ascending rows."""
+    """The bags among some of the tiles, given by their ascending rows."""
     return Segments.from_offsets(torch.searchsorted(tiles, segments.offsets))
 
 
@@ -226,10 +225,10 @@ def _check(features: Tensor, patches: Tensor, rowcol: Tensor) -> None:
     if patches.dtype != torch.uint8 or patches.shape != (n, 16, 16, 3):
         raise BagError(
             f"patches are {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 of shape "
-            f"({n}, 16, 16, 3): RGB at 8 um/px of the tiles whose features are given"
+            f"({n}, 16, 16, 3): RGB at 8 um/px, one patch per row of features"
         )
     if rowcol.shape != (n, 2) or rowcol.is_floating_point():
         raise BagError(
-            f"rowcol is {rowcol.dtype} of shape {tuple(rowcol.shape)}, expected integers ({n}, 2): grid "
-            "positions of the tiles whose features are given"
+            f"rowcol is {rowcol.dtype} of shape {tuple(rowcol.shape)}, expected integers ({n}, 2): "
+            "one grid position per row of features"
         )

@@ -1,6 +1,8 @@
-"""TransMIL: tiles attend to one another, on a square that convolutions read."""
+"""TransMIL: a transformer over the tiles, arranged in a square for a convolutional position encoding."""
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +17,23 @@ from hdmil_lib.models.nystrom import NystromAttention
 class TransMIL(MILModel[MILOutput]):
     """A transformer over the tiles of a bag and a class token (Shao et al. 2021).
 
-    The first tiles are repeated until their number is a square. Two layers of Nystrom attention follow, with
-    a convolutional position encoding of that square between them; the class token is classified.
-    Attention is the logarithm of what the class token pays to a tile in the last layer, mean over heads and
-    sum over a tile's copies. Nystrom's approximation may be negative there: the logarithm is of 1e-12 then.
+    The first tiles are repeated until the number of tiles is a square. Two layers of Nystrom attention
+    follow, with a convolutional position encoding of that square between them; the class token is classified.
+    The `attention` of the output is the logarithm of the attention from the class token to a tile in the last
+    layer, averaged over heads, summed over the copies of the tile, and clamped to at least 1e-12, since
+    Nystrom's approximation may be negative.
 
     Args:
         in_dim: Width of the features.
         n_classes: Number of classes.
         embed_dim: Width of the tokens, a multiple of `n_heads`.
-        n_heads: Heads of the attention.
-        n_landmarks: Landmarks of Nystrom attention; half of `embed_dim` by default, as published.
-        dropout: After each attention.
-        projection_dropout: After the projection.
+        n_heads: Number of heads of the attention.
+        n_landmarks: Number of landmarks of Nystrom attention; half of `embed_dim` by default, as published.
+        dropout: Dropout rate after each attention.
+        projection_dropout: Dropout rate after the projection.
 
     Raises:
-        ValueError: The heads do not divide the width.
+        ValueError: `embed_dim` is not a multiple of `n_heads`.
     """
 
     def __init__(
@@ -45,20 +48,19 @@ class TransMIL(MILModel[MILOutput]):
         projection_dropout: float = 0.0,
     ):
         super().__init__(in_dim, n_classes)
-        attention = {
-            "n_heads": n_heads,
-            "n_landmarks": max(embed_dim // 2, 1) if n_landmarks is None else n_landmarks,
-            "dropout": dropout,
-        }
+        landmarks = max(embed_dim // 2, 1) if n_landmarks is None else n_landmarks
         self.projection = projection(in_dim, embed_dim, projection_dropout)
         self.class_token = nn.Parameter(torch.randn(embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(2))
-        self.attentions = nn.ModuleList(NystromAttention(embed_dim, **attention) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            NystromAttention(embed_dim, n_heads=n_heads, n_landmarks=landmarks, dropout=dropout)
+            for _ in range(2)
+        )
         self.positions = PositionEncoding(embed_dim)
         self.classifier = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, n_classes))
 
     def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        """Bags whose squares are equally large go together; no bag affects another."""
+        """Classify bags, all bags whose squares have the same size at once."""
         embeddings = self.projection(features)
         sides = [math.isqrt(length - 1) + 1 for length in segments.lengths]
         logits = embeddings.new_empty(len(sides), self.n_classes)
@@ -75,16 +77,17 @@ class TransMIL(MILModel[MILOutput]):
         )
 
     def encode(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Class token (B, E) of squares of tiles (B, side^2, E), and their attention to them (B, side^2)."""
+        """Class tokens (B, E) and their attention (B, side^2) to squares of tiles (B, side^2, E)."""
         tokens = torch.cat([self.class_token.expand(len(tiles), 1, -1), tiles], 1)
         tokens = tokens + self.attentions[0](self.norms[0](tokens))
         tokens = torch.cat([tokens[:, :1], self.positions(tokens[:, 1:])], 1)
-        read, weights = self.attentions[1].first(self.norms[1](tokens))
+        last = cast(NystromAttention, self.attentions[1])
+        read, weights = last.first(self.norms[1](tokens))
         return tokens[:, 0] + read, weights.mean(1)[:, 1:]
 
 
 class PositionEncoding(nn.Module):
-    """TransMIL's PPEG: depthwise convolutions of the square of tiles, with 7, 5 and 3 taps, added to it."""
+    """PPEG of TransMIL: adds depthwise convolutions of the square of tiles, with kernels of 7, 5 and 3."""
 
     SIZES = (7, 5, 3)
 
@@ -93,10 +96,12 @@ class PositionEncoding(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv2d(dim, dim, size, groups=dim) for size in self.SIZES)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """(B, side^2, dim), row after row, to the same; one convolution with the sum of the kernels."""
+        """Encode tiles (B, side^2, dim), row after row, by one convolution with the sum of the kernels."""
         largest, dim = self.SIZES[0], tiles.shape[2]
-        kernel = sum(pad(c.weight, [(largest - c.kernel_size[0]) // 2] * 4) for c in self.convolutions)
-        bias = sum(c.bias for c in self.convolutions)
+        kernel, bias = tiles.new_zeros(()), tiles.new_zeros(())
+        for layer in cast(Iterable[nn.Conv2d], self.convolutions):
+            kernel = kernel + pad(layer.weight, [(largest - layer.kernel_size[0]) // 2] * 4)
+            bias = bias + cast(Tensor, layer.bias)
         side = math.isqrt(tiles.shape[1])
         image = tiles.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         encoded = conv2d(image, kernel, bias, padding=largest // 2, groups=dim)

@@ -1,1 +1,1 @@
-"""Reproducing the paper: its settings and figures, its tables, and its claims held against ours."""
+"""Reproduction of the paper: its settings, its tables beside our results, and tests of its claims."""

@@ -1,4 +1,4 @@
-"""The paper's claims, held against a cross-validation: what holds, what does not, what is within noise."""
+"""The paper's claims, tested on a cross-validation: which hold, which do not, which are within noise."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hdmil_lib.methods import title
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What claims are judged by: predictions as a table and aligned, and the options of `judge_claims`."""
+    """The predictions, as a table and aligned by slide, and the options of `judge_claims`."""
 
     predictions: pd.DataFrame
     slides: OutOfFold
@@ -27,8 +27,15 @@ class _Evidence:
     seed: int
 
     def difference(self, method: str, reference: str, level: float | None = None) -> Interval:
-        options = {"n_resamples": self.n_resamples, "seed": self.seed}
-        return Interval(*compare(self.slides, method, reference, level=level or self.level, **options)[:3])
+        value, low, high, _ = compare(
+            self.slides,
+            method,
+            reference,
+            level=level or self.level,
+            n_resamples=self.n_resamples,
+            seed=self.seed,
+        )
+        return Interval(value, low, high)
 
     def aucs(self, *methods: str) -> str:
         return ", ".join(f"{title(name)}: AUC {mean_sd(self.slides.fold_aucs(name))}" for name in methods)
@@ -36,7 +43,10 @@ class _Evidence:
 
 @dataclass(frozen=True)
 class _Finding:
-    """An estimate with its interval, the bound it must exceed for the claim to hold, and both in words."""
+    """An estimate with its interval, the bound that it must exceed for the claim to hold, and two texts.
+
+    `numbers` gives the scores behind the estimate, `how` says how the claim was judged.
+    """
 
     estimate: Interval
     numbers: str
@@ -53,20 +63,20 @@ class _Finding:
 def _best_of_all(evidence: _Evidence) -> _Finding:
     rivals = [name for name in evidence.slides.probabilities if name != "hdmil_dagger"]
     if not rivals:
-        raise CohortError("claim 'best': predictions hold no method beside 'hdmil_dagger'; add the baselines")
+        raise CohortError("claim 'best': there is no method beside 'hdmil_dagger'; add the baselines")
     together = 1 - (1 - evidence.level) / len(rivals)
     all_differences = [evidence.difference("hdmil_dagger", name, together) for name in rivals]
     best = max(rivals, key=lambda name: np.mean(evidence.slides.fold_aucs(name)))
     how = (
-        f"AUC less that of the best of {len(rivals)} others, > 0; lowest ends of their intervals, which hold "
-        "together (Bonferroni)"
+        f"AUC minus that of the best of {len(rivals)} others, > 0; lowest ends of their intervals, which "
+        "hold jointly (Bonferroni)"
     )
     estimate = Interval(*np.min(all_differences, axis=0).tolist())
     return _Finding(estimate, evidence.aucs("hdmil_dagger", best), how)
 
 
 def _loses_little(evidence: _Evidence) -> _Finding:
-    how = f"difference of AUC > -{100 * evidence.margin:g} points (not inferior); to gain is to hold"
+    how = f"difference of AUC > -{100 * evidence.margin:g} points (non-inferiority: a gain holds too)"
     pair = ("hdmil", "hdmil_dagger")
     return _Finding(evidence.difference(*pair), evidence.aucs(*pair), how, -evidence.margin)
 
@@ -80,7 +90,7 @@ def _gains(method: str, reference: str) -> Callable[[_Evidence], _Finding]:
 
 
 def _keeps_tumor(evidence: _Evidence) -> _Finding:
-    """Recall of tumor tiles less the share of tiles kept, the recall of random tiles."""
+    """Recall of tumor tiles minus the share of tiles kept, which is the recall of random tiles."""
     table = evidence.predictions[evidence.predictions["method"] == "hdmil"]
     if "tumor_recall" not in table or table["tumor_recall"].isna().all():
         raise CohortError(
@@ -97,13 +107,13 @@ def _keeps_tumor(evidence: _Evidence) -> _Finding:
     value = float(np.mean([gain[part].mean() for part in parts]))
     means = 100 * table.groupby("fold")[["tumor_recall", "keep_ratio"]].mean().mean()
     numbers = f"tumor tiles kept {means['tumor_recall']:.2f}, all tiles kept {means['keep_ratio']:.2f}"
-    how = f"share of tumor tiles kept less that of random tiles, > 0; {len(table)} slides with tumor"
+    how = f"share of tumor tiles kept minus that of random tiles, > 0; {len(table)} slides with tumor"
     return _Finding(Interval(value, *percentiles(drawn, evidence.level)), numbers, how)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: its words, the methods it is about, and how it is judged."""
+    """A claim of the paper: its text, the methods that it is about, and how it is judged."""
 
     text: str
     methods: tuple[str, ...]
@@ -127,7 +137,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     "keeps_tumor": Claim("LIPN keeps what matters", ("hdmil",), _keeps_tumor),
 }
-"""Tables 1 and 3 of the paper, and the premise of its pre-screening (sections 3.2 to 3.4), by short name."""
+"""Claims by short name: of Tables 1 and 3, and the premise of pre-screening (sections 3.2 to 3.4)."""
 
 
 def judge_claims(
@@ -140,28 +150,29 @@ def judge_claims(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Judge the paper's claims by means over folds and their paired intervals over test slides.
+    """Judge the paper's claims by means over folds and their confidence intervals over test slides.
 
-    A claim "holds" where the interval of what it claims to be large lies above the bound, "does not hold"
-    where it lies below, and is "within noise" where it contains the bound.
+    Every claim is that some quantity exceeds a bound. It "holds" if the interval of the quantity lies above
+    the bound, "does not hold" if it lies below, and is "within noise" if the interval contains the bound.
 
     Args:
         predictions: Predictions of `cross_validate`; "keeps_tumor" needs `add_mask_scores`.
         claims: Keys of `CLAIMS`.
         cases: Case by slide_id; see `align_methods`.
-        margin: AUC, as a share, that HDMIL may lose to HDMIL†.
+        margin: Largest loss of AUC, in [0, 1], that HDMIL may have against HDMIL†.
         level: Confidence level.
         n_resamples: Number of bootstrap samples, where the bootstrap is needed; see `compare`.
         seed: Seed of the bootstrap.
 
     Returns:
-        Indexed by claim: `outcome`; `holds`, whether the mean alone is above the bound; `difference`, `low`,
-        `high` and `bound` in percentage points; `numbers` and `judged by` as text.
+        Indexed by claim: `outcome`; `holds`, whether the estimate is above the bound, whatever its interval;
+        `difference`, `low`, `high` and `bound` in percentage points; `numbers`, the scores as text;
+        `judged by`, the quantity and its bound in words.
 
     Raises:
         ValueError: A claim is unknown.
-        CohortError: The methods or mask scores of a claim are missing, or `align_methods` cannot make sense
-            of the predictions.
+        CohortError: The methods or mask scores of a claim are missing, or `align_methods` rejects the
+            predictions.
     """
     if unknown := [name for name in claims if name not in CLAIMS]:
         raise ValueError(f"claims: there is no {', '.join(unknown)}; choose from {', '.join(CLAIMS)}")
@@ -173,8 +184,8 @@ def judge_claims(
         claim = CLAIMS[name]
         if missing := [m for m in claim.methods if m not in evidence.slides.probabilities]:
             raise CohortError(
-                f"claim '{name}' needs method {', '.join(missing)}, which predictions lack; run it, or leave "
-                "the claim out"
+                f"claim '{name}' needs method {', '.join(missing)}, which has no predictions; run it, or "
+                "leave the claim out"
             )
         finding = claim.judge(evidence)
         points = {part: 100 * end for part, end in zip(Interval._fields, finding.estimate, strict=True)}

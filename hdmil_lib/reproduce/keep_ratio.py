@@ -1,4 +1,4 @@
-"""What is lost when fewer tiles are read, and how much of it depends on who chooses them."""
+"""AUC and tumor recall when fewer tiles are read, by what chooses the tiles."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ from hdmil_lib.training.crossval import CrossValidation
 
 KEEP_RATIOS = (1.0, 0.6, 0.3, 0.1, 0.05)
 TUMOR_SHARE = 0.5
-"""A tile with at least this share of tumor is a tumor tile, as for `metrics.tumor_recall`."""
+"""Smallest share of tumor of a tumor tile, as in `metrics.tumor_recall`."""
 
 
 def score_by_keep_ratio(
@@ -30,19 +30,19 @@ def score_by_keep_ratio(
     n_draws: int = 8,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """AUC and tumor recall of DMIN on the tiles of each test slide that different sources rank highest.
+    """Score DMIN on the tiles of each test slide that different sources rank highest.
 
-    Every slide keeps the same share of its tiles, at least one, and DMIN sees these alone. Sources are
-    "DMIN attention" (the highest over branches, which needs all tiles to be read), "LIPN" (the highest over
-    branches), "random", and where all slides have tile labels "ground truth" (the share of tumor). Equal
-    tiles come in random order; "random" and "ground truth" are means over draws of it.
+    Every slide keeps the same share of its tiles, at least one tile, and DMIN reads only these. Sources are
+    "DMIN attention" (the highest over branches, for which all tiles must be read), "LIPN" (the highest logit
+    over branches), "random", and, if all slides have tile labels, "ground truth" (the share of tumor). Tiles
+    with equal scores are in random order; "random" and "ground truth" are means over several such orders.
 
-    A choice between LIPNs must not be made by this on the validation parts of all folds, which together are
-    all test slides; make it on slides that `Cohort.set_aside` took out before.
+    Do not choose between LIPNs by the scores on the validation slides of all folds, since these together are
+    all the test slides. Choose on slides that `Cohort.set_aside` took out before.
 
     Args:
         cv: Cross-validation with `method`.
-        cohort: Labels, and the files of the bags, which hold the tile labels.
+        cohort: Cohort of the cross-validation, whose bag files hold the tile labels.
         bags: Bags by slide_id.
         method: Method whose DMIN and LIPN are used.
         keep_ratios: Shares of tiles to keep, more than 0 and at most 1.
@@ -50,13 +50,13 @@ def score_by_keep_ratio(
         seed: Seed of the random orders.
 
     Returns:
-        One row per source, fold and ratio: `source`, `fold`, `keep_ratio`, `auc`, and `tumor_recall`, the
-        mean over slides with tumor tiles, nan without tile labels.
+        One row per source, fold and keep ratio: `source`, `fold`, `keep_ratio`, `auc`, and `tumor_recall`,
+        the mean over slides with tumor tiles, nan without tile labels.
 
     Raises:
         ValueError: A keep ratio is out of range.
         CheckpointError: A fold was not run.
-        CohortError: A fold's slides miss a class.
+        CohortError: A class is missing among the test slides of a fold.
     """
     if wrong := [ratio for ratio in keep_ratios if not 0 < ratio <= 1]:
         raise ValueError(f"keep_ratios has {wrong[0]}, expected numbers above 0 and at most 1")
@@ -95,21 +95,21 @@ def score_rankings(
     n_draws: int,
     generator: torch.Generator,
 ) -> pd.DataFrame:
-    """The same for one DMIN, S slides with N tiles together, and any rankings of these.
+    """Score one DMIN on the tiles that different sources rank highest, for slides with N tiles together.
 
     Args:
         dmin: Classifier, in evaluation mode.
         data: Bags and labels of the slides.
         slide_ids: The slides to score.
-        scores: Scores of the tiles by source, high for tiles to keep, (N,) each; "random" and "ground truth"
-            join them.
+        scores: Scores of the tiles by source, (N,) each; tiles with high scores are kept. "random" and, with
+            `tumor`, "ground truth" are added.
         tumor: Share of tumor in each tile (N,), if known.
         keep_ratios: Shares of tiles to keep.
         n_draws: Number of random orders.
         generator: Generator of the random orders.
 
     Returns:
-        Columns `source`, `keep_ratio`, `auc`, `tumor_recall`.
+        One row per source and keep ratio: `source`, `keep_ratio`, `auc`, `tumor_recall`.
     """
     truth = [data.labels[s] for s in slide_ids]
     segments = Segments([data.length(s) for s in slide_ids])
@@ -130,7 +130,7 @@ def score_rankings(
 
 
 def place_in_bag(scores: Tensor, segments: Segments, generator: torch.Generator | None = None) -> Tensor:
-    """Place of each tile in its bag by falling score (N,): 0 for the highest, equals in random order."""
+    """Rank of each tile in its bag by score (N,), 0 for the highest; equal scores are in random order."""
     order = torch.randperm(len(scores), generator=generator)
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[segments.bag[order].argsort(stable=True)]
@@ -140,20 +140,20 @@ def place_in_bag(scores: Tensor, segments: Segments, generator: torch.Generator 
 
 
 def n_kept(segments: Segments, keep_ratio: float) -> Tensor:
-    """Number of tiles that each bag keeps (B,): the nearest to its share, and at least one."""
+    """Number of tiles that each bag keeps (B,): the nearest to the keep ratio, and at least one."""
     return (keep_ratio * segments.sizes.double()).round().clamp(min=1)
 
 
 @torch.inference_mode()
 def attention_scores(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]) -> Tensor:
-    """DMIN's highest attention logit over branches for the tiles of these slides (N,)."""
+    """DMIN's attention logit of each tile of these slides (N,), the highest over branches."""
     batches = data.batches(slide_ids)
     return torch.cat([dmin(batch.features, batch.segments).attention.amax(1) for batch in batches])
 
 
 @torch.inference_mode()
 def lipn_scores(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -> Tensor:
-    """LIPN's highest logit over branches for the tiles of these slides (N,)."""
+    """LIPN's logit of each tile of these slides (N,), the highest over branches."""
     batches = data.batches(slide_ids)
     patches = (batch.inputs_for(model)["patches"] for batch in batches)
     return torch.cat([model.lipn_logits(chunk).amax(1) for chunk in patches])
@@ -161,7 +161,7 @@ def lipn_scores(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -> Ten
 
 @torch.inference_mode()
 def probabilities(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str], kept: Tensor) -> np.ndarray:
-    """Class probabilities (S, C) of the slides when DMIN sees the kept tiles, bool (N,), alone."""
+    """Class probabilities (S, C) of the slides if DMIN reads only the kept tiles, bool (N,)."""
     logits, first = [], 0
     for batch in data.batches(slide_ids):
         end = first + batch.segments.n_tiles
@@ -173,7 +173,7 @@ def probabilities(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str], kept: 
 
 
 def tile_tumor_shares(cohort: Cohort, slide_ids: Sequence[str]) -> Tensor | None:
-    """Share of tumor in the tiles of these slides (N,); `None` where a bag has no tile labels."""
+    """Share of tumor in each tile of these slides (N,); `None` if a bag has no tile labels."""
     known = []
     for slide_id in slide_ids:
         share = read_tile_labels(cohort.bag_path(slide_id))
@@ -184,7 +184,7 @@ def tile_tumor_shares(cohort: Cohort, slide_ids: Sequence[str]) -> Tensor | None
 
 
 def _recall(kept: Tensor, share: Tensor | None, segments: Segments) -> float:
-    """Share of its tumor tiles that a slide keeps, averaged over slides that have any."""
+    """Share of the tumor tiles of a slide that are kept, averaged over slides that have any."""
     if share is None:
         return float("nan")
     tumor = share >= TUMOR_SHARE

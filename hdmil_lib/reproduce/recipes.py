@@ -1,4 +1,4 @@
-"""The paper's settings on its three data sets, and those of the synthetic cohorts made after them."""
+"""Training settings for the paper's three data sets, and for the synthetic cohorts modeled on them."""
 
 from hdmil_lib.training.recipes import Recipe, published_recipe, small_recipe
 
@@ -12,4 +12,4 @@ RECIPES |= {
     "nsclc-mini": small_recipe(RECIPES["nsclc"]),
     "brca-mini": small_recipe(RECIPES["brca"]),
 }
-"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones made after them."""
+"""By cohort: the paper's "camelyon16", "nsclc" and "brca", and the synthetic ones modeled on them."""

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 3 with our figures beside its own."""
+"""The paper's Tables 1 to 3, our results beside the reported ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ TABLE1_METHODS = tuple(name for name in METHODS if not name.startswith("dmin_"))
 TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
 
 TIMED = {None: "HDMIL†", "lipn": "HDMIL", "random": "HDMIL"}
-"""Tiles that a method reads -> the timed method that reads as many."""
+"""How a method screens tiles, mapped to the timed method that reads the same number of tiles."""
 
 SHARES = {"tiles read": "keep_ratio", "tiles kept": "kept", "tumor recall": "tumor_recall"}
-"""Columns of Table 1 that are shares of tiles, and where they are found."""
+"""Columns of Table 1 that are shares of tiles, and the columns of the predictions that hold them."""
 
 COMPONENTS = {
     "dmin_linear": "none",
@@ -29,22 +29,22 @@ COMPONENTS = {
     "hdmil_dagger": "+SelfDist",
     "hdmil": "+LIPN",
 }
-"""Methods as rows of Table 3: each adds a component to the row before."""
+"""Rows of Table 3: each method adds a component to the one before."""
 
 
 def add_mask_scores(cv: CrossValidation, cohort: Cohort, bags: Mapping[str, Bag]) -> pd.DataFrame:
-    """Hold the masks of a cross-validation against the truth, on the test slides of each fold.
+    """Score the masks of a cross-validation on the test slides of each fold.
 
     Args:
-        cv: The cross-validation.
-        cohort: Its cohort; the truth is read from the bags' `tile_labels`.
-        bags: Its bags.
+        cv: Cross-validation with "hdmil".
+        cohort: Cohort of the cross-validation, whose bag files hold the tile labels.
+        bags: Bags by slide_id.
 
     Returns:
-        The predictions with two more columns: `kept`, the share of tiles that are kept for at least one
-        branch (by LIPN; for HDMIL† by DMIN, of all it reads), and `tumor_recall`, the share of tumor tiles
-        among them: nan on slides without tumor and for methods without a mask. Random tiles get what is
-        expected of them, the share that is kept.
+        The predictions with two more columns, which are nan for methods without a mask: `kept`, the share of
+        tiles that are kept for at least one branch, by LIPN or, for HDMIL†, by DMIN; and `tumor_recall`, the
+        share of the tumor tiles that are kept, nan for slides without tumor. For random tiles, its expected
+        value is given, which is the share of tiles that are kept.
     """
     networks = {"hdmil_dagger": "hdmil", "hdmil": "hdmil", "hdmil_evidence": "hdmil_evidence"}
     predictions = cv.predictions
@@ -70,22 +70,22 @@ def add_mask_scores(cv: CrossValidation, cohort: Cohort, bags: Mapping[str, Bag]
 def table1(
     predictions: pd.DataFrame, timings: pd.DataFrame | None = None, *, cohort: str = "Camelyon16"
 ) -> pd.DataFrame:
-    """Test scores of each method beside the paper's (Table 1).
+    """Test scores of each method beside those of the paper (Table 1).
 
     Args:
-        predictions: Predictions of `cross_validate`; with `add_mask_scores`, masks are scored too.
-        timings: Seconds from `time_slides`. Methods that need every tile get the seconds of HDMIL†, as in the
-            paper: reading and encoding take nearly all of them. One that chooses tiles by itself (SMT) gets those of
-            the timed share of tiles within 0.02 of its own.
-        cohort: The paper's data set to compare with: Camelyon16, NSCLC or BRCA.
+        predictions: Predictions of `cross_validate`, or of `add_mask_scores` to include the mask scores.
+        timings: Table of `time_slides`. Methods that read every tile get the seconds of HDMIL†, as in the
+            paper, because reading and encoding take nearly all the time. A method that chooses tiles itself
+            (SMT) gets the seconds of a timed keep ratio within 0.02 of its own.
+        cohort: Data set of the paper to compare with: Camelyon16, NSCLC or BRCA.
 
     Returns:
-        Indexed by the methods' titles, in the order of `METHODS`. As text "mean (sd)" over folds in percent:
-        AUC, ACC. In percent, means over slides: tiles read, tiles kept, and the tumor tiles among these
-        (of slides that have tumor). Then seconds per slide and the paper's figures; nan where there is none.
+        Indexed by the methods' titles, in the order of `METHODS`: `AUC` and `ACC` as text, "mean (sd)" over
+        folds in percent; `tiles read`, `tiles kept` and `tumor recall`, means over slides in percent;
+        `s/slide`; and the figures of the paper. Numbers are nan where there are none.
 
     Raises:
-        CohortError: A fold's test slides miss a class.
+        CohortError: A class is missing among the test slides of a fold.
     """
     scores = fold_scores(predictions)
     medians = None if timings is None else stage_medians(timings)
@@ -106,7 +106,7 @@ def table1(
 
 
 def _seconds(screen: str | None, share: float, medians: pd.DataFrame | None) -> float:
-    """Seconds per slide of a method that reads this share of the tiles, nan where none were measured."""
+    """Seconds per slide of a method that reads this share of the tiles; nan where none were measured."""
     if medians is None:
         return np.nan
     if screen in TIMED and (screen is not None or share == 1):
@@ -116,14 +116,14 @@ def _seconds(screen: str | None, share: float, medians: pd.DataFrame | None) -> 
 
 
 def table2(timings: pd.DataFrame) -> pd.DataFrame:
-    """Seconds per slide by stage, ours above the paper's (Table 2).
+    """Seconds per slide by stage, ours above those of the paper (Table 2).
 
     Args:
-        timings: Seconds from `time_slides`.
+        timings: Table of `time_slides`.
 
     Returns:
-        Indexed by (cohort, method), ours as cohort "here": the columns of `stage_medians` and `saved`, the
-        percent of the time of HDMIL† that is saved; nan where the paper gives no figure.
+        Indexed by (cohort, method), with "here" as the cohort of our rows: the columns of `stage_medians`,
+        and `saved`, the saved time in percent of that of HDMIL†; nan where the paper gives no figure.
     """
     paper = PAPER_TABLE2.copy()
     dagger = paper["total"].xs("HDMIL†", level="method")
@@ -135,14 +135,15 @@ def table2(timings: pd.DataFrame) -> pd.DataFrame:
 
 
 def table3(predictions: pd.DataFrame, *, cohort: str = "Camelyon16") -> pd.DataFrame:
-    """Test scores as components are added, beside the paper's validation scores (Table 3).
+    """Test scores as components are added, beside the validation scores of the paper (Table 3).
 
     Args:
-        predictions: Predictions of `cross_validate`, with the `COMPONENTS` as methods.
-        cohort: The paper's data set to compare with.
+        predictions: Predictions of `cross_validate` for the methods of `COMPONENTS`.
+        cohort: Data set of the paper to compare with: Camelyon16, NSCLC or BRCA.
 
     Returns:
-        Indexed by component: AUC and ACC as text "mean (sd)" over folds, the paper's means; all in percent.
+        Indexed by component: `AUC` and `ACC` as text, "mean (sd)" over folds; the means of the paper. All are
+        in percent.
     """
     scores = fold_scores(predictions).groupby("method")[["auc", "accuracy"]].agg(mean_sd)
     ours = scores.reindex([name for name in COMPONENTS if name in scores.index]).rename(index=COMPONENTS)
@@ -151,7 +152,7 @@ def table3(predictions: pd.DataFrame, *, cohort: str = "Camelyon16") -> pd.DataF
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """The table with its index as Markdown: numbers with two decimals, "-" for nan."""
+    """A table with its index as Markdown: numbers have two decimals, nan is "-"."""
     cells = table.reset_index().astype(object).map(_cell)
     lines = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -164,7 +165,7 @@ def _cell(value: object) -> str:
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write `<path>.csv` and, for reading, `<path>.md` beside it."""
+    """Write `<path>.csv`, and `<path>.md` for readers."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path.with_suffix(".csv"))

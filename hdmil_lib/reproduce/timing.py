@@ -1,4 +1,4 @@
-"""Seconds per slide and stage, with and without pre-screening, on the same slides (paper: Table 2)."""
+"""Seconds per slide and stage, with and without pre-screening (paper: Table 2)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,20 +23,20 @@ def time_slides(
     *,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Time HDMIL† (all tiles) and HDMIL (tiles that LIPN keeps) against each other.
+    """Time HDMIL† (all tiles) and HDMIL (tiles that LIPN keeps) on the same slides.
 
-    The methods take turns on every slide and the order of turns is reversed at each repeat, so that a
-    machine that speeds up or slows down favors neither. Each slide is read through once before, so that
-    all find it in the file cache, and the encoder has run before the first turn. Reading and encoding
-    do not overlap here, so that the stages add up to the total as in the paper.
+    The methods take turns on every slide, in reverse order at every other repeat, so that a machine that
+    becomes faster or slower favors none of them. Each slide file is read once before, so that every method
+    finds it in the file cache, and the encoder runs once before the first turn. Reading and encoding do not
+    overlap, so that the stages add up to the total, as in the paper.
 
     Args:
-        model: The model.
-        slide_paths: Slides; of at least 2,000 tiles, or fixed costs blur the comparison.
+        model: Model to time.
+        slide_paths: Slide files. Slides with fewer than 2,000 tiles measure fixed costs rather than methods.
         repeats: Number of turns of each method on each slide.
-        keep_ratios: Additional HDMIL runs in which LIPN's threshold is set on each slide so that this share
-            of its tiles is read: the cost of a tile budget, whatever the model's thresholds keep.
-        progress: Whether a bar over slides and repeats is shown.
+        keep_ratios: Shares of tiles for additional runs of HDMIL, in which LIPN's threshold is set on each
+            slide so that this share is read: the cost of a tile budget, whatever the model's thresholds keep.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per slide, repeat and method: `slide_id`, `repeat`, `method` ("HDMIL†", "HDMIL", or
@@ -65,7 +65,7 @@ def time_slides(
 
 
 def _read_through(path: Path) -> None:
-    """Read a file once, so that the system has it in memory."""
+    """Read a file once, so that the operating system caches it."""
     with path.open("rb") as file:
         while file.read(1 << 24):
             pass
@@ -84,7 +84,7 @@ def _row(method: str, repeat: int, prediction: Prediction) -> dict[str, object]:
 
 
 def with_keep_ratio(model: HDMIL, path: Path, keep_ratio: float) -> HDMIL:
-    """The model with the threshold at which LIPN keeps this share of the slide's tiles.
+    """The model with the threshold at which LIPN keeps a given share of the slide's tiles.
 
     Raises:
         SlideError: The slide cannot be read.
@@ -98,11 +98,11 @@ def with_keep_ratio(model: HDMIL, path: Path, keep_ratio: float) -> HDMIL:
 
 
 def stage_medians(timings: pd.DataFrame) -> pd.DataFrame:
-    """Seconds per slide of each method: the median over repeats on each slide, then the mean over slides.
+    """Seconds per slide of each method: the median over repeats for each slide, then the mean over slides.
 
     Returns:
         Indexed by method in the order of `timings`: `n_tiles`, `keep_ratio`, the stages, `total`, and
-        `time_ratio`, the total as a share of HDMIL†'s on the same slides.
+        `time_ratio`, the total as a share of that of HDMIL†.
     """
     numbers = ["n_tiles", "keep_ratio", *STAGES, "total"]
     medians = timings.groupby(["method", "slide_id"], sort=False)[numbers].median()

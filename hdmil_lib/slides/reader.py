@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import openslide
 from PIL import Image
-from scipy import sparse
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.stored_tiles import StoredTiles
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Reader = Literal["auto", "openslide", "stored"]
 
@@ -359,15 +361,17 @@ def _downsample(size: int, level_size: int) -> float:
     return ratio
 
 
-def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> sparse.csr_array:
+def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> "csr_array":
     """Share of each pixel in each cell, (n_cells, n_pixels).
 
     Cell i is the interval [start + i * scale, start + (i + 1) * scale), pixel j the interval [j, j + 1).
     """
+    from scipy.sparse import csr_array  # a tenth of a second that opening a slide need not wait for
+
     edges = start + scale * np.arange(n_cells + 1)
     pixels = np.arange(n_pixels)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return sparse.csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
+    return csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
 
 
 def _is_whole(value: float) -> bool:

@@ -1,1 +1,1 @@
-"""Learning: the losses, one model on one fold, and methods across folds."""
+"""Training of one network on one fold, and of methods over all folds."""

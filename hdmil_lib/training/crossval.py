@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
 from hdmil_lib.config import cache_dir, torch_threads
-from hdmil_lib.errors import CheckpointError
+from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
 from hdmil_lib.evaluation.statistics import summary_table
 from hdmil_lib.methods import METHODS, check_methods
@@ -223,11 +223,16 @@ def cross_validate(
 
     Raises:
         HDMILError: A method is unknown.
+        BagError: A slide has no bag, or the bags do not fit together.
         CohortError: There are too few cases for the folds, or the splits do not fit the cohort.
         CheckpointError: `out` holds runs of another configuration.
     """
     check_methods(methods)
-    bags = cohort.load_bags() if bags is None else {slide_id: bags[slide_id] for slide_id in cohort.slide_ids}
+    if bags is None:
+        bags = cohort.load_bags()
+    if absent := [slide_id for slide_id in cohort.slide_ids if slide_id not in bags]:
+        raise BagError(f"there is no bag of slide '{absent[0]}'; extract its features, or drop its row")
+    bags = {slide_id: bags[slide_id] for slide_id in cohort.slide_ids}
     data = BagDataset(bags, cohort.label_of)
     parts = _splits(cohort, splits, folds, seed)
     recipe = (recipe or recipe_for(len(cohort), data.dim)).seeded(seed)
@@ -262,10 +267,12 @@ def _splits(
     cohort: Cohort, splits: str | Path | Sequence[Split] | None, folds: int, seed: int
 ) -> list[Split]:
     """The splits that are given, the official one, or new ones by case."""
-    if splits is None:
-        official = column_split(cohort)
-        return make_splits(cohort, folds, seed) if official is None else [official]
-    found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
+    if splits is not None:
+        found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
+    elif (official := column_split(cohort)) is not None:
+        found = [official]
+    else:
+        return make_splits(cohort, folds, seed)
     check_splits(found, cohort)
     return found
 
@@ -418,7 +425,7 @@ def _fine_tune(job: _Job, data: BagDataset) -> None:
 
 @torch.inference_mode()
 def _screened(job: _Job, data: BagDataset) -> tuple[Tensor, Tensor]:
-    """Logits of the test slides (S, C) from the tiles that the method lets DMIN read, and their share (S,)."""
+    """Logits of the test slides (S, C), from the tiles that the method reads, and the share of these (S,)."""
     model = CrossValidation(job.out, []).hdmil(job.fold, job.method)
     logits, kept = predict_screened(model, data, job.split.test)
     if METHODS[job.method].screen != "random":

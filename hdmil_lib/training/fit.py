@@ -1,4 +1,4 @@
-"""Training of one network on one fold: bags in batches, early stopping, resumable to the bit."""
+"""Training on one fold: bags in batches, early stopping, resumable to the bit."""
 
 import hashlib
 import json
@@ -28,21 +28,21 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a network is trained; the defaults are the paper's for DMIN on Camelyon16.
+    """How a network is trained; the defaults are those of the paper for DMIN on Camelyon16.
 
     Attributes:
         learning_rate: Optimizer learning rate.
         weight_decay: Optimizer weight decay.
         epochs: Largest number of epochs; an epoch draws as many bags as the training part has.
         min_epochs: Number of epochs before early stopping.
-        patience: Number of epochs in a row without a lower validation loss after which training stops.
+        patience: Number of epochs without a lower validation loss after which training stops.
         seed: Seed of the order of bags, of dropout and of Gumbel noise.
-        standardize: Whether a bag classifier learns mean and spread of the training features beforehand.
-        batch_size: Bags per step; the loss is their mean.
-        optimizer: "adam", or "lookahead_radam" as TransMIL has it.
+        standardize: Whether the features are standardized, see `MILModel.standardize`.
+        batch_size: Number of bags per step; the loss is their mean.
+        optimizer: "adam", or "lookahead_radam" as for TransMIL.
         betas: Optimizer betas.
-        clip: Largest norm of the gradient of each parameter group; no limit by default.
-        drop_epoch: Epoch from which on the learning rate is a fifth, as DTFD-MIL has it.
+        clip: Largest gradient norm of each parameter group; no limit by default.
+        drop_epoch: Epoch from which the learning rate is divided by five, as for DTFD-MIL.
     """
 
     learning_rate: float = 3e-4
@@ -65,11 +65,11 @@ class TrainSettings:
 
 
 class Objective(ABC):
-    """What `optimize` minimizes: the loss of a batch, and how the validation slides are predicted.
+    """What `optimize` minimizes: the loss of a batch, and the predictions of the validation slides.
 
     Attributes:
-        learner: Module whose parameters learn and whose state is kept for resuming.
-        files: Networks whose best weights are kept, by file name.
+        learner: Module that is trained and whose state is saved for resuming.
+        files: Networks whose best weights are saved, by file name.
     """
 
     learner: nn.Module
@@ -77,11 +77,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: BagBatch) -> LossTerms:
-        """Weighted terms of the loss of a batch; the learner is in training mode."""
+        """Compute the weighted terms of the loss of a batch; the learner is in training mode."""
 
     @abstractmethod
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Logits of the slides (S, C) and the share of tiles read (S,); the learner is in evaluation mode."""
+        """Predict logits (S, C) and the share of tiles read (S,); the learner is in evaluation mode."""
 
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class Objective(ABC):
 
 
 class Classification(Objective):
-    """A bag classifier's own loss on the bags of a batch."""
+    """Training of a bag classifier with its own loss."""
 
     def __init__(self, model: MILModel, data: BagDataset):
         self.learner = self.model = model
@@ -98,7 +98,7 @@ class Classification(Objective):
 
     def loss(self, batch: BagBatch) -> LossTerms:
         output = self.model(**batch.inputs_for(self.model))
-        return self.model.loss(output, batch.labels)
+        return self.model.loss(output, batch.known_labels)
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         return predict_slides(self.model, self.data, slide_ids)
@@ -116,31 +116,31 @@ def fit(
     out: str | Path,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Train a bag classifier and leave it, in evaluation mode, with the weights of its best epoch.
+    """Train a bag classifier; it ends in evaluation mode with the weights of its best epoch.
 
-    Bags are drawn with replacement so that every class comes up equally often. The best epoch is the one
-    of lowest cross entropy on `split.val`, from the first on. `out` gets `config.json`, the best weights
-    as `model.safetensors`, and `history.csv` at the end; a run that was cut off goes on after its last whole
-    epoch and ends as if it had not been, a finished one is only loaded.
+    Bags are drawn with replacement so that every class is equally likely. The best epoch has the lowest
+    cross entropy on `split.val`. `config.json`, the best weights as `model.safetensors`, and at the end
+    `history.csv` are written to `out`. An interrupted run resumes after its last complete epoch with the same
+    result, to the bit; a finished run is only loaded.
 
     Args:
         model: The network, with its initial weights, on the device of `data`.
         data: Bags and labels of the slides of `split`.
-        split: Slides to train on and to stop early by; the test part is not looked at.
-        settings: Optimizer, length and seed; the paper's by default.
-        out: Folder of this run alone.
+        split: Slides for training and for early stopping; the test part is not used.
+        settings: Training settings; those of the paper by default.
+        out: Folder for this run only.
         progress: Whether a bar over epochs is shown.
 
     Returns:
         One row per epoch: `epoch`, `train_<term>` for each weighted term of the loss, `train_loss`,
-        `val_loss`, `val_auc` (nan where the validation slides are of one class) and `keep_ratio` (mean over
+        `val_loss`, `val_auc` (nan if the validation slides lack a class) and `keep_ratio` (mean over
         validation slides).
 
     Raises:
         BagError: A slide has no bag, or a bag does not fit the model.
         CohortError: A slide has no label.
         CheckpointError: `out` holds a run of another configuration.
-        HDMILError: The loss became infinite or undefined.
+        HDMILError: The validation loss is infinite or nan.
     """
     settings = settings or TrainSettings()
     config = describe_run(model, data, split, settings)
@@ -152,7 +152,7 @@ def fit(
 
 @torch.inference_mode()
 def predict_slides(model: MILModel, data: BagDataset, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Logits (S, C) of these slides, and the share of tiles that each rests on (S,): 1 without a mask."""
+    """Logits (S, C) of these slides, and the share of tiles that are selected (S,): 1 without a mask."""
     logits, kept = [], []
     for batch in data.batches(slide_ids):
         output = model(**batch.inputs_for(model))
@@ -173,17 +173,17 @@ def optimize(
     progress: bool = False,
     first_epoch_trains: bool = True,
 ) -> pd.DataFrame:
-    """The loop of all trainings, resumable; leaves the networks with the weights of the best epoch.
+    """The training loop, resumable; the networks end with the weights of the best epoch.
 
     Args:
         objective: What is minimized.
         data: Bags and labels of the slides of `split`.
-        split: Slides to draw from and to validate on.
-        settings: Optimizer, length and seed.
-        out: Folder of this run alone.
-        config: What the result depends on.
+        split: Slides for training and for validation.
+        settings: Training settings.
+        out: Folder for this run only.
+        config: Everything that the result depends on.
         progress: Whether a bar over epochs is shown.
-        first_epoch_trains: Whether epoch 0 trains; for fine-tuning it only validates the weights that came.
+        first_epoch_trains: Whether epoch 0 trains; otherwise it only validates the initial weights.
 
     Returns:
         The history, one row per epoch.
@@ -224,7 +224,7 @@ def optimize(
 
 
 def balanced_draw(slide_ids: Sequence[str], labels: Mapping[str, int]) -> list[str]:
-    """As many slides as there are, drawn with replacement so that every class is equally likely."""
+    """Draw len(slide_ids) slides with replacement so that every class is equally likely."""
     classes = np.array([labels[slide_id] for slide_id in slide_ids])
     weights = 1 / np.bincount(classes)[classes]
     draw = torch.multinomial(torch.from_numpy(weights), len(slide_ids), replacement=True)
@@ -238,7 +238,7 @@ def train_epoch(
     slide_ids: Sequence[str],
     settings: TrainSettings,
 ) -> dict[str, float]:
-    """Steps of `batch_size` slides; returns the mean over slides of the loss and of its terms."""
+    """Train for one epoch; return the mean over slides of the loss and of its terms."""
     objective.learner.train()
     sums: LossTerms = {}
     for start in range(0, len(slide_ids), settings.batch_size):
@@ -258,7 +258,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def validate(objective: Objective, slide_ids: Sequence[str], labels: Mapping[str, int]) -> dict[str, float]:
-    """Cross entropy, AUC and mean share of tiles read of the validation slides."""
+    """Compute cross entropy, AUC and mean share of tiles read of the validation slides."""
     objective.learner.eval()
     logits, kept = objective.predict(slide_ids)
     truth = [labels[slide_id] for slide_id in slide_ids]
@@ -271,12 +271,12 @@ def validate(objective: Objective, slide_ids: Sequence[str], labels: Mapping[str
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The epoch of lowest validation loss, the first of equals."""
+    """The epoch of lowest validation loss; the first of equal ones."""
     return int(np.argmin([row["val_loss"] for row in history]))
 
 
 def finished(history: list[dict[str, float]], settings: TrainSettings) -> bool:
-    """Whether all epochs are done, or training waited long enough for a lower validation loss."""
+    """Whether all epochs are done, or the validation loss has not decreased for `patience` epochs."""
     n = len(history)
     if n >= settings.epochs:
         return True
@@ -286,21 +286,17 @@ def finished(history: list[dict[str, float]], settings: TrainSettings) -> bool:
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer that the settings name."""
-    options: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "betas": settings.betas,
-    }
+    """Create the optimizer of the settings."""
+    rate, decay, betas = settings.learning_rate, settings.weight_decay, settings.betas
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, fused=True, **options)
-    from timm.optim import Lookahead  # takes a second to import
+        return torch.optim.Adam(groups, lr=rate, weight_decay=decay, betas=betas, fused=True)
+    from timm.optim.lookahead import Lookahead  # takes a second to import
 
-    return Lookahead(torch.optim.RAdam(groups, **options))
+    return Lookahead(torch.optim.RAdam(groups, lr=rate, weight_decay=decay, betas=betas))
 
 
 def describe_run(model: nn.Module, data: BagDataset, split: Split, settings: TrainSettings) -> dict[str, Any]:
-    """What a run's result depends on, for `config.json`."""
+    """Everything that the result of a run depends on, for `config.json`."""
     labels = _labels(data, (*split.train, *split.val))
     parts = {part: {s: labels[s] for s in getattr(split, part)} for part in ("train", "val")}
     return {

@@ -31,8 +31,17 @@ def roofline(costs: "Mapping[str, Cost]", device: "Device", ax: Axes | None = No
             y = min(intensity * device.bytes, peak) / 1e12
             ax.plot([intensity] * 2, [y, y * lift], color=color, lw=0.7)
             ax.plot(intensity, y, "o", mfc=style, mec=color, ms=7)
-            place = {"ha": "center", "va": "bottom", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
-            ax.text(intensity, y * lift, i + 1, color=color, fontsize=9, weight="bold", **place)
+            ax.text(
+                intensity,
+                y * lift,
+                str(i + 1),
+                color=color,
+                fontsize=9,
+                weight="bold",
+                ha="center",
+                va="bottom",
+                bbox={"fc": "white", "ec": "none", "pad": 0.5},
+            )
         ax.plot([], [], "o", color=color, label=f"{i + 1}  {plain(name)}")
     ax.set(
         xscale="log", yscale="log", xlabel="operations per byte", ylabel="10¹² operations per second, at most"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import Normalize, to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_or_new, plain
+from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_or_new, house_style, plain
 
 if TYPE_CHECKING:
     from hdmil_lib.inference.prediction import Prediction
@@ -30,11 +30,19 @@ TISSUE = "#d39bc0"
 
 
 class OnGrid(Protocol):
-    """Tiles on a slide's grid: `thumbnail` uint8 (H, W, 3), `rowcol` int64 (N, 2), `shape` (rows, cols)."""
+    """Tiles on a slide's grid: a `TileGrid`, a `Prediction` or a `Bag`."""
 
-    thumbnail: np.ndarray
-    rowcol: np.ndarray
-    shape: tuple[int, int]
+    @property
+    def thumbnail(self) -> np.ndarray:
+        """The slide at 8 um/px, uint8 (H, W, 3)."""
+
+    @property
+    def rowcol(self) -> np.ndarray:
+        """Position of the tiles on the grid, int64 (N, 2)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the grid."""
 
 
 def _thumbnail(grid: OnGrid) -> np.ndarray:
@@ -76,7 +84,8 @@ def _above(ax: Axes, handles: list[Patch]) -> None:
 def slide_overview(thumbnail: np.ndarray, mpp: float = 8.0, ax: Axes | None = None) -> Axes:
     """A thumbnail uint8 (H, W, 3) of `mpp` um/px, with axes in mm."""
     ax = axes_or_new(ax, MAP_SIZE)
-    ax.imshow(thumbnail, extent=_extent(*thumbnail.shape[:2], mpp / 1000), interpolation="antialiased")
+    height, width = thumbnail.shape[:2]
+    ax.imshow(thumbnail, extent=_extent(height, width, mpp / 1000), interpolation="antialiased")
     ax.set(xlabel="x (mm)", ylabel="y (mm)")
     return ax
 
@@ -88,8 +97,13 @@ def tissue_tiles(grid: OnGrid, tissue: np.ndarray | None = None, ax: Axes | None
         grid: A `TileGrid`, or anything else on a grid.
         tissue: Mask on the thumbnail, bool (H, W); that of a `TileGrid` if not given.
         ax: Axes to draw on.
+
+    Raises:
+        ValueError: There is no tissue mask.
     """
-    tissue = grid.tissue if tissue is None else tissue
+    tissue = getattr(grid, "tissue", None) if tissue is None else tissue
+    if tissue is None:
+        raise ValueError(f"tissue is None, and a {type(grid).__name__} has no tissue mask; pass one")
     tiles = _cells(grid, 255 * np.array(to_rgba(BLUE, 0.9))).astype(np.uint8)
     frame = np.ones((PIXELS, PIXELS, 1), np.uint8)
     frame[1:-1, 1:-1] = 0
@@ -129,8 +143,7 @@ def gallery(
     ax: Axes | None = None,
 ) -> Axes:
     """Tiles or patches in rows of `columns`, all of one size, with an optional line of text over each."""
-    images = np.asarray(images)
-    size, rows = images.shape[1], -(-len(images) // columns)
+    size, rows = len(images[0]), -(-len(images) // columns)
     pitch_x, pitch_y = 1.06, 1.06 if titles is None else 1.22
     ax = axes_or_new(ax, (1.1 * columns, 1.1 * rows * pitch_y))
     for i, image in enumerate(images):
@@ -167,7 +180,7 @@ def attention_overlay(
     if ranks:
         values[known] = attention[known].argsort().argsort() / max(known.sum() - 1, 1)
     low, high = (0.0, 1.0) if ranks else (np.nanmin(values), np.nanmax(values))
-    norm = plt.Normalize(low, high)
+    norm = Normalize(low, high)
     colors = plt.get_cmap(SEQUENTIAL)(norm(np.nan_to_num(values)))
     colors[:, 3] = np.where(known, 0.65, 0.0)
     ax = _map(grid, _cells(grid, colors), ax)
@@ -197,14 +210,21 @@ def truth_overlay(grid: OnGrid, tumor_share: np.ndarray, ax: Axes | None = None)
 
 
 def prediction_figure(prediction: "Prediction") -> Figure:
-    """A new figure of one prediction: attention for the predicted class beside the tiles that were read."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    """A new figure of one prediction: attention for the predicted class beside the tiles that were read.
+
+    It has the look of `use_style`, which need not have been called. It is not open in pyplot, so that a
+    notebook shows it once, as the value of its cell.
+    """
     label = prediction.label
     branch = prediction.classes.index(label)
     attention = prediction.attention[:, branch]
-    attention_overlay(prediction, attention, left, label=f"attention for {label}, rank among tiles")
-    kept_overlay(prediction, np.isfinite(attention), right)
-    figure.suptitle(plain(f"{prediction.slide_id}: {label} {prediction.probabilities[branch]:.2f}"))
+    with house_style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+        attention_overlay(prediction, attention, left, label=f"attention for {label}, rank among tiles")
+        kept_overlay(prediction, np.isfinite(attention), right)
+        figure.suptitle(plain(f"{prediction.slide_id}: {label} {prediction.probabilities[branch]:.2f}"))
+        figure.draw_without_rendering()  # makes the ticks, which read the settings
+    plt.close(figure)
     return figure
 
 

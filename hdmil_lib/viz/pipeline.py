@@ -101,7 +101,9 @@ STEPS = {
 }
 
 
-def _arrow(start: Point, end: Point, color: str = MUTED, *, bend: float = 0.0, dashed: bool = False):
+def _arrow(
+    start: Point, end: Point, color: str = MUTED, *, bend: float = 0.0, dashed: bool = False
+) -> FancyArrowPatch:
     return FancyArrowPatch(
         start,
         end,

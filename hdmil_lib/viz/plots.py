@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.polynomial import chebyshev
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -108,13 +109,13 @@ def chebyshev_polynomials(degree: int = 12, ax: Axes | None = None) -> Axes:
     """T_0 to T_degree on [-1, 1], the basis of the CKA classifier (paper, section 3.3)."""
     ax = axes_or_new(ax)
     x = np.cos(np.linspace(np.pi, 0, 600))
-    norm = plt.Normalize(0, max(degree, 1))
+    norm = Normalize(0, max(degree, 1))
     for k in range(degree + 1):
         color = plt.get_cmap(SEQUENTIAL)(norm(k))
         ax.plot(x, chebyshev.chebval(x, np.eye(degree + 1)[k]), color=color, lw=1.3)
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, pad=0.02)
     bar.set_label("k")
-    bar.locator = plt.MaxNLocator(integer=True)
+    bar.locator = MaxNLocator(integer=True)
     bar.update_ticks()
     ax.set(xlabel="x = tanh(embedding)", ylabel="$T_k(x)$", xlim=(-1, 1), ylim=(-1.08, 1.08))
     ax.set_title(f"Chebyshev polynomials up to degree {degree}")
@@ -219,7 +220,7 @@ def training_curves(history: pd.DataFrame, axes: Sequence[Axes] | None = None) -
     sns.lineplot(history, x="epoch", y="keep_ratio", color=GREEN, ax=axes[2])
     for ax, label in zip(axes, ("loss", "validation AUC", "share of tiles kept"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     sns.move_legend(axes[0], "lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, title=None)
     for ax in axes[1:]:
         ax.set_ylim(0, 1.02)

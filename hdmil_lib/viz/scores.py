@@ -111,11 +111,20 @@ def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axe
     ax = axes_or_new(ax)
     for source in [name for name in SOURCES if name in set(table["source"])]:
         rows = table[table["source"] == source]
-        options = {"errorbar": _deviation, "err_kws": {"alpha": 0.13, "lw": 0}, "ms": 7} | SOURCES[source]
-        sns.lineplot(rows, x="keep_ratio", y="auc", label=source, ax=ax, **options)
+        sns.lineplot(
+            rows,
+            x="keep_ratio",
+            y="auc",
+            errorbar=_deviation,
+            err_kws={"alpha": 0.13, "lw": 0},
+            label=source,
+            ms=7,
+            ax=ax,
+            **SOURCES[source],
+        )
     ratios = np.sort(table["keep_ratio"].unique())
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(ratios))
+    ax.xaxis.set_major_locator(FixedLocator(ratios.tolist()))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.set(

@@ -4,11 +4,14 @@ seaborn keeps its theme in matplotlib's settings, so `use_style` sets the theme 
 the seconds that importing seaborn takes: maps on a slide are drawn without it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle
+from typing import TypedDict
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.rcsetup import cycler
 
 INK = "#2b2f36"
 MUTED = "#8a8f98"
@@ -19,7 +22,16 @@ CYCLE = (BLUE, VERMILION, PURPLE, ORANGE, SKY, GREEN, INK)
 MARKERS = "osD^vP*"
 SEQUENTIAL = "viridis"
 
-SOURCES: Mapping[str, Mapping[str, str]] = {
+
+class Look(TypedDict):
+    """How the line of a method or source is drawn."""
+
+    color: str
+    marker: str
+    ls: str
+
+
+SOURCES: Mapping[str, Look] = {
     "ground truth": {"color": VERMILION, "marker": "D", "ls": "-."},
     "DMIN attention": {"color": BLUE, "marker": "o", "ls": "-"},
     "LIPN": {"color": GREEN, "marker": "s", "ls": "-"},
@@ -47,14 +59,17 @@ def use_style() -> None:
         {
             "figure.figsize": (6.4, 3.6),
             "figure.dpi": 90,
+            "figure.facecolor": "white",
             "savefig.dpi": 150,
             "savefig.bbox": "tight",
             "font.size": 10,
             "text.color": INK,
             "axes.edgecolor": MUTED,
+            "axes.facecolor": "white",
+            "axes.grid": False,
             "axes.labelcolor": INK,
             "axes.linewidth": 0.8,
-            "axes.prop_cycle": plt.cycler(color=CYCLE),
+            "axes.prop_cycle": cycler(color=CYCLE),
             "axes.spines.right": False,
             "axes.spines.top": False,
             "axes.titlelocation": "left",
@@ -73,6 +88,14 @@ def use_style() -> None:
     )
 
 
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw in this look within a block, and leave matplotlib's settings as they were."""
+    with plt.rc_context():
+        use_style()
+        yield
+
+
 def axes_or_new(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     """The caller's axes, or those of a new figure of `size` inches."""
     if ax is not None:
@@ -89,7 +112,7 @@ def plain(text: object) -> str:
     return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def looks(names: Iterable[str]) -> dict[str, Mapping[str, str]]:
+def looks(names: Iterable[str]) -> dict[str, Look]:
     """Color, marker and line style of each name: those of `SOURCES`, others get a free color."""
     names = list(names)
     taken = {SOURCES[name]["color"] for name in names if name in SOURCES}

@@ -7,7 +7,7 @@ raised again.
 
 import io
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,19 @@ class Explorer(w.VBox):
     """Controls above one figure.
 
     Args:
-        draw: Called with the controls' values by name; draws on an axes of `figure` and returns nothing.
+        draw: Called with a figure and the controls' values by name; draws on the figure.
         size: Width and height of the figure in inches.
         live: Whether to redraw while a slider moves; if not, when it is released.
         controls: Widgets with a `value`.
     """
 
     def __init__(
-        self, draw: Callable[..., None], size: tuple[float, float], *, live: bool = True, **controls: w.Widget
+        self,
+        draw: Callable[..., object],
+        size: tuple[float, float],
+        *,
+        live: bool = True,
+        **controls: w.Widget,
     ):
         self.draw, self.size, self.controls = draw, size, controls
         self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="scale-down"))
@@ -59,7 +64,7 @@ class Explorer(w.VBox):
         figure.savefig(buffer, format="png", dpi=plt.rcParams["figure.dpi"])
         self.image.value = buffer.getvalue()
 
-    def _changed(self, _change) -> None:
+    def _changed(self, _change: object) -> None:
         try:
             self.redraw()
         except Exception:
@@ -109,11 +114,11 @@ def _set_bar(pair: tuple[w.FloatProgress, w.Label], value: float, text: str) -> 
     pair[0].value, pair[1].value = min(value, 1.0), text
 
 
-def watch(steps: "Iterator[AnytimeStep]", classes: Sequence[str]) -> "AnytimeStep":
+def watch(steps: "Generator[AnytimeStep, None, None]", classes: Sequence[str]) -> "AnytimeStep":
     """Show a slide while it is classified; the notebook's stop button ends it.
 
     Args:
-        steps: What `HDMIL.stream` returns.
+        steps: Steps of `HDMIL.stream`, at least one.
         classes: Class names.
 
     Returns:

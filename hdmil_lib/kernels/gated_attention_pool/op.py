@@ -44,9 +44,11 @@ def gated_attention_pool(
     Raises:
         ValueError: An argument has another shape, type, device or range, or the backend cannot run.
     """
-    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     mask = pooling.as_numbers(mask, embeddings)
-    embeddings, mask, *weights = same_type(embeddings, mask, *weights)
+    embeddings, mask, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias = same_type(
+        embeddings, mask, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias
+    )
+    weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     attention.check_arguments(embeddings, weights, dropout, seed)
     check(embeddings=(embeddings, "N E"), score_bias=(score_bias, "C"), mask=(mask, "N C"))
     check_segments(segments, len(embeddings), embeddings.device)

@@ -1,5 +1,7 @@
 """Gated attention and the pooling that it weighs, one by one (paper: DMIN, attention and pooling)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hdmil_lib.kernels.gated_attention.reference import gated_attention
@@ -9,12 +11,15 @@ from hdmil_lib.kernels.segments import Segments
 
 def gated_attention_pool(
     embeddings: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mask: Tensor | None,
     segments: Segments | None,
     dropout: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Bag embeddings and logits, as `kernels.gated_attention_pool` describes them."""
-    logits = gated_attention(embeddings, *weights, dropout, seed)
+    tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias = weights
+    logits = gated_attention(
+        embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, dropout, seed
+    )
     return segment_softmax_pool(embeddings, logits, mask, segments), logits
