@@ -1,4 +1,4 @@
-"""The command `hdmil`: samples, extract, train, calibrate, predict, encoders; thin over the library."""
+"""The command `hdmil`: samples, extract, train, calibrate, predict and encoders."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 class _OneLineErrors(TyperGroup):
-    """Prints what the user can mend as one red line on stderr, without a traceback, and exits with 1."""
+    """Prints errors that the user can fix as one red line on stderr, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -62,7 +62,7 @@ def samples(
     cohort: Annotated[str, typer.Option(help="camelyon-mini, nsclc-mini or brca-mini.")] = "camelyon-mini",
     fast: Annotated[bool, typer.Option("--fast", help="A few slides only.")] = False,
 ) -> None:
-    """Prepare a synthetic cohort, slides and bags, in the cache; and the real sample slide."""
+    """Prepare the slides and bags of a synthetic cohort, and a real sample slide, in the cache."""
     from hdmil_lib.config import is_fast, setup
     from hdmil_lib.slides.sample import sample_slide
     from hdmil_lib.synthetic.cohorts import prepare_cohort
@@ -86,20 +86,22 @@ def extract(
     ] = "efficientnet_lite0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     mpp: Annotated[
-        float | None, typer.Option(help="Micrometers per level-0 pixel, for slides that do not say.")
+        float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "int8"],
-        typer.Option(help="int8 is the fastest on a CPU; it is fitted to tiles of the first eight slides."),
+        typer.Option(
+            help="int8 is the fastest on a CPU; it is calibrated on tiles of the first eight slides."
+        ),
     ] = "auto",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Compile the encoder first; for a GPU and many slides.")
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Tiles per encoder call; by default what suits the machine.")
+        int | None, typer.Option(min=1, help="Tiles per encoder call; by default chosen for the device.")
     ] = None,
 ) -> None:
-    """Turn slides into bags of features; skips what is done, and goes on when a slide fails."""
+    """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
     from hdmil_lib.config import setup
     from hdmil_lib.encoders import extraction
     from hdmil_lib.encoders.loading import load_encoder
@@ -127,28 +129,27 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the model, its test scores and all trainings.")],
     folds: Annotated[int, typer.Option(help="Number of cross-validation folds, three or more.")] = 5,
     splits: Annotated[
-        Path | None, typer.Option(help="Folder with splits_<k>.csv, in place of folds.")
+        Path | None, typer.Option(help="Folder with splits_<k>.csv, instead of --folds.")
     ] = None,
     compare: Annotated[
         list[str],
-        typer.Option(help="A further method, such as abmil, clam_mb or random; may be repeated."),
+        typer.Option(help="A further method, such as abmil, clam_mb or random; can be repeated."),
     ] = [],  # noqa: B006
     recipe: Annotated[
         str,
-        typer.Option(help="Settings: auto (by the cohort's size), or camelyon16, nsclc, brca and the like."),
+        typer.Option(help="Settings: auto (by the size of the cohort), camelyon16, nsclc, brca and others."),
     ] = "auto",
     subtyping: Annotated[
-        bool, typer.Option("--subtyping", help="With auto: each class has tiles of its own.")
+        bool, typer.Option("--subtyping", help="With auto: every class has tiles of its own.")
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of folds, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of folds, initial weights and training.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
 ) -> None:
     """Cross-validate, and write the model of one fold to OUT/model for `hdmil predict`.
 
-    The model kept is that of the fold whose networks reached the lowest validation loss; the scores
-    printed are of test slides that the networks of their fold never saw. Training resumes where it was
-    interrupted.
+    The model is that of the fold with the lowest validation loss. The printed scores are those of the test
+    slides of all folds. An interrupted training resumes if started again.
     """
     from hdmil_lib.cohort import Cohort
     from hdmil_lib.config import setup
@@ -182,19 +183,21 @@ def train(
 
 @app.command()
 def calibrate(
-    model: Annotated[Path, typer.Option(help="Model folder that `hdmil train` wrote; it stays as it is.")],
+    model: Annotated[Path, typer.Option(help="Model folder that `hdmil train` wrote; it is not changed.")],
     out: Annotated[Path, typer.Option(help="Model folder to write, with the rules learned here.")],
     cohort: Annotated[Path, typer.Option(help="CSV of held-out slides: slide_id, case_id and label.")],
     bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote for them.")],
-    epsilon: Annotated[float, typer.Option(help="Share of slides that may get another label.")] = 0.05,
-    delta: Annotated[float, typer.Option(help="Probability that a rule errs on more.")] = 0.1,
+    epsilon: Annotated[
+        float, typer.Option(help="Share of slides that may get another label than from all tiles.")
+    ] = 0.05,
+    delta: Annotated[float, typer.Option(help="Probability that more slides do.")] = 0.1,
 ) -> None:
-    """Learn how few tiles the model needs, on slides that served for nothing else.
+    """Learn how few tiles the model needs, on slides that were not used for anything else.
 
-    LIPN's thresholds, and the margin for `hdmil predict --anytime`, become the fastest with which at most a
-    share epsilon of all slides gets another label than from all tiles, with confidence 1 - delta for each of
-    the two. Candidates start from the thresholds that training chose, so that a second run on the same slides
-    finds the same. One slide of each case is used.
+    Chooses LIPN's thresholds, and the margin of `hdmil predict --anytime`, so that at most a share epsilon of
+    all slides gets another label than from all tiles, with confidence 1 - delta for each of the two. The
+    candidates depend on the thresholds chosen in training, so a second run on the same slides has the same
+    result. One slide per case is used.
     """
     from hdmil_lib.cohort import Cohort
     from hdmil_lib.config import setup
@@ -204,16 +207,16 @@ def calibrate(
     setup()
     if out.resolve() == model.resolve():
         raise HDMILError(
-            f"{out}: is the model itself; give another folder, so that the trained rules are kept"
+            f"{out}: is the model itself; give another folder, so that the trained model is kept"
         )
     trained = HDMIL.from_pretrained(model)
     table = Cohort.from_csv(cohort, bags=bags)
     held_out = table.select(table.table.drop_duplicates("case_id")["slide_id"].tolist())
     loaded = list(held_out.load_bags().values())
-    level = {"epsilon": epsilon, "delta": delta}
     try:
-        thresholds = learn_thresholds(trained, loaded, **level)
-        margin = learn_margin([trained.trajectory(bag) for bag in loaded], **level)
+        thresholds = learn_thresholds(trained, loaded, epsilon=epsilon, delta=delta)
+        trajectories = [trained.trajectory(bag) for bag in loaded]
+        margin = learn_margin(trajectories, epsilon=epsilon, delta=delta)
     except ValueError as error:
         raise HDMILError(str(error)) from error
     for name, rule in (("thresholds", thresholds), ("margin", margin)):
@@ -223,7 +226,7 @@ def calibrate(
     chosen = thresholds.value if certified else trained.trained_thresholds
     trained.with_rules(thresholds=chosen, margin=margin.value).save_pretrained(out)
     if not certified:
-        typer.echo("the trained thresholds stay; where the guarantee is needed, predict with --all-tiles")
+        typer.echo("the trained thresholds stay; if the guarantee is needed, predict with --all-tiles")
     typer.echo(f"{out}: the model with these rules")
 
 
@@ -233,27 +236,31 @@ def predict(
         list[Path], typer.Argument(help="Slide files, folders, or a CSV with a column `path`.")
     ],
     model: Annotated[str, typer.Option(help="Model folder, or owner/name on the Hugging Face hub.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file, one row per slide; needed for several.")] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Picture of attention and kept tiles to write.")
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file to write, one row per slide; needed for several slides.")
     ] = None,
-    geojson: Annotated[Path | None, typer.Option(help="Kept tiles for QuPath to write.")] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Picture to write of attention and kept tiles.")
+    ] = None,
+    geojson: Annotated[
+        Path | None, typer.Option(help="GeoJSON file to write of the kept tiles, for QuPath.")
+    ] = None,
     all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Read every tile (HDMIL†).")] = False,
     anytime: Annotated[
-        bool, typer.Option("--anytime", help="Read until the answer is sure, see `hdmil calibrate`.")
+        bool, typer.Option("--anytime", help="Stop reading once the class is certain; see `hdmil calibrate`.")
     ] = False,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Largest number of tiles to read.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds after which reading stops.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     mpp: Annotated[
-        float | None, typer.Option(help="Micrometers per level-0 pixel, if the file does not say.")
+        float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail where a tile is damaged.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
 ) -> None:
-    """Classify slides: choose tiles on the thumbnail, read those, and say what they show.
+    """Classify slides from the tiles that LIPN selects on the thumbnail.
 
-    With --anytime, or a budget of tiles or seconds, the most promising tiles are read first. Several slides,
-    or --out, write a table; what stands in it already is not predicted again.
+    With --anytime, --max-tiles or --max-seconds the most suspicious tiles are read first. With --out the
+    predictions are written to a table; slides that are in it already are skipped.
     """
     from hdmil_lib.config import setup
     from hdmil_lib.devices import resolve
@@ -267,26 +274,30 @@ def predict(
     by_tiles = anytime or any(value is not None for value in budget.values())
     pictures = heatmap is not None or geojson is not None
     if by_tiles and (all_tiles or strict or pictures or out is not None):
-        raise HDMILError("--anytime and budgets do not go with --all-tiles, --strict, --out or pictures")
+        raise HDMILError(
+            "--anytime, --max-tiles and --max-seconds cannot be combined with --all-tiles, --strict, --out, "
+            "--heatmap or --geojson"
+        )
     paths = slide_files(slides)
     loaded = HDMIL.from_pretrained(model).to(resolve(device))
     if out is not None or len(paths) > 1:
         if out is None or by_tiles or pictures:
-            raise HDMILError("several slides need --out TABLE.csv, without --anytime, budgets or pictures")
+            raise HDMILError(
+                "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
+                "--max-seconds, --heatmap or --geojson"
+            )
         _predict_table(loaded, paths, out, all_tiles=all_tiles, mpp=mpp, strict=strict)
         return
     slide = paths[0]
     if by_tiles:
-        margin = None if anytime else math.inf  # the model's, or a budget alone
+        margin = None if anytime else math.inf  # that of the model, or none
         _predict_anytime(loaded, slide, margin=margin, mpp=mpp, **budget)
         return
     prediction = loaded.predict(slide, all_tiles=all_tiles, mpp=mpp, strict=strict, progress=True)
     _print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
     if len(prediction.broken):
-        typer.echo(
-            f"damaged  {len(prediction.broken):,} tiles could not be read; the answer is of the others"
-        )
+        typer.echo(f"damaged  {len(prediction.broken):,} tiles could not be read and were ignored")
     _print_seconds(prediction.seconds)
     if heatmap is not None:
         _write_heatmap(prediction, heatmap)
@@ -337,7 +348,7 @@ def _write_heatmap(prediction: "Prediction", path: Path) -> None:
 
     from hdmil_lib.viz.style import use_style
 
-    matplotlib.use("Agg")  # no window, whatever the environment says
+    matplotlib.use("Agg")  # no window, in any environment
     use_style()
     prediction.plot(path)
 
@@ -358,7 +369,7 @@ def _print_error(message: str) -> None:
 
 
 def _recipe(name: str, epochs: int | None, *, n_slides: int, in_dim: int, subtyping: bool) -> "Recipe":
-    """The recipe of this name, or the one for the cohort's size and features, cut to so many epochs."""
+    """The recipe of this name, with at most this many epochs."""
     from hdmil_lib.reproduce.recipes import RECIPES
     from hdmil_lib.training.recipes import recipe_for
 

@@ -2,8 +2,8 @@
 
     python tools/make_samples.py
 
-The bags are a part of the full synthetic cohort, which is prepared in the cache first: of every class, the
-slides with the fewest tiles, whole. They are copied with their tile labels and compressed. The model is
+The bags are a part of the full synthetic cohort, which is prepared in the cache first: small tumor slides, and
+normal slides of the same sizes, whole. They are copied with their tile labels and compressed. The model is
 HDMIL of the best fold of the full cohort's cross-validation, which `make tutorial` leaves in the cache.
 """
 
@@ -22,23 +22,25 @@ NAME = "camelyon-mini"
 N_SLIDES = 100
 MIN_TUMOR_TILES = 4
 N_FOLDS = 5  # of the cross-validation in `make tutorial`
-LIMIT_MB = 16
+LIMIT_MB = 18
 
 README = """# Sample bags and model
 
 `{name}` holds bags of {n} synthetic slides ({classes}; {tiles:,} tiles, {size:.1f} MB): drawn by
 `hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained
 on the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
-slides or training. `make samples` makes them: of every class of the full cohort, the slides with the fewest
-tiles, tumor slides with {least} tumor tiles or more; of the cross-validation, the fold of lowest validation loss.
+slides or training. `make samples` makes them: of the full cohort, the smallest tumor slides with {least}
+tumor tiles or more, and normal slides of the same sizes; of the cross-validation, the fold of lowest validation
+loss.
 """
 
 
 def choose(cohort: Cohort) -> list[str]:
-    """The slides with the fewest tiles, equally many of every class, in the cohort's order.
+    """Tumor slides with few tiles, and normal slides of the same sizes, in the cohort's order.
 
-    Slides of the last class count only with `MIN_TUMOR_TILES` tumor tiles or more: of a hundred slides with
-    smaller tumors no system learns anything, and a first run would show nothing.
+    Tumor slides count with `MIN_TUMOR_TILES` tumor tiles or more: of a hundred slides with smaller tumors no
+    system learns anything, and a first run would show nothing. Each gets the normal slide whose number of
+    tiles is nearest, so that the size of a slide says nothing about its class.
     """
     tiles, tumor = {}, {}
     for slide_id in cohort.slide_ids:
@@ -46,10 +48,13 @@ def choose(cohort: Cohort) -> list[str]:
         share = read_tile_labels(cohort.bag_path(slide_id))
         tumor[slide_id] = 0 if share is None else int((share >= 0.5).sum())
     table = cohort.table.set_index("slide_id").assign(tiles=tiles, tumor=tumor)
-    fit = (table["label"] != cohort.classes[-1]) | (table["tumor"] >= MIN_TUMOR_TILES)
-    per_class = N_SLIDES // len(cohort.classes)
-    chosen = {s for _, rows in table[fit].groupby("label") for s in rows["tiles"].nsmallest(per_class).index}
-    return [slide_id for slide_id in cohort.slide_ids if slide_id in chosen]
+    normal, positive = (table[table["label"] == name] for name in cohort.classes)
+    chosen = positive.loc[positive["tumor"] >= MIN_TUMOR_TILES, "tiles"].nsmallest(N_SLIDES // 2)
+    left, partners = normal["tiles"].copy(), []
+    for size in chosen:
+        partners.append((left - size).abs().idxmin())
+        left = left.drop(partners[-1])
+    return [slide_id for slide_id in cohort.slide_ids if slide_id in {*chosen.index, *partners}]
 
 
 def copy_bags(full: Cohort, folder: Path) -> None:

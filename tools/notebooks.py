@@ -241,7 +241,7 @@ def check(path: Path, paths: Sequence[Path]) -> Iterator[str]:
     elif not re.match(r"# .*\?$", notebook.cells[1].source.splitlines()[0]):
         yield "the title, second cell, is not a question"
     source = "\n".join(cell.source for cell in code)
-    for needed in ("hdmil_lib.setup(", "pipeline(", "assert "):
+    for needed in ("hdmil.setup(", "pipeline(", "assert "):
         if needed not in source:
             yield f"no code cell has `{needed}`"
 

@@ -1,8 +1,8 @@
-"""Slides to bags: tiles are streamed through an encoder, runs can be interrupted and resumed."""
+"""Extraction of features: slides are turned into bags; runs can be interrupted and resumed."""
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from hdmil_lib.encoders.loading import Encoder
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
-"""Files in a folder that are taken for slides."""
+"""Suffixes of the files in a folder that are slides."""
 
 TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
-"""What says, for a slide file and its grid, which share of each tile is tumor; None where that is unknown."""
+"""Function from a slide file and its grid to the share of tumor in each tile, or None if it is unknown."""
 
 TILE_SIZE, TILE_MPP = 256, 0.5
 
@@ -33,20 +33,20 @@ TILE_SIZE, TILE_MPP = 256, 0.5
 def encode_tiles(
     slide: Slide,
     grid: TileGrid,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     encoder: "Encoder",
     *,
     progress: bool = False,
     **options: Any,
 ) -> np.ndarray:
-    """Read and encode the given tiles, and only these (paper, section 3.3: the fast path).
+    """Read and encode the given tiles only (paper, section 3.3).
 
     Args:
         slide: The open slide.
-        grid: Its tiles.
+        grid: Tiles of the slide.
         rows: Rows of the grid to encode, (n,).
-        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
-        progress: Show a bar.
+        encoder: The encoder.
+        progress: Whether a bar is shown.
         **options: Options of `encode_blocks`.
 
     Returns:
@@ -73,15 +73,15 @@ def spread_tiles(
     *,
     mpp: float | tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Tiles from which an int8 encoder takes the ranges of its numbers, spread over some slides.
+    """Tiles evenly spread over slides, with which an int8 encoder is calibrated.
 
     Args:
-        slide_paths: Slides like those to come.
-        n_tiles: Largest number of tiles of all slides together.
-        mpp: Micrometers per level-0 pixel of all slides, where the files do not say.
+        slide_paths: Slides like those to be encoded.
+        n_tiles: Largest number of tiles in total.
+        mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
 
     Returns:
-        Tiles taken evenly from the slides and over each, uint8 (n, 256, 256, 3).
+        The tiles, uint8 (n, 256, 256, 3).
 
     Raises:
         SlideError: A slide cannot be read or holds no tissue.
@@ -98,30 +98,30 @@ def spread_tiles(
 def encode_blocks(
     slide: Slide,
     grid: TileGrid,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     encoder: "Encoder",
     *,
     batch_size: int | None = None,
     n_readers: int = 2,
     strict: bool = True,
     seconds: dict[str, float] | None = None,
-) -> Iterator[np.ndarray]:
-    """Features of the given tiles, block by block, while the next ones are read.
+) -> Generator[np.ndarray, None, None]:
+    """Features of the given tiles, block by block.
 
     Threads read ahead while the encoder runs, at most `n_readers` + 1 blocks, so memory does not grow
-    with the slide. To stop early, close the iterator: what is not being read yet is not read.
+    with the slide. To stop early, close the generator; then no further tiles are read.
 
     Args:
         slide: The open slide.
-        grid: Its tiles.
+        grid: Tiles of the slide.
         rows: Rows of the grid to encode, (n,).
-        encoder: Turns uint8 tiles (B, H, W, 3) into float32 (B, D).
-        batch_size: Tiles per block and encoder call; the encoder's `batch_size` by default.
-        n_readers: Number of reading threads; 0 reads in this thread, so that the seconds of both stages add
-            up.
+        encoder: The encoder.
+        batch_size: Number of tiles per block and encoder call; the encoder's `batch_size` by default.
+        n_readers: Number of reading threads; with 0 tiles are read in this thread, so that the seconds of
+            both stages add up.
         strict: Whether a tile that cannot be read is an error; otherwise its features are nan.
-        seconds: Accumulates "crop", the time spent reading in all threads, and "features", the time
-            spent in the encoder.
+        seconds: Dictionary to which the times are added: "crop" for reading, summed over threads, and
+            "features" for the encoder.
 
     Yields:
         float32 (b, D), in the order of `rows`.
@@ -131,7 +131,7 @@ def encode_blocks(
     """
     seconds = {} if seconds is None else seconds
     batch_size = batch_size or encoder.batch_size
-    # Closed here and now: readers must be gone before an error, or Ctrl-C, lets the slide be closed.
+    # After an error or Ctrl-C the readers must end before the slide is closed, hence the `closing`.
     with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict)) as batches:
         for tiles, whole, crop_seconds in batches:
             start = time.perf_counter()
@@ -160,13 +160,13 @@ def extract_slide(
     """Turn one slide into a bag file.
 
     Args:
-        slide_path: A slide that OpenSlide reads.
+        slide_path: A slide file that OpenSlide can read.
         encoder: Encoder from `load_encoder`.
         out_path: The .h5 file to write, whole or not at all.
-        mpp: Micrometers per level-0 pixel where the file does not say, or says it wrongly.
-        batch_size: Tiles per encoder call; the encoder's by default.
-        min_tissue: Least share of tissue in a tile.
-        tile_labels: What knows the share of tumor in each tile, to be stored for teaching and evaluation.
+        mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
+        batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
+        min_tissue: Smallest share of tissue in a tile.
+        tile_labels: Function that gives the share of tumor in each tile, stored for teaching and evaluation.
         progress: Whether a bar is shown.
 
     Returns:
@@ -211,26 +211,26 @@ def extract(
 ) -> "pd.DataFrame":
     """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
 
-    A bag that the same encoder made with the same settings is skipped, so an interrupted run is
-    resumed by starting it again.
+    Existing bags of the same encoder and settings are skipped, so an interrupted run resumes if started
+    again.
 
     Args:
         slides: A folder, a CSV file with a column `path`, slide files, or several of these.
         encoder: Encoder from `load_encoder`.
         out: Folder of the bags.
-        mpp: Micrometers per level-0 pixel of all slides, where the files do not say.
-        batch_size: Tiles per encoder call; the encoder's by default.
-        min_tissue: Least share of tissue in a tile.
-        tile_labels: What knows the share of tumor in each tile; see `extract_slide`.
-        overwrite: Whether slides whose bags are there are extracted again.
-        progress: Whether bars of slides and tiles are shown.
+        mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
+        batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
+        min_tissue: Smallest share of tissue in a tile.
+        tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
+        overwrite: Whether existing bags are extracted again.
+        progress: Whether bars over slides and tiles are shown.
 
     Returns:
         One row per slide: slide_id, status ("done", "skipped" or "failed"), n_tiles, seconds, error.
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
-        BagError: Two slides have the same name, so one bag would replace the other; or `out` cannot be a folder.
+        BagError: Two slides have the same name, or `out` cannot be a folder.
     """
     import pandas as pd
 
@@ -238,10 +238,12 @@ def extract(
     twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
     if twice:
         raise BagError(f"several slides are called {twice[0]!r}; rename them, or give each a folder of bags")
-    try:  # now, not after the first slide is encoded
+    try:  # before the first slide is encoded
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BagError(f"{out}: cannot be a folder ({error.strerror}); choose another for the bags") from error
+        raise BagError(
+            f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
+        ) from error
 
     def run(path: Path) -> tuple[str, int]:
         out_path = out / f"{path.stem}.h5"
@@ -262,22 +264,21 @@ def extract(
     records = []
     bar = tqdm(paths, desc="slides", unit="slide", disable=not progress)
     for path in bar:
-        start = time.perf_counter()
-        error = ""
+        start, message = time.perf_counter(), ""
         try:
             status, n_tiles = run(path)
-        except Exception as caught:  # whatever it is, it is this slide's, and the others go on
-            status, n_tiles, error = "failed", 0, readable(str(caught)) or type(caught).__name__
-        records.append((readable(path.stem), status, n_tiles, time.perf_counter() - start, error))
+        except Exception as error:  # any error concerns this slide only
+            status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
+        records.append((readable(path.stem), status, n_tiles, time.perf_counter() - start, message))
         _show_rate(bar, records)
     return pd.DataFrame(records, columns=["slide_id", "status", "n_tiles", "seconds", "error"])
 
 
 def slide_files(sources: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Slide files out of files, folders and label files, each once, in their order.
+    """List the slide files of files, folders and label files, each once, in their order.
 
     Args:
-        sources: A slide file, a folder, a CSV file with a column `path` (relative to it), or several of these.
+        sources: A slide file, folder, CSV file with a column `path` (relative to it), or several of these.
 
     Raises:
         SlideError: A folder or label file names no slide, or nothing is named.
@@ -312,11 +313,16 @@ def _paths_of_csv(source: Path) -> list[Path]:
 
 
 def _read_batches(
-    slide: Slide, grid: TileGrid, rows: Sequence[int], batch_size: int, n_readers: int, strict: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Batches of tiles in order, which of them are whole, and the seconds that reading took.
+    slide: Slide,
+    grid: TileGrid,
+    rows: Sequence[int] | np.ndarray,
+    batch_size: int,
+    n_readers: int,
+    strict: bool,
+) -> Generator[tuple[np.ndarray, np.ndarray, float], None, None]:
+    """Batches of tiles in order, a mask of the tiles that could be read, and the seconds of reading.
 
-    A batch is to be used before the next is asked for: its memory is filled again.
+    A batch must be used before the next one is taken, since its memory is reused.
     """
 
     def read_tile(row: int, out: np.ndarray) -> bool:
@@ -328,7 +334,7 @@ def _read_batches(
             return False
         return True
 
-    def read(batch: Sequence[int], out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    def read(batch: Sequence[int] | np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         start = time.perf_counter()
         whole = [read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)]
         return out[: len(batch)], np.array(whole), time.perf_counter() - start
@@ -356,7 +362,7 @@ def _read_batches(
 
 
 def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
-    """The attributes that must agree for a bag to count as already extracted."""
+    """Attributes that an existing bag must have to be skipped."""
     return {
         "encoder": encoder.name,
         "weights_hash": encoder.weights_hash,
@@ -373,7 +379,7 @@ def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
 
 
 def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
-    """TRIDENT's attributes of `coords`, and the exact scale beside their rounded magnifications."""
+    """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
     return {
         "patch_size_level0": grid.tile_size_level0[0],
         "level0_magnification": round(10 / slide.mpp[0]),
@@ -387,7 +393,7 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
 
 
 def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
-    """Number of tiles of a bag that was made with the wanted settings."""
+    """Number of tiles of a bag; raises a BagError unless it was made with the wanted settings."""
     info = bag_info(path)
     for key, value in wanted.items():
         if info.get(key) != value:
@@ -399,7 +405,7 @@ def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
 
 
 def _show_rate(bar: tqdm, records: list[tuple]) -> None:
-    """Tiles per second over all slides so far, and how many failed, beside the bar."""
+    """Show tiles per second and the number of failed slides beside the bar."""
     n_tiles, spent = (sum(r[column] for r in records if r[1] == "done") for column in (2, 3))
     failed = sum(r[1] == "failed" for r in records)
     bar.set_postfix({"tiles/s": f"{n_tiles / spent:.0f}" if spent else "-", "failed": failed})

@@ -1,1 +1,1 @@
-"""From a slide file to a prediction: choosing tiles, reading them, stopping early, and what may be promised."""
+"""Prediction of slides, early stopping, and fast rules with a guarantee."""

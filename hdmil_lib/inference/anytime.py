@@ -1,15 +1,15 @@
-"""Anytime prediction: tiles come most promising first, and the answer grows with them until it is sure.
+"""Anytime prediction: tiles are read in the order of LIPN's scores, with a prediction after each block.
 
-DMIN pools with a softmax over tiles, so a slide's answer follows from sums. `RunningDMIN` keeps these and
-updates them block by block: nothing is computed twice, and once all tiles are read the answer is that of
-DMIN on the whole bag. The first tiles are not a fair sample: they are the most suspicious ones, and so the
-answer must be the surer, the more is unread. Reading stops where the lead of the first class over the second,
-in log odds, reaches a margin times the share of tiles that is left; the margin was learned on other slides
-(`rules.learn_margin`). Or it stops when a budget is spent.
+DMIN pools with a softmax over tiles, so its prediction follows from sums. `RunningDMIN` updates these sums
+block by block without computing anything twice; after the last tile the prediction is that of DMIN on the
+whole bag. The first tiles are not a random sample but the most suspicious ones, so the more tiles are unread,
+the more certain the prediction must be to stop. Reading stops when the lead of the first class over the
+second, in log odds, reaches a margin times the share of unread tiles, or when a budget is spent. The margin
+is learned on other slides (`rules.learn_margin`).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,15 @@ from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
 
 BLOCK = 32
-"""Tiles between two answers."""
+"""Default number of tiles per block."""
 
 
 class RunningDMIN:
-    """DMIN's answer on the tiles of one slide seen so far.
+    """Prediction of DMIN on the tiles of one slide read so far.
 
     For each branch it holds the highest logit of a kept tile, the sums of exp(A - highest) and of
-    exp(A - highest) F over kept tiles, and the tile of highest attention, which stands in where the branch
-    keeps none. Its memory does not grow with the number of tiles.
+    exp(A - highest) F over kept tiles, and the tile of highest attention, which is used if the branch keeps
+    no tile. Its memory does not grow with the number of tiles.
 
     Args:
         dmin: The classifier, in evaluation mode.
@@ -50,7 +50,7 @@ class RunningDMIN:
 
     @torch.inference_mode()
     def update(self, features: Tensor) -> Tensor:
-        """Take in the features of further tiles, (n, D) with n >= 1; returns the class probabilities (C,)."""
+        """Add the features of further tiles, (n, D) with n >= 1; return the class probabilities (C,)."""
         output = self.dmin(features)
         attention, embeddings = output.attention, output.embeddings
         self.n_tiles += len(features)
@@ -63,7 +63,7 @@ class RunningDMIN:
         kept = torch.ones_like(attention) if output.mask is None else output.mask
         logits = attention.masked_fill(kept == 0, -torch.inf)
         highest = torch.maximum(self._highest, logits.amax(0))
-        shift = highest.nan_to_num(neginf=0.0)  # a branch that has kept nothing yet
+        shift = highest.nan_to_num(neginf=0.0)  # for a branch that has kept no tile yet
         share, weights = (self._highest - shift).exp(), (logits - shift).exp()
         self._weight = self._weight * share + weights.sum(0)
         self._sum = self._sum * share[:, None] + weights.T @ embeddings
@@ -72,7 +72,7 @@ class RunningDMIN:
 
     @property
     def probabilities(self) -> Tensor:
-        """Class probabilities by the tiles seen so far, (C,)."""
+        """Class probabilities given the tiles read so far, (C,)."""
         empty = (self._weight == 0)[:, None]
         pooled = torch.where(empty, self._best_tile, self._sum / self._weight.clamp(min=1e-30)[:, None])
         with torch.inference_mode():
@@ -81,14 +81,14 @@ class RunningDMIN:
 
 @dataclass(frozen=True, eq=False)
 class AnytimeStep:
-    """The answer on a slide after a block of tiles.
+    """Prediction of a slide after a block of tiles.
 
     Attributes:
         rows: Tiles read so far, in the order in which they were read, int64 (n,).
         n_tiles: Number of tiles of the slide.
         probabilities: Class probabilities, float32 (C,).
-        seconds: Seconds since the slide was opened: "total", and "thumbnail", "lipn", "crop", "features" and
-            "dmin" as in `Prediction`; "crop" adds up all reading threads, which run beside the encoder.
+        seconds: Seconds since the slide was opened, by stage as in `Prediction`; "crop" is the sum over all
+            reading threads, which run in parallel to the encoder.
         end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
     """
 
@@ -109,27 +109,26 @@ def stream(
     mpp: float | tuple[float, float] | None = None,
     block: int = BLOCK,
     n_readers: int = 1,
-) -> Iterator[AnytimeStep]:
-    """Classify a slide tile by tile, in LIPN's order, with an answer after each block.
+) -> Generator[AnytimeStep, None, None]:
+    """Classify a slide block by block in the order of LIPN's scores, with a prediction after each block.
 
     It ends when the lead of the first class over the second, in log odds, reaches the margin times the
-    share of tiles that is left, when a budget is spent, or with the last tile. Close the iterator, or
-    leave its loop, to stop at any time. A damaged tile is left out. Budgets are checked at once.
+    share of unread tiles, when a budget is spent, or with the last tile. To stop earlier, close the generator
+    or leave its loop. Damaged tiles are ignored.
 
     Args:
-        model: The model; put into evaluation mode.
+        model: The model; it is set to evaluation mode.
         slide_path: The slide file.
-        margin: Margin in log odds, more than 0; infinite to read everything. By default the model's, which
-            `rules.learn_margin` finds; where there is none, everything is read.
+        margin: Margin in log odds, more than 0, infinite to read everything; by default that of the model,
+            see `rules.learn_margin`.
         max_tiles: Largest number of tiles to read.
-        max_seconds: Seconds after which no further block is taken.
-        mpp: Micrometers per level-0 pixel, where the file does not say or is wrong.
-        block: Tiles between two answers; a margin was learned for one block size.
-        n_readers: Number of threads that read ahead while the encoder runs, one block each and one more; what
-            they have read when the answer is final is lost.
+        max_seconds: Number of seconds after which no further block is read.
+        mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
+        block: Number of tiles per block; a margin is valid for the block size that it was learned with.
+        n_readers: Number of threads that read ahead while the encoder runs, at most `n_readers` + 1 blocks.
 
     Raises:
-        ValueError: A budget is not positive, or the margin is out of range.
+        ValueError: A budget is not positive, or the margin is out of range; raised at the call.
         SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
         CheckpointError: The model does not know its encoder, or the encoder has changed.
     """
@@ -142,7 +141,7 @@ def stream(
     model.eval()
     encoder, info = model.encoder, model.known_info
 
-    def steps() -> Iterator[AnytimeStep]:
+    def steps() -> Generator[AnytimeStep, None, None]:
         start, seconds = time.perf_counter(), dict[str, float]()
         with Slide(slide_path, mpp) as slide:
             with stage(seconds, "thumbnail"):
@@ -151,11 +150,20 @@ def stream(
                 )
             with stage(seconds, "lipn"):
                 order = np.argsort(-lipn_scores(model, grid.patches), kind="stable")[:max_tiles]
-            # Within a block in the order of the file, where neighbors share stored tiles.
+            # Within a block tiles are read in the order of the file, since neighbors share stored tiles.
             rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
             running, n_read = RunningDMIN(model.dmin), 0
-            options = dict(batch_size=block, n_readers=n_readers, strict=False, seconds=seconds)
-            with closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks:
+            blocks = encode_blocks(
+                slide,
+                grid,
+                rows,
+                encoder,
+                batch_size=block,
+                n_readers=n_readers,
+                strict=False,
+                seconds=seconds,
+            )
+            with closing(blocks):
                 for features in blocks:
                     n_read += len(features)
                     features = features[~np.isnan(features).all(axis=1)]
@@ -184,14 +192,14 @@ def stream(
 
 @torch.inference_mode()
 def lipn_scores(model: HDMIL, patches: np.ndarray) -> np.ndarray:
-    """What ranks tiles, high first: the highest sigmoid of LIPN over branches, float32 (N,)."""
+    """Score by which tiles are ranked: the highest sigmoid of LIPN over branches, float32 (N,)."""
     logits = model.lipn_logits(torch.from_numpy(patches).to(model.device))
     return logits.sigmoid().amax(1).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """How the answer on one slide grew.
+    """Predictions of one slide after each block of tiles.
 
     Attributes:
         n_read: Number of tiles read after each block, int64 (T,).
@@ -202,17 +210,17 @@ class Trajectory:
     probabilities: np.ndarray
 
     def stop(self, margin: float) -> int:
-        """The first block after which reading may stop; the last one where it never may."""
+        """Index of the first block after which reading may stop, at latest the last one."""
         may = may_stop(self.probabilities, self.n_read / self.n_read[-1], margin)
         return int(np.flatnonzero(may)[0])
 
 
 def may_stop(probabilities: np.ndarray, share_read: np.ndarray | float, margin: float) -> np.ndarray:
-    """Whether the lead reaches the margin times the share of tiles that is left.
+    """Whether the lead reaches the margin times the share of unread tiles.
 
     Args:
         probabilities: Class probabilities, (..., C).
-        share_read: Share of the tiles read, (...), at most 1, where reading may always stop.
+        share_read: Share of the tiles that are read, (...); at 1 reading may always stop.
         margin: Margin in log odds, more than 0; infinite to read everything.
     """
     left = 1 - np.asarray(share_read)
@@ -220,21 +228,21 @@ def may_stop(probabilities: np.ndarray, share_read: np.ndarray | float, margin: 
 
 
 def lead(probabilities: np.ndarray) -> np.ndarray:
-    """Log odds of the most probable class against the second: (..., C) to (...), 0 and more."""
+    """Log odds of the most probable class against the second: (..., C) to (...), at least 0."""
     first_two = np.sort(np.asarray(probabilities, np.float64), axis=-1)[..., -2:]
     return np.diff(np.log(first_two.clip(min=1e-37)))[..., 0]
 
 
 def trajectory(model: HDMIL, bag: Bag, block: int = BLOCK) -> Trajectory:
-    """How `stream` would go on a slide whose bag is stored: what `rules.learn_margin` learns from.
+    """Predictions that `stream` would make on the slide of a bag, as `rules.learn_margin` takes them.
 
     Args:
-        model: The model; put into evaluation mode.
+        model: The model; it is set to evaluation mode.
         bag: Bag of the slide.
-        block: Tiles between two answers.
+        block: Number of tiles per block.
 
     Raises:
-        BagError: The bag is of another encoder, or has no patches.
+        BagError: The bag was made by another encoder, or has no patches.
         CheckpointError: The model does not know its encoder.
     """
     model.eval()

@@ -1,4 +1,4 @@
-"""What HDMIL says about one slide, and where the seconds went."""
+"""Prediction of one slide, with its attention, selected tiles and times."""
 
 import json
 import time
@@ -26,7 +26,7 @@ def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What HDMIL says about one slide of N tiles and C classes; row i is the same tile in every array.
+    """Prediction of one slide with N tiles and C classes; row i is the same tile in every array.
 
     Attributes:
         slide_id: Name of the slide.
@@ -36,13 +36,13 @@ class Prediction:
         tile_size_level0: (width, height) of a tile in level-0 pixels.
         shape: (rows, cols) of the tile grid.
         rowcol: Position of the tiles on the grid, int64 (N, 2).
-        attention: DMIN's attention logits, one column per branch, float32 (N, C); nan where a tile was not
+        attention: DMIN's attention logits, one column per branch, float32 (N, C); nan for tiles that were not
             read.
-        mask: Tiles kept for each branch, bool (N, C): LIPN's choice of what to read or, where all tiles were
-            read, DMIN's choice of what to pool.
+        mask: Tiles kept for each branch, bool (N, C): LIPN's selection of tiles to read or, if all tiles were
+            read, DMIN's selection of tiles to pool.
         seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
-        thumbnail: The slide at 8 um/px, uint8 (H, W, 3); put together from the patches for a bag.
-        broken: Rows of tiles that were to be read and could not be, int64; the answer is of the other tiles.
+        thumbnail: The slide at 8 um/px, uint8 (H, W, 3); composed of the patches for a bag.
+        broken: Rows of tiles that could not be read, int64; the prediction is from the other tiles.
     """
 
     slide_id: str
@@ -71,11 +71,11 @@ class Prediction:
     @property
     def kept(self) -> np.ndarray:
         """Tiles kept for at least one branch, bool (N,)."""
-        return self.mask.any(axis=1)
+        return np.asarray(self.mask.any(axis=1))
 
     @property
     def keep_ratio(self) -> float:
-        """Share of the tiles that are kept for at least one branch."""
+        """Share of the tiles kept for at least one branch."""
         return float(self.kept.mean())
 
     @property
@@ -94,11 +94,11 @@ class Prediction:
 
     @property
     def ranking(self) -> np.ndarray:
-        """Class indices by falling probability, (C,)."""
+        """Class indices by decreasing probability, (C,)."""
         return self.probabilities.argsort()[::-1]
 
     def to_row(self) -> dict[str, Any]:
-        """The prediction as one row of a table, without arrays."""
+        """The prediction as a row of a table, without arrays."""
         probabilities = {
             f"p_{name}": float(p) for name, p in zip(self.classes, self.probabilities, strict=True)
         }
@@ -113,11 +113,10 @@ class Prediction:
         }
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draw attention of the predicted class beside the tiles that were read.
+        """Draw the attention of the predicted class beside the kept tiles.
 
         Args:
-            path: Picture to write, whole or not at all; by default none. Then the figure is closed, so that
-                pictures of many slides do not fill the memory.
+            path: File to write the figure to, whole or not at all; the figure is then closed to free memory.
 
         Returns:
             The figure.

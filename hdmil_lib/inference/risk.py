@@ -1,30 +1,29 @@
-"""Which fast rule may be used: chosen on held-out slides, with a guarantee on how often it errs.
+"""Choice of a fast rule on held-out slides, with a guarantee on its error rate.
 
 A rule is one fixed way to classify a slide: the networks with one setting of LIPN's thresholds, of a keep
-ratio, or of the margin at which reading stops. It errs where its label differs from a reference: that of all
-tiles (HDMIL†, "dagger"), or the truth.
+ratio, or of the margin at which reading stops. It errs on a slide if its label differs from a reference: the
+label from all tiles (HDMIL†, "dagger"), or the truth.
 
 `control_risk` is Learn-then-Test (Angelopoulos, Bates, Candès, Jordan and Lei 2021) for losses of 0 or 1.
-Rule j errs on a share R_j of the population's slides, and on k_j of the n slides at hand. The p-value of
-"R_j > epsilon" is exact: P(Binomial(n, epsilon) <= k_j). A multiple test certifies rules so that, with
-probability at least 1 - delta, none of them has R_j > epsilon; hence any certified rule may be taken.
+Rule j errs on a share R_j of the slides of the population, and on k_j of the n held-out slides. The p-value
+of "R_j > epsilon" is exact: P(Binomial(n, epsilon) <= k_j). A multiple test certifies rules so that, with
+probability at least 1 - delta, none of them has R_j > epsilon; hence any certified rule may be used.
 
-It needs:
+The guarantee requires:
 
-- Slides drawn independently from the population of those to come. Slides of one patient are not: take one of
-  each patient. Another scanner, stain or hospital is another population.
-- Slides that served for nothing else: not to train the networks, to stop training or to calibrate thresholds.
-  Pooled out-of-fold predictions come from several networks, each trained on slides that the others are tried
-  on: no single rule made them, and what is computed from them is an estimate without the guarantee.
-- Rules, their order, epsilon, delta and the procedure fixed before a look at these slides. Only the costs may
-  come from them. A second try, on more slides or with another epsilon, shares delta with the first.
+- Slides that are drawn independently from the population of future slides. Slides of one patient are not
+  independent: use one slide per patient. Another scanner, stain or hospital is another population.
+- Slides that were not used for anything else: not for training, early stopping or the choice of thresholds.
+  Pooled out-of-fold predictions come from several networks, each trained on slides on which the others are
+  tested. They do not come from one rule, so results on them are estimates without the guarantee.
+- Rules, their order, epsilon, delta and procedure that are fixed before these slides are looked at; only the
+  costs may come from them. A second test, with more slides or another epsilon, shares delta with the first.
 
-Nothing is asked of how R_j changes with j. To control missed positives, give the positive slides alone: they
-are the population, and n is their number.
+R_j may change with j in any way. To control the rate of missed positives, use positive slides only.
 
-It does not say that R is near epsilon; that of the chosen rules at most a share delta mislead, for draws that
-choose none count too; that each class or subgroup errs no more than that; or, where dagger is the reference,
-that the labels are right.
+The guarantee does not say that R is near epsilon; that at most a share delta of the chosen rules have
+R > epsilon, since draws in which no rule is certified count too; that R is at most epsilon in each class or
+subgroup; or, with dagger as the reference, that the labels are true.
 """
 
 from bisect import bisect_left
@@ -41,16 +40,16 @@ Procedure = Literal["sequence", "holm"]
 
 @dataclass(frozen=True, eq=False)
 class RiskControl:
-    """Which of R rules may be used, and why.
+    """Result of the test of R rules.
 
     Attributes:
         epsilon: Share of slides on which a rule may err.
         delta: Probability, over the draw of the slides, that a rule is certified that errs more often.
-        n_slides: Slides that the rules were tried on, n.
+        n_slides: Number of held-out slides, n.
         procedure: The multiple test.
-        costs: Of each rule, float64 (R,).
-        errors: Slides on which each rule errs, int64 (R,).
-        p_values: Of "this rule errs on more than epsilon of all slides", float64 (R,).
+        costs: Cost of each rule, float64 (R,).
+        errors: Number of held-out slides on which each rule errs, int64 (R,).
+        p_values: P-values of "this rule errs on more than epsilon of all slides", float64 (R,).
         certified: Rules that may be used, bool (R,).
     """
 
@@ -65,24 +64,24 @@ class RiskControl:
 
     @property
     def index(self) -> int | None:
-        """The certified rule of least cost, the first of equals; `None` if there is none: read all tiles."""
+        """The certified rule of lowest cost, the first of equal ones; `None` if no rule is certified."""
         return int(np.where(self.certified, self.costs, np.inf).argmin()) if self.certified.any() else None
 
     @property
     def upper_bounds(self) -> np.ndarray:
         """Clopper-Pearson bound on each rule's risk, with confidence 1 - delta for that rule alone, (R,).
 
-        It is at most epsilon exactly where the p-value is at most delta. Of a rule chosen among several,
-        epsilon is guaranteed, and no smaller bound.
+        It is at most epsilon exactly if the p-value is at most delta. For a rule that was chosen among
+        several only epsilon is guaranteed, not this bound.
         """
         correct = self.n_slides - self.errors
         return np.where(correct == 0, 1.0, beta.isf(self.delta, self.errors + 1, np.maximum(correct, 1)))
 
     @property
     def needed_slides(self) -> int:
-        """Slides it takes to certify a rule that errs on as many of them as the one tested first does here.
+        """Number of slides needed to certify the rule that is tested first, if its number of errors stays.
 
-        More than `n_slides` exactly where no rule is certified.
+        It is larger than `n_slides` exactly if no rule is certified.
         """
         if self.procedure == "holm":
             return slides_needed(self.epsilon, self.delta / len(self.errors), int(self.errors.min()))
@@ -108,15 +107,15 @@ def control_risk(
 ) -> RiskControl:
     """Find the cheapest rule that errs on at most epsilon of all slides, with confidence 1 - delta.
 
-    "sequence" tests the rules in their order, each at level delta, and ends at the first that fails: for
-    rules that go from careful to fast. "holm" is Holm's step-down test, for rules without such an order; the
-    first of R rules to pass must do so at level delta / R.
+    "sequence" tests the rules in their order, each at level delta, until one fails; it suits rules ordered
+    from careful to fast. "holm" is Holm's step-down test for rules without such an order, of which the first
+    must pass at level delta / R.
 
     Args:
-        losses: 1 or true where a rule errs on a slide, else 0, (n, R).
-        costs: Of each rule, in any unit, (R,).
-        epsilon: Share of slides, between 0 and 1.
-        delta: Probability, between 0 and 1.
+        losses: 1 or true if a rule errs on a slide, else 0, (n, R).
+        costs: Cost of each rule, in any unit, (R,).
+        epsilon: Share of slides on which a rule may err, between 0 and 1.
+        delta: Probability that a rule is certified that errs more often, between 0 and 1.
         procedure: The multiple test, "sequence" or "holm".
 
     Raises:
@@ -145,19 +144,19 @@ def control_expected_loss(losses: np.ndarray, epsilon: float, *, largest: float 
     """Find the fastest rule whose expected loss on the next slide is at most epsilon.
 
     This is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster 2022): the last rule with
-    (sum of its losses + largest) / (n + 1) <= epsilon. The theorem needs losses that never fall from a rule
-    to a faster one. So, slide by slide, a rule's loss is raised to the largest of the more careful rules',
-    which can only make the choice more careful. The slides and the next one need only be exchangeable, but
-    the expectation is over all of them: it does not bound how often the slides lead to a worse rule.
+    (sum of its losses + largest) / (n + 1) <= epsilon. The theorem requires losses that never decrease from a
+    rule to a faster one, so on each slide the loss of a rule is raised to the largest loss of the more
+    careful rules. The held-out slides and the next one need only be exchangeable, but the expectation is over
+    all of them: how often the held-out slides lead to a worse rule is not bounded.
 
     Args:
-        losses: From 0 to `largest`, (n, R), in the order from careful to fast.
-        epsilon: Expected loss, more than 0.
-        largest: What no loss on any slide can exceed, known beforehand.
+        losses: Losses from 0 to `largest`, (n, R), with the rules ordered from careful to fast.
+        epsilon: Largest expected loss, more than 0.
+        largest: Upper bound of all possible losses, known beforehand.
 
     Returns:
-        Number of the rule; `None` if no rule qualifies, and then one without loss must be used: the reference
-        itself. Where no rule errs at all, n >= largest / epsilon - 1 slides are enough.
+        Index of the rule; `None` if no rule qualifies, so that the reference itself must be used. If no rule
+        errs on any slide, n >= largest / epsilon - 1 slides are enough.
 
     Raises:
         ValueError: Losses or another argument are out of range.
@@ -170,14 +169,15 @@ def control_expected_loss(losses: np.ndarray, epsilon: float, *, largest: float 
     if losses.min() < 0 or losses.max() > largest:
         raise ValueError(f"losses go from {losses.min()} to {losses.max()}, expected 0 to largest, {largest}")
     totals = np.maximum.accumulate(losses, axis=1).sum(0)
-    n_passed = int((totals + largest <= epsilon * (len(losses) + 1)).sum())  # totals ascend: the first ones
+    # The totals do not decrease, so the rules that pass are the first ones.
+    n_passed = int((totals + largest <= epsilon * (len(losses) + 1)).sum())
     return n_passed - 1 if n_passed else None
 
 
 def slides_needed(epsilon: float, delta: float, errors: int = 0) -> int:
-    """Count the slides it takes to certify, at level delta, a rule that errs on `errors` of them.
+    """Number of slides needed to certify, at level delta, a rule that errs on `errors` of them.
 
-    Without errors that is ln(delta) / ln(1 - epsilon), rounded up.
+    Without errors this is ln(delta) / ln(1 - epsilon), rounded up.
 
     Raises:
         ValueError: An argument is out of range.
@@ -204,7 +204,9 @@ def _holm(p_values: np.ndarray, delta: float) -> np.ndarray:
 def _checked_losses(losses: np.ndarray) -> np.ndarray:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 2 or 0 in losses.shape:
-        raise ValueError(f"losses have shape {losses.shape}, expected a row a slide and a column a rule")
+        raise ValueError(
+            f"losses have shape {losses.shape}, expected one row per slide and one column per rule"
+        )
     if not np.isfinite(losses).all():
         raise ValueError("losses hold nan or infinity; count a slide without an answer as an error")
     return losses

@@ -1,8 +1,7 @@
-"""Fast rules with a guarantee: LIPN's thresholds and the margin to stop at, chosen on held-out slides.
+"""LIPN's thresholds and the margin of `stream`, chosen on held-out slides with a guarantee.
 
-A rule may be used where it gives at most a share epsilon of all slides another label than reading every tile
-does (or than the truth), with probability 1 - delta over the draw of the held-out slides. What that asks of
-the slides, and what it does not say, stands in `risk`.
+With probability 1 - delta over the draw of the held-out slides, the chosen rule gives at most a share epsilon
+of all slides another label than all tiles do (or than the truth). `risk` describes what this requires.
 """
 
 import math
@@ -23,7 +22,7 @@ from hdmil_lib.models.lipn import keep_mask
 Thresholds = tuple[float, ...]
 
 MARGINS = (math.inf, *(round(40 / 1.1**step, 2) for step in range(39)))
-"""From careful to fast, in equal ratios down to 1; the first one reads everything."""
+"""Candidates from careful to fast: infinity, which reads everything, and a geometric sequence down to 1."""
 
 LOGIT_STEPS = tuple(step / 10 for step in range(-30, 21))
 
@@ -32,12 +31,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class LearnedRule(Generic[Value]):
-    """A rule and what speaks for it.
+    """A rule with its cost and the test of all candidates.
 
     Attributes:
-        value: The thresholds or the margin; those that read everything where no faster rule is certified.
-        keep_ratio: Mean share of tiles that it reads on the slides at hand.
-        control: The test of all candidates.
+        value: Thresholds or margin; if no rule is certified, the value that reads everything.
+        keep_ratio: Mean share of tiles that the rule reads on the held-out slides.
+        control: Test of all candidates.
     """
 
     value: Value
@@ -52,32 +51,33 @@ def learn_margin(
     labels: Sequence[int] | None = None,
     **options: Any,
 ) -> LearnedRule[float]:
-    """The margin of least cost at which anytime prediction may stop.
+    """Learn the margin of lowest cost at which `stream` may stop.
 
     Args:
-        trajectories: How the answer grows on each held-out slide.
-        margins: Candidates, falling: the test goes from careful to fast and ends at the first that fails.
-        labels: True class indices to be met; by default the label that all tiles lead to.
+        trajectories: Predictions after each block, for each held-out slide.
+        margins: Decreasing candidates, that is, from careful to fast; the test ends at the first that fails.
+        labels: True class indices as the reference; by default it is the label from all tiles.
         **options: `epsilon`, `delta` and `procedure` of `control_risk`.
 
     Raises:
-        ValueError: No trajectories, margins that do not fall, or numbers out of range.
+        ValueError: There are no trajectories, margins do not decrease, or numbers are out of range.
     """
     if not trajectories:
         raise ValueError("trajectories is empty: a margin is learned on held-out slides")
     if any(b >= a for a, b in zip(margins, margins[1:], strict=False)):
         raise ValueError("margins must fall, from careful to fast")
     stops = [[t.stop(margin) for margin in margins] for t in trajectories]
-    said = np.array([t.probabilities[at].argmax(1) for t, at in zip(trajectories, stops, strict=True)])
+    predicted = np.array([t.probabilities[at].argmax(1) for t, at in zip(trajectories, stops, strict=True)])
     shares = np.array([t.n_read[at] / t.n_read[-1] for t, at in zip(trajectories, stops, strict=True)])
     dagger = np.array([t.probabilities[-1].argmax() for t in trajectories])
-    return _learn(margins, said, shares, _truth(labels, dagger), read_all=math.inf, options=options)
+    return _learn(margins, predicted, shares, _truth(labels, dagger), read_all=math.inf, options=options)
 
 
 def threshold_ladder(thresholds: Sequence[float]) -> list[Thresholds]:
-    """Candidates around a model's thresholds that depend on no slide: all tiles, then ever fewer.
+    """Candidates from careful to fast: 0, which reads everything, and shifted thresholds of a model.
 
-    Each threshold is moved along the logit, from 3 below to 2 above; where that is 0 or 1, it stays.
+    The logits of the thresholds are shifted by -3 to 2; thresholds of 0 and 1 stay. The candidates do not
+    depend on any slide.
     """
     from scipy.special import expit, logit
 
@@ -93,14 +93,14 @@ def learn_thresholds(
     labels: Sequence[int] | None = None,
     **options: Any,
 ) -> LearnedRule[Thresholds]:
-    """The thresholds of least cost with which LIPN may choose the tiles that are read.
+    """Learn the thresholds of lowest cost with which LIPN may select the tiles to read.
 
     Args:
-        model: The model; its own thresholds are not used, only those that training chose.
+        model: The model; of its thresholds only `trained_thresholds` are used.
         bags: Bags of held-out slides.
-        candidates: Thresholds from careful to fast, fixed before a look at these slides; the test ends at the
-            first that fails. By default `threshold_ladder` around those that training chose.
-        labels: True class indices to be met; by default the label that all tiles lead to.
+        candidates: Thresholds from careful to fast, chosen independently of these slides; the test ends at
+            the first that fails. By default `threshold_ladder` of the `trained_thresholds`.
+        labels: True class indices as the reference; by default it is the label from all tiles.
         **options: `epsilon`, `delta` and `procedure` of `control_risk`.
 
     Raises:
@@ -111,7 +111,7 @@ def learn_thresholds(
     if not bags or not candidates:
         raise ValueError("bags or candidates are empty: thresholds are learned on held-out slides")
     shape = len(bags), len(candidates)
-    said, shares, dagger = np.empty(shape, int), np.empty(shape), np.empty(len(bags), int)
+    predicted, shares, dagger = np.empty(shape, int), np.empty(shape), np.empty(len(bags), int)
     model.eval()
     with torch.inference_mode():
         for i, bag in enumerate(bags):
@@ -121,9 +121,10 @@ def learn_thresholds(
             dagger[i] = model.dmin(features).logits.argmax()
             for j, thresholds in enumerate(candidates):
                 kept = keep_mask(logits, torch.tensor(thresholds), one_bag).any(1)
-                said[i, j], shares[i, j] = model.dmin(features[kept]).logits.argmax(), kept.float().mean()
+                predicted[i, j] = model.dmin(features[kept]).logits.argmax()
+                shares[i, j] = kept.float().mean()
     read_all = (0.0,) * model.n_classes
-    return _learn(candidates, said, shares, _truth(labels, dagger), read_all=read_all, options=options)
+    return _learn(candidates, predicted, shares, _truth(labels, dagger), read_all=read_all, options=options)
 
 
 def _truth(labels: Sequence[int] | None, dagger: np.ndarray) -> np.ndarray:
@@ -136,16 +137,16 @@ def _truth(labels: Sequence[int] | None, dagger: np.ndarray) -> np.ndarray:
 
 def _learn(
     values: Sequence[Value],
-    said: np.ndarray,
+    predicted: np.ndarray,
     shares: np.ndarray,
     truth: np.ndarray,
     *,
     read_all: Value,
     options: dict[str, Any],
 ) -> LearnedRule[Value]:
-    """The certified rule of least cost, from what R rules said of n slides (n, R) and the tiles they read."""
+    """The certified rule of lowest cost, given predicted labels and shares of tiles read, (n, R)."""
     costs = shares.mean(0)
-    control = control_risk(said != truth[:, None], costs, **options)
+    control = control_risk(predicted != truth[:, None], costs, **options)
     if control.index is None:
         return LearnedRule(read_all, 1.0, control)
     return LearnedRule(values[control.index], float(costs[control.index]), control)

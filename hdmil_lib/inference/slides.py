@@ -1,4 +1,4 @@
-"""One slide or many: LIPN chooses tiles on the thumbnail, only those are read, DMIN classifies."""
+"""Prediction of slide files and bags."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -41,22 +41,21 @@ def predict_slide(
     strict: bool = False,
     progress: bool = False,
 ) -> Prediction:
-    """Classify a slide file; tiles that LIPN drops are never read at tile resolution.
-
-    A damaged tile is left out and stands in `Prediction.broken`, unless `strict`.
+    """Classify a slide file; tiles that LIPN does not keep are never read at full resolution.
 
     Args:
-        model: The model; put into evaluation mode.
+        model: The model; it is set to evaluation mode.
         slide_path: The slide file.
-        all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
-        mpp: Micrometers per level-0 pixel, where the file does not say or is wrong.
-        n_readers: Number of threads that read ahead while the encoder runs; with 0 the stages' seconds add up.
-        strict: Whether a tile that cannot be read is an error.
+        all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
+        mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
+        n_readers: Number of threads that read ahead while the encoder runs; with 0 the stages do not overlap,
+            so that their seconds add up.
+        strict: Whether a damaged tile is an error; otherwise it is listed in `Prediction.broken`.
         progress: Whether a bar over the tiles is shown.
 
     Raises:
         SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue; a
-            tile, or with `strict=False` every tile, is damaged.
+            tile is damaged, or with `strict=False` all are.
         CheckpointError: The model does not know its encoder, or the encoder has changed.
     """
     model.eval()
@@ -95,10 +94,10 @@ def predict_slide(
 
 @torch.inference_mode()
 def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Prediction:
-    """Classify a slide from its stored bag, as `predict_slide` does from the file.
+    """Classify a slide from its bag.
 
     Raises:
-        BagError: The bag is of another encoder, or has no patches.
+        BagError: The bag was made by another encoder, or has no patches.
         CheckpointError: The model does not know its encoder.
     """
     model.eval()
@@ -136,24 +135,24 @@ def predict_many(
 ) -> "pd.DataFrame":
     """Classify many slides into a CSV file, one row per slide, written after every slide.
 
-    Slides that stand in the file without an error are not predicted again, so an interrupted run is resumed
-    by starting it again. A slide that fails gets a row that says why; the others go on.
+    Slides that are in the file without an error are skipped, so an interrupted run resumes if started again.
+    If a slide fails, its row holds the error and the run continues.
 
     Args:
         model: The model.
         slides: A folder, a CSV file with a column `path`, slide files, or several of these.
         out: The CSV file.
-        all_tiles: Whether every tile is read and LIPN is not asked (HDMIL†).
+        all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
         progress: Whether a bar over slides is shown.
         **options: Further options of `predict_slide`.
 
     Returns:
-        The table: the columns of `Prediction.to_row`, and `error`, empty where the slide was predicted.
+        The table with the columns of `Prediction.to_row` and `error`, which is empty for predicted slides.
 
     Raises:
         SlideError: No slide is named, or two have the same name.
-        CheckpointError: `out` is a table of something else, or of a model with other classes, or a folder; or
-            the model does not know its encoder.
+        CheckpointError: `out` is a folder, another kind of table, or a table of other classes; or the model
+            does not know its encoder.
     """
     from tqdm.auto import tqdm
 
@@ -163,14 +162,14 @@ def predict_many(
     if twice:
         raise SlideError(f"several slides are called {twice[0]!r}; rename them, or predict them apart")
     rows = _rows_of(out, model.classes)
-    model.encoder  # noqa: B018  loaded before the first slide: a model without its encoder fails at once
+    model.encoder  # noqa: B018  loaded before the first slide, so that a missing encoder is noticed at once
     todo = [path for path in paths if rows.get(names[path], {"error": "new"})["error"]]
     with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress) as bar:
         for path in todo:
             try:
                 prediction = predict_slide(model, path, all_tiles=all_tiles, **options)
                 rows[names[path]] = prediction.to_row() | {"error": ""}
-            except Exception as error:  # whatever it is, it is this slide's, and the others go on
+            except Exception as error:  # any error concerns this slide only
                 message = readable(" ".join(str(error).split())) or type(error).__name__
                 rows[names[path]] = {"slide_id": names[path], "error": message}
             write_table(out, _table(rows.values()))
@@ -180,7 +179,7 @@ def predict_many(
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
-    """Rows as a table; counts stay whole numbers beside the gaps of slides that failed."""
+    """Rows as a table; counts are integers also if slides without counts are among them."""
     import pandas as pd
 
     table = pd.DataFrame(list(rows))
@@ -189,7 +188,7 @@ def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
 
 
 def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run by slide_id; makes the folder of the table, so that a run does not end in vain."""
+    """Rows of an earlier run by slide_id; creates the folder of the table, so that errors come early."""
     import pandas as pd
 
     if out.is_dir():
@@ -197,7 +196,9 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{out.parent}: cannot be a folder ({error.strerror}); choose another") from error
+        raise CheckpointError(
+            f"{out.parent}: cannot be a folder ({error.strerror}); choose another"
+        ) from error
     if not out.is_file():
         return {}
     try:
@@ -220,10 +221,10 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_bag(model: HDMIL, bag: Bag) -> None:
-    """Hold a bag to the model's encoder.
+    """Check that a bag was made by the encoder of a model.
 
     Raises:
-        BagError: Its features are of another encoder.
+        BagError: The bag was made by another encoder.
     """
     info = model.known_info
     wanted = EncoderIdentity(info.encoder, info.encoder_weights)
@@ -235,7 +236,7 @@ def check_bag(model: HDMIL, bag: Bag) -> None:
 
 
 def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
-    """Width and height of a bag's tiles in level-0 pixels, rounded: exact where the bag knows its scale."""
+    """Width and height of a bag's tiles in level-0 pixels, rounded; square if the bag has no scale."""
     attrs = bag.attrs
     if {"mpp_x", "mpp_y", "patch_size", "tile_mpp"} <= set(attrs):
         side = attrs["patch_size"] * attrs["tile_mpp"]  # in um
@@ -258,7 +259,7 @@ def _classify(
     n_tiles: int,
     seconds: dict[str, float],
 ) -> dict[str, np.ndarray]:
-    """DMIN on the features (n, D) of the tiles `rows`, as fields of a prediction over all tiles."""
+    """Classify from the features (n, D) of the tiles `rows`; return fields of a `Prediction`."""
     with stage(seconds, "dmin"):
         own = None
         if mask is not None and model.pooling == "lipn":

@@ -9,6 +9,7 @@ from hdmil_lib.schema import Schema
 from hdmil_lib.version import __version__
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=1000)]
 
 
 class ModelInfo(Schema):
@@ -29,11 +30,11 @@ class ModelInfo(Schema):
 
     classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=1000)]
     encoder: Name
-    encoder_weights: str
+    encoder_weights: Text
     tile_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     tile_mpp: Annotated[float, Field(gt=0, le=1000)] = 0.5
     patch_size: Annotated[int, Field(ge=1, le=4096)] = 16
-    cohort: str = ""
-    metrics: Mapping[str, float | str] = {}
-    license: str = ""
-    library_version: str = __version__
+    cohort: Text = ""
+    metrics: Annotated[Mapping[Text, float | Text], Field(max_length=1000)] = {}
+    license: Text = ""
+    library_version: Text = __version__

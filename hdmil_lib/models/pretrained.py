@@ -51,6 +51,7 @@ def save(model: "HDMIL", folder: Path) -> None:
     }
     config["config_sha256"] = _digest(config)
     folder.mkdir(parents=True, exist_ok=True)
+    _finish_interrupted(folder)
     write_json(folder / PENDING, config)
     write_whole(folder / WEIGHTS, lambda part: part.write_bytes(weights))
     os.replace(folder / PENDING, folder / CONFIG)
@@ -105,17 +106,46 @@ def _config(folder: Path) -> "_Config":
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such file; {AGAIN}")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    found = [read_schema(p, _Config, AGAIN) for p in (path, folder / PENDING) if p.is_file()]
-    for config in found:
+    digest = _file_digest(weights)
+    for candidate in (path, folder / PENDING):
+        if not candidate.is_file():
+            continue
+        config = read_schema(candidate, _Config, AGAIN)
         n_named, n_classes = len(config.info.classes), config.dmin.n_classes
         if n_named != n_classes:
-            raise CheckpointError(f"{path}: names {n_named} classes for networks of {n_classes}; {AGAIN}")
+            raise CheckpointError(
+                f"{candidate}: names {n_named} classes for networks of {n_classes}; {AGAIN}"
+            )
         if config.config_sha256 != _digest(to_json(config)):
-            raise CheckpointError(f"{path}: was changed after it was saved; {AGAIN}")
+            raise CheckpointError(f"{candidate}: was changed after it was saved; {AGAIN}")
         if config.weights_sha256 == digest:
             return config
     raise CheckpointError(f"{weights}: damaged, or of another model than {CONFIG} describes; {AGAIN}")
+
+
+def _finish_interrupted(folder: Path) -> None:
+    """Rename the pending configuration of an interrupted save if it describes the weights of the folder.
+
+    The next save replaces it: without this, a folder could lose its only configuration.
+    """
+    pending, weights = folder / PENDING, folder / WEIGHTS
+    if not (pending.is_file() and weights.is_file()):
+        return
+    try:
+        config = read_schema(pending, _Config, AGAIN)
+    except CheckpointError:  # damaged, so it describes no weights
+        return
+    if config.weights_sha256 == _file_digest(weights):
+        os.replace(pending, folder / CONFIG)
+
+
+def _file_digest(path: Path) -> str:
+    """Hash of a file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -135,7 +165,9 @@ def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torc
             raise CheckpointError(
                 f"{path}: {key} has shape {found.get(key)}, {CONFIG} describes {expected.get(key)}; {AGAIN}"
             )
-        tensors = load_file(path)
+        # Copies: what is loaded is a view of the file, which may be overwritten, at any alignment, on which the
+        # last bit of a product depends.
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); {AGAIN}") from error
     for key, tensor in tensors.items():
@@ -159,17 +191,17 @@ class _Config(Schema):
 def _download(name: str, revision: str | None) -> Path:
     """Fetch configuration and weights of a model from the Hugging Face hub into its cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        paths = [hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS)]
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        folder = Path(hf_hub_download(name, CONFIG, revision=revision)).parent
+        hf_hub_download(name, WEIGHTS, revision=folder.name)  # of the same commit, which names the folder
+    except Exception as error:  # of the hub's library and of those below it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{name}: neither a folder here nor to be fetched from the Hugging Face hub ({reason}); check "
             "the name, the connection, and `hf auth login` for private models"
         ) from error
-    return Path(paths[0]).parent
+    return folder
 
 
 def _card(model: "HDMIL", info: ModelInfo) -> str:

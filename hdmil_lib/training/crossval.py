@@ -1,4 +1,4 @@
-"""Methods x folds: training, test predictions of every slide, and the trained models; resumable."""
+"""Cross-validation: all methods on all folds, with test predictions and trained models; resumable."""
 
 import hashlib
 import json
@@ -35,10 +35,10 @@ from hdmil_lib.training.state import claim_folder
 
 
 class CrossValidation:
-    """A finished cross-validation: its test predictions, its scores, and its models.
+    """Test predictions, scores and models of a finished cross-validation.
 
     Attributes:
-        folder: Where all of it lies: splits, one folder `<method>/fold<k>` per training, `config.json`.
+        folder: Folder with the splits, `config.json`, and one folder `<method>/fold<k>` per training.
         predictions: One row per method, fold and test slide: `method`, `fold`, `slide_id`, `label`,
             `p_<class index>` for each class, and `keep_ratio`, the share of tiles that are read.
     """
@@ -48,11 +48,11 @@ class CrossValidation:
 
         Args:
             folder: The folder.
-            methods: Methods whose predictions are wanted, in this order; all finished ones by default.
+            methods: Methods whose predictions are read, in this order; by default all of the folder.
 
         Raises:
             HDMILError: A method is unknown.
-            CheckpointError: The folder holds no cross-validation, or a method was not run to its end.
+            CheckpointError: The folder holds no cross-validation, or a method is not finished.
         """
         self.folder = Path(folder)
         self._config = read_json(self.folder / "config.json")
@@ -82,7 +82,7 @@ class CrossValidation:
 
     @property
     def splits(self) -> list[Split]:
-        """Slides of each fold's three parts."""
+        """Training, validation and test slides of each fold."""
         return read_splits(self.folder / "splits")
 
     @property
@@ -92,7 +92,7 @@ class CrossValidation:
         return dict(zip(table["slide_id"], table["case_id"], strict=True))
 
     def table(self, level: float = 0.95) -> pd.DataFrame:
-        """Scores of every method: AUC with its interval, accuracy, and the share of tiles read, in percent.
+        """Scores of every method in percent: AUC with its interval, accuracy, and share of tiles read.
 
         Args:
             level: Confidence level of the intervals.
@@ -100,7 +100,7 @@ class CrossValidation:
         return summary_table(self.predictions, self.cases, level=level)
 
     def model(self, method: str, fold: int) -> MILModel | HDMIL:
-        """The model of a method on a fold, in evaluation mode: an `HDMIL` where the method screens tiles.
+        """Model of a method on a fold, in evaluation mode: an `HDMIL` if the method screens tiles.
 
         Raises:
             HDMILError: The method is unknown.
@@ -110,7 +110,7 @@ class CrossValidation:
         return self.classifier(method, fold) if METHODS[method].screen is None else self.hdmil(fold, method)
 
     def best(self, method: str) -> MILModel | HDMIL:
-        """The model of the fold with the lowest validation loss, in evaluation mode.
+        """Model of the fold with the lowest validation loss, in evaluation mode.
 
         Raises:
             HDMILError: The method is unknown.
@@ -119,7 +119,7 @@ class CrossValidation:
         return self.model(method, self.best_fold(method))
 
     def best_fold(self, method: str = "hdmil") -> int:
-        """The fold on which a method, or the one whose networks it uses, had the lowest validation loss."""
+        """Fold with the lowest validation loss of a method, or of the method whose networks it uses."""
         check_methods([method])
         trained = method if METHODS[method].screen not in ("random", "published") else METHODS[method].base
         losses = {}
@@ -133,14 +133,14 @@ class CrossValidation:
         return min(losses, key=lambda fold: losses[fold])
 
     def classifier(self, method: str, fold: int) -> MILModel:
-        """The bag classifier that a method trained on a fold, in evaluation mode."""
+        """Bag classifier that a method trained on a fold, in evaluation mode."""
         folder = self._fold(method, fold)
         model = create_model(**read_json(folder / "model.json"))
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 
     def hdmil(self, fold: int, method: str = "hdmil") -> HDMIL:
-        """The two networks that a method uses on a fold, with their thresholds."""
+        """HDMIL of a method on a fold: its two networks with their thresholds."""
         entry = METHODS[method]
         joint = entry.screen == "joint"
         trained = method if entry.screen in ("lipn", "joint") else entry.base
@@ -165,8 +165,8 @@ class CrossValidation:
         return cast(DMIN, self.classifier(method, fold))
 
     def _info(self, method: str) -> ModelInfo:
-        """What the models of a method were trained for, with their mean test scores where all folds ran."""
-        metrics = {}
+        """What a method was trained for, with its mean test scores if its predictions are loaded."""
+        metrics: dict[str, float | str] = {}
         rows = self.predictions[self.predictions["method"] == method]
         if len(rows):
             scores = fold_scores(rows)
@@ -203,22 +203,22 @@ def cross_validate(
 ) -> CrossValidation:
     """Train and test methods by cross-validation.
 
-    Methods that screen tiles build on the DMIN of "hdmil_dagger", and all but "hdmil" on the LIPN of
-    "hdmil": both are trained first where they are not asked for. What is finished is not run again.
+    Methods that need the DMIN of "hdmil_dagger" or the LIPN of "hdmil" (see `Method.needs`) have these
+    trained first. Finished trainings are not repeated, so an interrupted run resumes if started again.
 
     Args:
         cohort: Labels, cases and bags.
         methods: Names in `METHODS`.
-        folds: Number of folds; see `make_splits`. Splits that are given come first, then the official split
-            of the table's column `split`.
+        folds: Number of folds; see `make_splits`. Not used if there are `splits` or a column `split` in the
+            table, the official split.
         splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves.
-        recipe: Settings of the networks; by default `recipe_for` the cohort's size and features. Its seeds
-            give way to `seed`.
+        recipe: Settings of the networks, whose seeds are replaced by `seed`; by default `recipe_for` the
+            cohort's size and features.
         seed: Seed of splits, initial weights, training and random tiles.
-        out: Folder of all results; by default one in the cache, named after all that the results depend on.
-        bags: Bags by slide_id, where they are in memory already.
-        workers: Number of processes, this one among them, each with one torch thread; 1 trains here alone,
-            with the threads that torch has.
+        out: Folder of all results; by default one in the cache, named after a hash of the configuration.
+        bags: Bags by slide_id, if they are in memory already.
+        workers: Number of processes including this one, each with one torch thread; with 1 this process keeps
+            its number of threads.
         progress: Whether a bar over trainings is shown.
 
     Raises:
@@ -266,7 +266,7 @@ def cross_validate(
 def _splits(
     cohort: Cohort, splits: str | Path | Sequence[Split] | None, folds: int, seed: int
 ) -> list[Split]:
-    """The splits that are given, the official one, or new ones by case."""
+    """The given splits, else the official split, else new splits by case."""
     if splits is not None:
         found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
     elif (official := column_split(cohort)) is not None:
@@ -278,13 +278,13 @@ def _splits(
 
 
 def waves_of(methods: Sequence[str]) -> list[list[str]]:
-    """Methods and those they build on, in groups: each needs only the groups before it."""
+    """Methods and those they need, in groups: a group needs only the groups before it."""
     wanted = set(methods)
     for name in reversed(METHODS):
         if name in wanted:
             wanted |= set(METHODS[name].needs)
     depth: dict[str, int] = {}
-    for name in METHODS:  # what a method needs stands before it
+    for name in METHODS:  # a method is listed after those it needs
         depth[name] = 1 + max((depth[other] for other in METHODS[name].needs), default=-1)
     names = [name for name in METHODS if name in wanted]
     return [[name for name in names if depth[name] == d] for d in range(3)]
@@ -292,7 +292,7 @@ def waves_of(methods: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One method on one fold, with what a worker process needs beside the bags."""
+    """One method on one fold, with everything that a worker process needs except the bags."""
 
     method: str
     fold: int
@@ -315,8 +315,8 @@ def _run(
 ) -> None:
     """Run the jobs that have no predictions yet, one wave after the other.
 
-    This process is one of the workers: it trains while the others still import, and takes what no other has
-    begun. Where a job fails, the others are given up and the helpers ended.
+    This process is one of the workers: it trains while the others still import modules, and takes jobs that
+    no other worker has started. If a job fails, the other workers are terminated.
     """
     todo = [[job for job in wave if not job.predictions.is_file()] for wave in waves]
     n_jobs, n_todo = sum(map(len, waves)), sum(map(len, todo))
@@ -335,7 +335,7 @@ def _run(
             with torch_threads(1):
                 for wave in todo:
                     _share(wave, data, pool, bar)
-        except BaseException:  # an interrupt too: nobody waits for the helpers then
+        except BaseException:  # also on an interrupt, so that nothing waits for the helpers
             pool.shutdown(wait=False, cancel_futures=True)
             for helper in set(multiprocessing.active_children()) - others:
                 helper.terminate()
@@ -344,7 +344,7 @@ def _run(
 
 
 def _share(wave: list[_Job], data: BagDataset, pool: ProcessPoolExecutor, bar: tqdm) -> None:
-    """Run a wave of jobs in the pool and here: this process takes jobs from the end that nobody has begun."""
+    """Run a wave of jobs in the pool and here: this process takes jobs from the end that are not started."""
     futures: dict[Future, _Job] = {pool.submit(_run_in_worker, job): job for job in wave}
     for future in futures:
         future.add_done_callback(lambda done: None if done.cancelled() else bar.update())
@@ -376,7 +376,7 @@ def _run_job(job: _Job, data: BagDataset) -> None:
     if screen is None:
         model = _fit_classifier(job, data)
         logits, kept = predict_slides(model, data, job.split.test)
-        kept = torch.ones_like(kept) if model.reads_all else kept  # DMIN selects, but among all
+        kept = torch.ones_like(kept) if model.reads_all else kept  # DMIN selects after reading all tiles
     else:
         if screen == "lipn":
             _fit_lipn(job, data)

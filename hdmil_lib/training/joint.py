@@ -1,4 +1,4 @@
-"""Joint fine-tuning: DMIN learns on the tiles that LIPN keeps while LIPN follows it (paper: AHDMIL)."""
+"""Joint fine-tuning of DMIN and LIPN (paper: AHDMIL)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +28,7 @@ LIPN_WEIGHTS = "lipn.safetensors"
 
 
 class JointLearning(Objective):
-    """DMIN's loss on the tiles that LIPN keeps, and LIPN's on what DMIN selects of all tiles."""
+    """DMIN's loss on the tiles that LIPN keeps, and LIPN's loss on DMIN's selection of all tiles."""
 
     def __init__(self, model: HDMIL, data: BagDataset, weights: LIPNLossWeights):
         self.learner = self.model = model
@@ -41,8 +41,8 @@ class JointLearning(Objective):
         rows, target = self._select(features, patches, batch.segments)
         kept = Segments.from_offsets(torch.searchsorted(rows, batch.segments.offsets))
         dmin, settings = self.model.dmin, self.model.dmin.settings
-        terms = dmin.loss(dmin(features[rows], kept), batch.labels)
-        follows = lipn_loss(
+        terms = dmin.loss(dmin(features[rows], kept), batch.known_labels)
+        lipn_terms = lipn_loss(
             self.model.lipn(patches),
             target,
             settings.keep_ratio,
@@ -50,12 +50,12 @@ class JointLearning(Objective):
             batch.segments,
             threshold=settings.threshold,
         )
-        return terms | {f"lipn_{name}": value for name, value in follows.items()}
+        return terms | {f"lipn_{name}": value for name, value in lipn_terms.items()}
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         model = self.model
-        wanted = trained_thresholds(model.lipn, self.data, slide_ids, model.dmin.settings.keep_ratio)
-        model.thresholds.copy_(torch.tensor(wanted))
+        chosen = trained_thresholds(model.lipn, self.data, slide_ids, model.dmin.settings.keep_ratio)
+        model.thresholds.copy_(torch.tensor(chosen))
         return predict_screened(model, self.data, slide_ids)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ class JointLearning(Objective):
 
     @torch.no_grad()
     def _select(self, features: Tensor, patches: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """What both say in evaluation mode: rows of the tiles that LIPN keeps, DMIN's mask of all (N, C)."""
+        """In evaluation mode, rows of the tiles that LIPN keeps and DMIN's mask of all tiles (N, C)."""
         self.model.eval()
         rows = self.model.screen(patches, segments).any(1).nonzero()[:, 0]
         target = self.model.dmin(features, segments).mask
@@ -83,23 +83,24 @@ def fine_tune(
 ) -> pd.DataFrame:
     """Fine-tune DMIN and LIPN together, as inference uses them (AHDMIL, arXiv 2508.05114).
 
-    A step first asks both networks in evaluation mode: which tiles LIPN keeps at the current thresholds, and
-    which of all tiles DMIN would select. Then DMIN learns, by its own loss, from the kept tiles as if they
-    were the bag, and LIPN, by its own, from DMIN's selection. The two losses share no weights, so their sum
-    takes a step of both at once. After each epoch the thresholds are chosen anew on the patches of the
-    validation slides, to keep DMIN's target ratio. The validation loss is that of the two-stage prediction
-    at these thresholds. Epoch 0 is the networks as they came: fine-tuning that never helps changes nothing.
+    In each step both networks first run in evaluation mode: LIPN selects tiles at the current thresholds, and
+    DMIN makes its selection of all tiles. Then DMIN learns by its own loss from the tiles that LIPN selected
+    as if they were the bag, and LIPN by its own loss from DMIN's selection. The two losses share no weights,
+    so one step on their sum updates both networks. After each epoch new thresholds are chosen on the patches
+    of the validation slides to keep DMIN's target ratio, and the validation loss is that of the two-stage
+    prediction at these thresholds. Epoch 0 only validates the initial networks, so fine-tuning never
+    increases the validation loss.
 
-    `out` gets the files of `fit`, where `model.safetensors` is DMIN, `lipn.safetensors`, and in
-    `config.json` the final `thresholds`. The model ends in evaluation mode with the weights and thresholds of
-    the best epoch. Resuming is as in `fit`.
+    The files and resuming are as in `fit`; `model.safetensors` is DMIN, `lipn.safetensors` is LIPN, and
+    `config.json` also holds the final `thresholds`. The model ends in evaluation mode with the weights and
+    thresholds of the best epoch.
 
     Args:
         model: Trained networks with their thresholds; changed in place.
         data: Bags with patches and labels of the slides of `split`.
-        split: Slides to train on and to stop early by; the test part is not looked at.
-        settings: Optimizer of both networks, length and seed; DMIN keeps its standardization of features.
-        out: Folder of this run alone.
+        split: Slides for training and for early stopping; the test part is not used.
+        settings: Training settings of both networks; DMIN keeps its standardization of features.
+        out: Folder for this run only.
         weights: Weights of LIPN's loss.
         progress: Whether a bar over epochs is shown.
 
@@ -110,7 +111,7 @@ def fine_tune(
         ValueError: DMIN has no self-distillation.
         BagError: A bag does not fit the model.
         CheckpointError: `out` holds a run of another configuration.
-        HDMILError: The validation loss became infinite or undefined.
+        HDMILError: The validation loss is infinite or nan.
     """
     if not model.dmin.settings.self_distillation:
         raise ValueError("a DMIN without self-distillation selects no tiles that LIPN could learn from")

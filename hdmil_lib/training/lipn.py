@@ -1,14 +1,14 @@
-"""Teaching LIPN which tiles a trained DMIN needs (paper: LIPN).
+"""Training of LIPN to predict which tiles a trained DMIN needs (paper: LIPN).
 
-The paper's targets are DMIN's masks. These keep tissue of every kind, as DMIN is free to select most tiles
-and each branch its own, so that 16x16 pixels tell little about them. "evidence" scores a tile by what DMIN
-would conclude from it alone.
+The targets of the paper are DMIN's masks. They are hard to predict from 16x16 pixels, since DMIN selects most
+tiles of every kind of tissue, and other tiles for each branch. The targets "evidence" score a tile by DMIN's
+prediction for that tile alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import pandas as pd
 import torch
@@ -31,14 +31,14 @@ LIPNTarget = Literal["mask", "evidence"]
 
 @dataclass(frozen=True)
 class LIPNLossWeights:
-    """b1 and b2 of LIPN's loss; the paper does not give them, so the rate weighs as in DMIN's loss."""
+    """Weights b1 and b2 of LIPN's loss; not given in the paper, so that of the rate is as in DMIN's loss."""
 
     mask: float = 1.0
     rate: float = 2.0
 
 
 class Screening(Objective):
-    """LIPN learns what a frozen DMIN selects, or concludes, from the patches of a batch.
+    """Training of LIPN on targets from a frozen DMIN.
 
     The validation loss is that of the two-stage prediction: with "mask" at DMIN's threshold gamma, with
     "evidence" at thresholds that keep DMIN's target ratio.
@@ -61,14 +61,14 @@ class Screening(Objective):
         self.files = {WEIGHTS: lipn}
 
     def loss(self, batch: BagBatch) -> LossTerms:
-        patches = batch.inputs_for(_Patches)["patches"]
+        patches = batch.inputs_for(_Patches())["patches"]
         logits = self.lipn(turn_patches(patches) if self.augment else patches)
-        wanted = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
+        target = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
         if self.target == "evidence":
-            return evidence_loss(logits, wanted, batch.segments)
+            return evidence_loss(logits, target, batch.segments)
         settings = self.dmin.settings
         return lipn_loss(
-            logits, wanted, settings.keep_ratio, self.weights, batch.segments, threshold=settings.threshold
+            logits, target, settings.keep_ratio, self.weights, batch.segments, threshold=settings.threshold
         )
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ class Screening(Objective):
 
 
 class _Patches:
-    """What LIPN takes of a batch."""
+    """The fields of a batch that LIPN takes."""
 
-    inputs = ("patches",)
+    inputs: ClassVar[tuple[str, ...]] = ("patches",)
 
 
 def fit_lipn(
@@ -101,30 +101,29 @@ def fit_lipn(
     augment: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Teach LIPN to predict from 16x16 patches which tiles a trained DMIN needs.
+    """Train LIPN to predict from 16x16 patches which tiles a trained DMIN needs.
 
-    DMIN is frozen and in evaluation mode: the targets are computed once per bag. Afterwards `config.json`
-    also says, as `thresholds`, where LIPN's scores must be cut to keep DMIN's target ratio on the validation
-    slides; see `thresholds_for_keep_ratio`. Everything else is as in `fit`.
+    DMIN is frozen and in evaluation mode; the targets are computed once per bag. At the end the `thresholds`
+    that keep DMIN's target ratio on the validation slides are added to `config.json`; see
+    `thresholds_for_keep_ratio`. Everything else is as in `fit`.
 
     Args:
         lipn: The network, with its initial weights.
         dmin: Trained classifier.
         data: Bags with patches and labels of the slides of `split`.
-        split: Slides to train on and to stop early by; the test part is not looked at.
-        settings: Optimizer, length and seed.
-        out: Folder of this run alone.
-        target: "mask" is what DMIN selects (paper: LIPN); "evidence" what it concludes from each tile alone,
-            see `evidence_targets`.
+        split: Slides for training and for early stopping; the test part is not used.
+        settings: Training settings.
+        out: Folder for this run only.
+        target: "mask" for DMIN's selection (paper: LIPN), or "evidence"; see `lipn_targets`.
         weights: Weights of the loss with "mask".
-        augment: Whether each patch is shown in one of its eight positions, drawn anew whenever it comes up.
+        augment: Whether patches are flipped and transposed at random.
         progress: Whether a bar over epochs is shown.
 
     Returns:
         As `fit`; the terms are `mask` and `rate`, or `evidence`.
 
     Raises:
-        ValueError: The target is unknown, or a DMIN without self-distillation has no masks.
+        ValueError: The target is unknown, or it is "mask" and DMIN has no self-distillation.
         BagError: The bags have no patches.
     """
     weights = weights or LIPNLossWeights()
@@ -140,7 +139,7 @@ def fit_lipn(
 
 @torch.inference_mode()
 def predict_screened(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Logits (S, C) of the two-stage prediction of these slides, and the share of tiles read (S,)."""
+    """Two-stage prediction of these slides: logits (S, C) and share of tiles read (S,)."""
     batches = (data.batch([slide_id]) for slide_id in slide_ids)
     outputs = [model(**batch.inputs_for(model)) for batch in batches]
     return torch.cat([o.logits for o in outputs]), torch.cat([o.keep_ratio for o in outputs])
@@ -150,16 +149,16 @@ def predict_screened(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -
 def trained_thresholds(
     lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float
 ) -> list[float]:
-    """Thresholds that keep this share of the tiles of these slides, one per branch."""
+    """Thresholds, one per branch, that keep this share of the tiles of these slides."""
     lipn.eval()
-    patches = (data.batch([slide_id]).inputs_for(_Patches)["patches"] for slide_id in slide_ids)
+    patches = (data.batch([slide_id]).inputs_for(_Patches())["patches"] for slide_id in slide_ids)
     return thresholds_for_keep_ratio((lipn(slide).sigmoid() for slide in patches), keep_ratio)
 
 
 def store_thresholds(
     lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float, folder: Path
 ) -> list[float]:
-    """Add a trained LIPN's `thresholds` for these slides to the run's `config.json`, once; return them."""
+    """Return the `thresholds` in `config.json`; add those for these slides if there are none."""
     config = read_json(folder / "config.json")
     if "thresholds" not in config:
         config["thresholds"] = trained_thresholds(lipn, data, slide_ids, keep_ratio)
@@ -170,17 +169,17 @@ def store_thresholds(
 def lipn_targets(
     target: LIPNTarget, dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]
 ) -> dict[str, Tensor]:
-    """What LIPN should say of the tiles of each slide, by slide_id.
+    """Targets of LIPN for the tiles of each slide, by slide_id.
 
     Args:
-        target: "mask" is M_HR, what DMIN selects for each branch, (N, C); "evidence" is (N,), see
-            `evidence_targets`.
+        target: "mask" for M_HR, DMIN's selection for each branch, (N, C); "evidence" for `evidence_targets`,
+            (N,).
         dmin: Trained classifier, in evaluation mode.
         data: Bags and labels of the slides.
         slide_ids: The slides.
 
     Raises:
-        ValueError: The target is unknown, or a DMIN without self-distillation has no masks.
+        ValueError: The target is unknown, or it is "mask" and DMIN has no self-distillation.
     """
     if target == "evidence":
         return evidence_targets(dmin, data, slide_ids)
@@ -195,21 +194,21 @@ def lipn_targets(
 
 @torch.no_grad()
 def evidence_targets(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]) -> dict[str, Tensor]:
-    """How much each tile alone tells a DMIN in evaluation mode about its slide's class, between 0 and 1.
+    """Evidence of each tile for the class of its slide according to DMIN, between 0 and 1.
 
-    e = [p_y > q_y] sigmoid(max_c A_c) KL(p || q) / max_c(-ln q_c). Here p is what DMIN says of the tile
-    as a bag of one, q the mean of p over the tiles of a slide and then over slides, and y the slide's class.
-    Tissue that all slides have is close to q: which classes have tiles of their own need not be known. The
-    attention counts because the heads learn from what it lets through. A tile that speaks for another class
-    than that of its slide is an error of DMIN, and 0.
+    e = [p_y > q_y] sigmoid(max_c A_c) KL(p || q) / max_c(-ln q_c). Here p is DMIN's prediction for the tile
+    as a bag of its own, q the mean of p over the tiles of a slide and then over slides, and y the class of
+    the slide. Tissue that occurs in all slides has p close to q, so it need not be known which classes have
+    tiles of their own. The attention is a factor because the heads learn mainly from tiles of high attention.
+    A tile with evidence for another class than that of its slide is an error of DMIN; its evidence is 0.
 
     Args:
         dmin: Trained classifier, in evaluation mode.
         data: Bags and labels of the slides.
-        slide_ids: The slides; they define q.
+        slide_ids: The slides, which also define q.
 
     Returns:
-        (N,) by slide_id.
+        Evidence, (N,), by slide_id.
     """
     attention, alone = {}, {}
     for slide_id in slide_ids:
@@ -240,9 +239,9 @@ def lipn_loss(
     Args:
         logits: P, LIPN's output, (N, C).
         target_mask: M_HR, the selection of a frozen DMIN in evaluation mode, (N, C).
-        keep_ratio: r; `None` takes the share that DMIN keeps of each bag.
-        weights: b1 and b2.
-        segments: Where each bag lies; `None` for one bag.
+        keep_ratio: r; `None` for the share of each bag that DMIN selects.
+        weights: Weights b1 and b2.
+        segments: The bags; `None` for one bag.
         threshold: gamma.
 
     Returns:
@@ -264,22 +263,22 @@ def lipn_loss(
 def evidence_loss(logits: Tensor, target: Tensor, segments: Segments) -> LossTerms:
     """Binary cross entropy between the sigmoid of every branch and the evidence of the tile.
 
-    All branches learn the same, so that none spends the budget of tiles on an order of its own.
+    All branches have the same target, so that they rank tiles alike and their union stays small.
 
     Args:
         logits: P, LIPN's output, (N, C).
         target: Evidence between 0 and 1, (N,).
-        segments: Where each bag lies.
+        segments: The bags.
 
     Returns:
-        The term "evidence": the mean over branches, tiles of a bag, and bags.
+        The term "evidence", a mean over branches, tiles of a bag, and bags.
     """
     errors = binary_cross_entropy_with_logits(logits, target[:, None].expand_as(logits), reduction="none")
     return {"evidence": bag_mean(errors.mean(1), segments).mean()}
 
 
 def turn_patches(patches: Tensor) -> Tensor:
-    """Each patch (N, 16, 16, 3) in one of the eight positions of a square, drawn for itself."""
+    """Apply to each patch (N, 16, 16, 3) a random one of the eight symmetries of a square."""
     flips = torch.randint(0, 2, (3, len(patches), 1, 1, 1)).bool().to(patches.device)
     flip_rows, flip_columns, transpose = flips
     patches = torch.where(flip_rows, patches.flip(1), patches)

@@ -1,16 +1,16 @@
-"""Which code trained a model."""
+"""The commit of the code that trained a model."""
 
 import subprocess
 from pathlib import Path
 
 
 def source_commit(file: str | Path = __file__) -> dict[str, str | bool | None]:
-    """Commit of the code that runs, if it runs from a checkout, and whether files differ from it.
+    """The `commit` of the running code, and whether files are `changed` since.
 
-    Without git, in a wheel, or inside another project's repository, the commit is None.
+    The commit is None without git or if the code is not tracked by a repository, as in an installed wheel.
 
     Args:
-        file: A file of the code; the commit is that of the repository that tracks it.
+        file: A file of the code.
     """
     file = Path(file).resolve()
 

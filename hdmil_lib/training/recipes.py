@@ -1,4 +1,4 @@
-"""Settings of all networks of a cross-validation, and those that suit a cohort by its size."""
+"""Settings of all networks of a cross-validation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from hdmil_lib.training.joint import FINE_TUNING
 
 CLAM, DTFD = ("clam_sb", "clam_mb"), ("dtfd_afs", "dtfd_maxs", "dtfd_maxmins")
 SMALL_COHORT = 500
-"""Slides below which a cohort gets small networks, several bags per step and short trainings."""
+"""Number of slides from which `recipe_for` returns the published instead of the small recipe."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Recipe:
     """Settings of all networks of a cross-validation.
 
     Attributes:
-        training: Training of the bag classifiers.
-        lipn_training: Training of LIPN.
-        joint_training: Fine-tuning of DMIN and LIPN together (AHDMIL).
-        models: Settings of a bag classifier by its name in `MODELS`.
-        trainings: What the training of a bag classifier has different from `training`, by the same name.
+        training: Training settings of the bag classifiers.
+        lipn_training: Training settings of LIPN.
+        joint_training: Settings of the fine-tuning of DMIN and LIPN together (AHDMIL).
+        models: Settings of bag classifiers, by their names in `MODELS`.
+        trainings: Training settings that replace those of `training`, by the names of bag classifiers.
     """
 
     training: TrainSettings
@@ -31,7 +31,7 @@ class Recipe:
     trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def shorter(self, epochs: int) -> "Recipe":
-        """The same with at most this many epochs of every network."""
+        """The recipe with at most this many epochs in every training."""
 
         def cut(settings: TrainSettings) -> TrainSettings:
             return replace(settings, epochs=epochs, min_epochs=min(settings.min_epochs, epochs))
@@ -39,11 +39,11 @@ class Recipe:
         return self._with(cut)
 
     def seeded(self, seed: int) -> "Recipe":
-        """The same with this seed in every training."""
+        """The recipe with this seed in every training."""
         return self._with(lambda settings: replace(settings, seed=seed))
 
     def training_of(self, model: str) -> TrainSettings:
-        """How a bag classifier is trained."""
+        """Training settings of a bag classifier."""
         return replace(self.training, **self.trainings.get(model, {}))
 
     def _with(self, change: Any) -> "Recipe":
@@ -57,11 +57,10 @@ def published_recipe(
     """DMIN as in the paper (by default for Camelyon16), the others as in the code of their own papers.
 
     Args:
-        degree: K of DMIN's heads.
-        keep_ratio: r.
+        degree: K, degree of DMIN's heads.
+        keep_ratio: r, DMIN's target share of selected tiles.
         learning_rate: Learning rate of DMIN and of the pooling baselines.
-        subtyping: Whether each class is a subtype with tiles of its own, so that the clustering losses also
-            label the top tiles of the other branches.
+        subtyping: Whether every class has tiles of its own; see `instance_clustering_loss`.
     """
     common = {"learning_rate": 1e-4}
     return Recipe(
@@ -84,11 +83,11 @@ def published_recipe(
 
 
 def small_recipe(published: Recipe, *, embed_dim: int = 256) -> Recipe:
-    """The published recipe cut down to some hundred slides.
+    """The published recipe adapted to a few hundred slides.
 
-    Narrower layers, several bags per step, heads of degree 3 that start linear, and shorter trainings;
-    "hdmil_dagger_published" has the published head. Of the baselines' own settings those stay that do not
-    depend on the size.
+    It has narrower layers, several bags per step, heads of degree 3 that start linear (except in
+    "hdmil_dagger_published"), and shorter trainings. Settings of the baselines that do not depend on the size
+    of the cohort stay.
 
     Args:
         published: Recipe for a large cohort.
@@ -118,17 +117,17 @@ def small_recipe(published: Recipe, *, embed_dim: int = 256) -> Recipe:
 
 
 def recipe_for(n_slides: int, in_dim: int, *, subtyping: bool = False) -> Recipe:
-    """Settings for a cohort of one's own, by its number of slides and the width of its features.
+    """Recipe for a cohort, by its number of slides and the width of its features.
 
-    Up to `SMALL_COHORT` slides the recipe is the small one, which was chosen on synthetic cohorts of 200
-    slides; beyond it is the published one, with features standardized, since encoders differ in the scale of
-    their features. Embeddings are as wide as the power of two below the features, from 64 to 256 in a small
-    cohort and to 512, the published width, in a large one.
+    Below `SMALL_COHORT` slides this is the small recipe, which was chosen on synthetic cohorts of 200 slides.
+    Otherwise it is the published recipe with standardized features, since encoders differ in the scale of
+    their features. The width of the embeddings is the largest power of two up to that of the features, at
+    least 64, and at most 256 in the small recipe and 512, the published width, in the other.
 
     Args:
-        n_slides: Slides of the cohort.
+        n_slides: Number of slides of the cohort.
         in_dim: Width of the features.
-        subtyping: Whether each class is a subtype with tiles of its own; False for tumor against normal.
+        subtyping: Whether every class has tiles of its own; False for tumor against normal.
     """
     published = published_recipe(subtyping=subtyping)
     if n_slides < SMALL_COHORT:
@@ -145,5 +144,5 @@ def recipe_for(n_slides: int, in_dim: int, *, subtyping: bool = False) -> Recipe
 
 
 def _width(in_dim: int, largest: int) -> int:
-    """The power of two at or below `in_dim`, from 64 to `largest`."""
+    """The largest power of two up to `in_dim`, clamped to 64 and `largest`."""
     return min(max(2 ** (in_dim.bit_length() - 1), 64), largest)

@@ -1,4 +1,4 @@
-"""What a folder of training runs holds: one row per epoch, and choices made on validation slides alone."""
+"""The training runs of a cross-validation as a table, and choices made on validation slides only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from hdmil_lib.storage import read_json, write_whole
 
 
 def runs_table(out_dir: str | Path) -> pd.DataFrame:
-    """Every finished run of a cross-validation, one row per epoch.
+    """All finished runs of a cross-validation, one row per epoch.
 
     Args:
         out_dir: Folder of `cross_validate`.
 
     Returns:
-        `method`, `fold`, `epoch`; losses and scores as `fit` names them; `seed`, `model`,
-        `configuration` (JSON text: settings of the network, of training and of the loss), `commit` of the
-        code, `changed` (whether files differed from it), and `seconds` of the whole run.
+        `method`, `fold`, the columns of `fit`, `seed`, `model`, `configuration` (settings of the network, of
+        training and of the loss as JSON), `commit` of the code, `changed` (whether files differed from it),
+        and `seconds` of the whole run.
 
     Raises:
         CheckpointError: No run in this folder is finished, or a file is damaged.
@@ -47,7 +47,7 @@ def runs_table(out_dir: str | Path) -> pd.DataFrame:
 
 
 def save_runs(out_dir: str | Path) -> Path:
-    """Write `runs_table` as `runs.parquet` in the same folder."""
+    """Write `runs_table` as `runs.parquet` to the same folder."""
     path = Path(out_dir) / "runs.parquet"
     table = runs_table(out_dir)
     write_whole(path, lambda temporary: table.to_parquet(temporary, index=False))
@@ -57,19 +57,19 @@ def save_runs(out_dir: str | Path) -> Path:
 def chosen_by_validation(
     predictions: pd.DataFrame, runs: pd.DataFrame, candidates: Sequence[str], name: str
 ) -> pd.DataFrame:
-    """Test predictions of the best of several methods, chosen anew on each fold's validation slides.
+    """Test predictions of the best of several methods, chosen separately on each fold's validation slides.
 
-    The inner loop of nested cross-validation: of the candidates, the one whose best epoch has the lowest
-    validation loss answers for the fold's test slides, which had no say in it.
+    In each fold the candidate with the lowest validation loss of its best epoch is chosen, without using the
+    test slides, as in the inner loop of nested cross-validation.
 
     Args:
         predictions: Predictions of `cross_validate`, with all candidates.
-        runs: What `runs_table` says of the same folder.
+        runs: `runs_table` of the same folder.
         candidates: Names of methods.
-        name: What the choice is called in the column `method`.
+        name: Name of the choice in the column `method`.
 
     Returns:
-        Rows as in `predictions`, and a column `chosen` that names the candidate.
+        Rows as in `predictions`, with a column `chosen` that names the candidate.
 
     Raises:
         ValueError: A candidate has no run or no predictions.

@@ -1,4 +1,4 @@
-"""Files of one training run: the state to resume from, and the configuration that all of them belong to."""
+"""Files of a training run: its configuration, and the state from which it resumes."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ from hdmil_lib.storage import read_json, write_json, write_whole
 
 
 def claim_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Write `config.json`, or check that the one there agrees.
+    """Write `config.json`, or check that the existing one agrees.
 
     Raises:
-        CheckpointError: The folder holds a run of another configuration; both are named.
+        CheckpointError: The folder holds a run of another configuration.
     """
     path = folder / "config.json"
     config = json.loads(json.dumps(config))
@@ -35,7 +35,7 @@ def claim_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-    """Write everything the next epoch depends on: weights, optimizer, torch's generator, history."""
+    """Write everything that the next epoch depends on: weights, optimizer, torch's generator, history."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
@@ -46,7 +46,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Put model, optimizer and torch's generator back where `save_state` left them.
+    """Restore model, optimizer and torch's generator from `save_state`.
 
     Returns:
         The history.
