@@ -4,11 +4,11 @@
 
 The plain loop takes one bag per step, in float32, from a list of tensors, fold after fold, in one process
 with one torch thread. The engine is `cross_validate`: bags from memory in half precision, several per step
-through the segment operators, folds side by side in two processes of one thread. Both train the same networks
-on the same folds of `camelyon-mini` (synthetic) for the same number of epochs, by default the longest that
-the recipe allows; the engine's seconds include starting its second process. The GEMM floor is the time that the
-matrix products of all steps alone take at the rate of a large float32 product on as many cores. Results go to
-`benchmarks/results/training.json`.
+through the segment operators, folds side by side in two processes of one thread. Both train the same
+networks on the same folds of `camelyon-mini` (synthetic) for the same number of epochs, by default the
+longest that the recipe allows; the engine's seconds include starting its second process. The GEMM floor is
+the time that the matrix products of all steps alone take at the rate of a large float32 product on as many
+cores. Results go to `benchmarks/results/training.json`.
 """
 
 import argparse

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from bag_factory import ENCODER, make_bag
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from bag_factory import ENCODER, make_bag
 from model_factory import made_up
 
 from hdmil_lib.inference.anytime import RunningDMIN, lead, lipn_scores, trajectory
@@ -62,7 +62,8 @@ def test_when_all_is_read_the_answer_is_that_of_the_bag(
         for n, answer in zip(grown.n_read, grown.probabilities, strict=True):
             expected = dmin(features[order[:n]].float()).logits[0].softmax(0).numpy()
             np.testing.assert_allclose(answer, expected, atol=1e-5)
-    assert grown.n_read[-1] == n_tiles and len(grown.n_read) == -(-n_tiles // block)
+    assert grown.n_read[-1] == n_tiles
+    assert len(grown.n_read) == -(-n_tiles // block)
 
 
 def test_memory_does_not_grow_with_the_tiles():
@@ -70,7 +71,8 @@ def test_memory_does_not_grow_with_the_tiles():
     for _ in range(50):
         running.update(torch.randn(100, 5))
     held = [v for v in vars(running).values() if isinstance(v, torch.Tensor)]
-    assert running.n_tiles == 5000 and sum(v.numel() for v in held) == 2 * 2 * 12 + 3 * 2
+    assert running.n_tiles == 5000
+    assert sum(v.numel() for v in held) == 2 * 2 * 12 + 3 * 2
 
 
 def test_the_lead_is_that_of_the_first_two():

@@ -78,7 +78,9 @@ def test_a_bag_survives_the_disk(tmp_path_factory, n, dim, compress, with_patche
         np.testing.assert_array_equal(getattr(back, name), getattr(bag, name))
         assert getattr(back, name).dtype == getattr(bag, name).dtype
     assert (back.patches is None) == (not with_patches)
-    assert back.slide_id == "slide" and len(back) == n and back.shape == SHAPE
+    assert back.slide_id == "slide"
+    assert len(back) == n
+    assert back.shape == SHAPE
     assert back.encoder == ENCODER
     assert back.attrs.items() >= ATTRS.items()
 
@@ -86,7 +88,8 @@ def test_a_bag_survives_the_disk(tmp_path_factory, n, dim, compress, with_patche
 def test_the_file_is_laid_out_as_trident_expects(tmp_path):
     write_bag(tmp_path / "slide.h5", make_bag())
     with h5py.File(tmp_path / "slide.h5") as file:
-        assert file["features"].shape == (5, 8) and file["coords"].shape == (5, 2)
+        assert file["features"].shape == (5, 8)
+        assert file["coords"].shape == (5, 2)
         assert set(file["coords"].attrs) == set(TRIDENT_ATTRS)
         assert file["coords"].attrs["name"] == "slide"
         assert {"encoder", "weights_hash", "precision", "library_version", "schema_version"} <= set(
@@ -243,7 +246,8 @@ def test_a_bag_of_schema_1_gets_the_grid_positions_that_it_had(tmp_path, mpp):
     bag = read_bag(path)
     np.testing.assert_array_equal(bag.rowcol, cells - cells.min(axis=0))
     assert bag.shape == tuple(np.ptp(cells, axis=0) + 1)
-    assert bag.encoder == EncoderIdentity("color", "c01") and bag.slide_id == "old"
+    assert bag.encoder == EncoderIdentity("color", "c01")
+    assert bag.slide_id == "old"
     np.testing.assert_array_equal(bag.patches, patches)
 
     write_bag(tmp_path / "new.h5", bag)
@@ -295,14 +299,17 @@ def test_a_bag_of_another_tool_reads_without_patches(tmp_path, tool):
     path = write_foreign(tmp_path / "slide.h5", 100 + cells[:, ::-1] * 512, **FOREIGN[tool])
     bag = read_bag(path)
     np.testing.assert_array_equal(bag.rowcol, cells)
-    assert bag.patches is None and bag.shape == (4, 8) and bag.encoder == UNKNOWN
+    assert bag.patches is None
+    assert bag.shape == (4, 8)
+    assert bag.encoder == UNKNOWN
     assert bag.slide_id == "slide"
     assert bag.thumbnail.shape == (64, 128, 3)
 
     model = make_model()
     with pytest.raises(BagError) as caught:
         model.predict(bag)
-    assert len(str(caught.value).splitlines()) == 1 and "unknown" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "unknown" in str(caught.value)
 
     known = replace(bag, encoder=EncoderIdentity("color", "c01"))
     with pytest.raises(BagError, match="slide has no patches for LIPN; use all tiles") as caught:
@@ -311,7 +318,8 @@ def test_a_bag_of_another_tool_reads_without_patches(tmp_path, tool):
     with pytest.raises(BagError, match="no patches"):
         model.trajectory(known)
     prediction = model.predict(known, all_tiles=True)
-    assert prediction.n_read == 4 and prediction.probabilities.sum() == pytest.approx(1)
+    assert prediction.n_read == 4
+    assert prediction.probabilities.sum() == pytest.approx(1)
     np.testing.assert_array_equal(prediction.rowcol, cells)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hdmil_lib.bags import EncoderIdentity
 from hdmil_lib.batches import MAX_TILES, BagDataset
-from hdmil_lib.errors import BagError
+from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.models import ABMIL, HDMIL, LIPN, SMT, create_model
 
 SIZES = (5, 1, 9, 12)
@@ -202,3 +202,10 @@ def test_bags_of_the_factory_are_as_a_cohort_reads_them():
     bags, labels = make_bags(6)
     data = BagDataset(bags, labels)
     assert data.batch(list(labels)).labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_labels_that_are_not_known_are_asked_for_in_one_line():
+    bags, labels = make_bags(4)
+    assert BagDataset(bags, labels).batch(["s01"]).known_labels.tolist() == [1]
+    with pytest.raises(CohortError, match="label"):
+        _ = BagDataset(bags).batch(["s01"]).known_labels

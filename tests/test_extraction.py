@@ -67,7 +67,8 @@ def test_features_stand_in_the_order_of_the_rows(opened, n_readers, batch_size):
     features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, n_readers=n_readers)
     expected = MeanColor()(np.stack([grid.read_tile(slide, row) for row in rows]))
     np.testing.assert_array_equal(features, expected)
-    assert max(encoder.batches) <= batch_size and sum(encoder.batches) == len(rows)
+    assert max(encoder.batches) <= batch_size
+    assert sum(encoder.batches) == len(rows)
     assert len(np.unique(expected, axis=0)) == len(rows), "the tiles must differ for this to test anything"
 
 
@@ -144,7 +145,9 @@ def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
         assert set(threading.enumerate()) == before
         n_read = len(read)
     time.sleep(0.05)
-    assert len(read) == n_read <= 4 and all(read) and caught.value is not None
+    assert len(read) == n_read <= 4
+    assert all(read)
+    assert caught.value is not None
 
 
 def test_the_seconds_of_both_stages_accumulate(opened):
@@ -154,7 +157,9 @@ def test_the_seconds_of_both_stages_accumulate(opened):
     encode_tiles(slide, grid, range(12), MeanColor(), n_readers=0, seconds=seconds)
     spent = time.perf_counter() - start
     assert seconds["other"] == 1.0
-    assert seconds["features"] > 0 and seconds["crop"] - 100 > 0 and seconds["crop"] - 100 < spent
+    assert seconds["features"] > 0
+    assert seconds["crop"] - 100 > 0
+    assert seconds["crop"] - 100 < spent
     assert seconds["crop"] - 100 + seconds["features"] <= spent
 
 
@@ -167,10 +172,12 @@ def test_a_slide_becomes_a_bag_with_its_geometry(slide_path, tmp_path):
     np.testing.assert_array_equal(bag.coords, grid.coords)
     np.testing.assert_array_equal(bag.rowcol, grid.rowcol)
     np.testing.assert_array_equal(bag.patches, grid.patches)
-    assert bag.slide_id == "a" and bag.shape == grid.shape == (3, 4)
+    assert bag.slide_id == "a"
+    assert bag.shape == grid.shape == (3, 4)
     assert bag.encoder == EncoderIdentity("mean_color", "0" * 12)
     assert bag_info(tmp_path / "bags" / "a.h5")["encoder"] == "mean_color"
-    assert bag.attrs["patch_size_level0"] == 256 and bag.attrs["level0_magnification"] == 20
+    assert bag.attrs["patch_size_level0"] == 256
+    assert bag.attrs["level0_magnification"] == 20
     assert (bag.attrs["level0_width"], bag.attrs["level0_height"]) == (1024, 768)
 
 
@@ -180,7 +187,9 @@ def test_a_given_mpp_overrides_the_files(tmp_path):
         extract_slide(path, MeanColor(), tmp_path / "a.h5")
     assert not (tmp_path / "a.h5").exists()
     bag = extract_slide(path, MeanColor(), tmp_path / "a.h5", mpp=0.25)
-    assert len(bag) == 2 and bag.attrs["patch_size_level0"] == 512 and bag.attrs["mpp_x"] == 0.25
+    assert len(bag) == 2
+    assert bag.attrs["patch_size_level0"] == 512
+    assert bag.attrs["mpp_x"] == 0.25
 
 
 def test_tile_labels_are_stored(slide_path, tmp_path):
@@ -209,7 +218,8 @@ def test_tile_labels_of_many_slides_are_asked_for_by_path(slide_path, tmp_path):
     shares = {"a": np.linspace(0, 1, 12, dtype=np.float32), "b": None}
 
     def labels(path, grid):
-        assert path in (slide_path, other) and len(grid) == 12
+        assert path in (slide_path, other)
+        assert len(grid) == 12
         return shares[path.stem]
 
     extract(slide_path.parent, MeanColor(), tmp_path, tile_labels=labels, progress=False)
@@ -248,7 +258,8 @@ def test_what_is_done_is_skipped_and_what_is_different_is_reported(slide_path, t
     other.weights_hash = "f" * 12
     for changed in (run(other), run(min_tissue=0.5), run(mpp=0.4)):
         assert changed.status == "failed"
-        assert "made with" in changed.error and "another folder, or delete the bag" in changed.error
+        assert "made with" in changed.error
+        assert "another folder, or delete the bag" in changed.error
     assert run(other, overwrite=True).status == "done"
     assert bag_info(tmp_path / "a.h5")["weights_hash"] == "f" * 12
 
@@ -295,14 +306,16 @@ def test_a_poison_bag_or_labels_stop_no_other(slide_path, tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:  # HDF5, but no bag
         file.create_group("features")
     table = extract([slide_path, last], MeanColor(), tmp_path, progress=False)
-    assert table.status.tolist() == ["failed", "done"] and table.error[0]
+    assert table.status.tolist() == ["failed", "done"]
+    assert table.error[0]
 
     def poison(path, grid):
         return np.zeros(100 // (12 - len(grid)))
 
     table = extract([slide_path, last], MeanColor(), tmp_path / "b", tile_labels=poison, progress=False)
     assert table.status.tolist() == ["failed", "failed"]
-    assert "division" in table.error[0] and "same tiles" in table.error[1]
+    assert "division" in table.error[0]
+    assert "same tiles" in table.error[1]
 
 
 def test_a_name_that_is_not_utf_8_is_extracted_like_others(slide_path, tmp_path):
@@ -310,11 +323,13 @@ def test_a_name_that_is_not_utf_8_is_extracted_like_others(slide_path, tmp_path)
     odd.write_bytes(slide_path.read_bytes())
     for status in ("done", "skipped"):
         table = extract([odd, slide_path], MeanColor(), tmp_path / "bags", progress=False)
-        assert table.slide_id.tolist() == ["a\\xff", "a"] and table.status.tolist() == [status, status]
+        assert table.slide_id.tolist() == ["a\\xff", "a"]
+        assert table.status.tolist() == [status, status]
     assert read_bag(tmp_path / "bags" / f"{odd.stem}.h5").slide_id == "a\\xff"
     odd.write_text("no slide any more")
     table = extract([odd], MeanColor(), tmp_path / "again", progress=False)
-    assert table.status.tolist() == ["failed"] and "a\\xff.tif" in table.error[0]
+    assert table.status.tolist() == ["failed"]
+    assert "a\\xff.tif" in table.error[0]
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
@@ -333,7 +348,8 @@ def test_an_output_that_is_a_file_fails_before_anything_is_encoded(slide_path, t
     for out in (tmp_path / "bags", tmp_path / "bags" / "deeper"):
         with pytest.raises(BagError, match=f"{out}: cannot be a folder"):
             extract([slide_path], encoder, out, progress=False)
-    assert encoder.batches == [] and (tmp_path / "bags").read_text() == "notes"
+    assert encoder.batches == []
+    assert (tmp_path / "bags").read_text() == "notes"
 
 
 def test_slides_are_found_in_files_folders_and_tables(slide_path, tmp_path):
@@ -372,7 +388,8 @@ def test_sources_without_slides_are_named(tmp_path):
 def test_a_damaged_bag_is_reported(slide_path, tmp_path):
     (tmp_path / "a.h5").write_bytes(b"half a bag")
     row = extract([slide_path], MeanColor(), tmp_path, progress=False).iloc[0]
-    assert row.status == "failed" and "Delete the file" in row.error
+    assert row.status == "failed"
+    assert "Delete the file" in row.error
 
 
 def test_slides_of_one_name_are_refused(tmp_path):
@@ -412,7 +429,8 @@ def test_a_killed_run_leaves_whole_bags_and_is_resumed(slide_path, tmp_path):
 def test_a_real_slide_with_the_default_encoder(real_data, tmp_path):
     encoder = load_encoder(device="cpu", engine="torch")
     bag = extract_slide(real_data / "cmu_small_region.svs", encoder, tmp_path / "cmu.h5")
-    assert bag.features.shape == (len(bag), 320) and len(bag) > 20
+    assert bag.features.shape == (len(bag), 320)
+    assert len(bag) > 20
     assert bag.attrs["level0_magnification"] == 20
     with Slide(real_data / "cmu_small_region.svs") as slide:
         grid = TileGrid.from_slide(slide)

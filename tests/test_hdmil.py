@@ -49,7 +49,8 @@ def test_dropped_tiles_are_never_read(slide, monkeypatch, keep):
     fields = spy_on_tile_reads(monkeypatch)
     prediction = model.predict(slide)
     kept = set(map(tuple, prediction.coords[prediction.kept].tolist()))
-    assert set(fields) == kept and len(fields) == len(kept)
+    assert set(fields) == kept
+    assert len(fields) == len(kept)
     assert 0 < len(kept) <= np.ceil(keep * prediction.n_tiles) < prediction.n_tiles
     assert prediction.n_read == len(kept)
     np.testing.assert_array_equal(np.isnan(prediction.attention).any(axis=1), ~prediction.kept)
@@ -129,7 +130,8 @@ def test_where_lipn_keeps_nothing_its_best_tile_is_read(slide):
 def test_a_slide_of_one_tile_predicts(tmp_path):
     pixels = np.full((260, 260, 3), (150, 90, 170), np.uint8)
     prediction = make_model().predict(write_slide(tmp_path / "one.tif", pixels))
-    assert prediction.n_tiles == 1 and prediction.kept.tolist() == [True]
+    assert prediction.n_tiles == 1
+    assert prediction.kept.tolist() == [True]
     assert prediction.probabilities.sum() == pytest.approx(1)
 
 
@@ -180,7 +182,8 @@ def test_stages_are_timed_and_add_up(slide):
     seconds = make_model(slide).predict(slide, n_readers=0).seconds
     assert set(seconds) == {"thumbnail", "lipn", "crop", "features", "dmin", "total"}
     stages = sum(value for stage, value in seconds.items() if stage != "total")
-    assert min(seconds.values()) > 0 and 0.5 * seconds["total"] < stages <= seconds["total"]
+    assert min(seconds.values()) > 0
+    assert 0.5 * seconds["total"] < stages <= seconds["total"]
 
 
 def test_another_encoder_is_refused_and_both_are_named(slide, tmp_path):
@@ -217,7 +220,8 @@ def test_bags_side_by_side_are_predicted_as_alone(pooling, all_tiles):
     middle = make_model().lipn_logits(batch.patches).sigmoid().quantile(0.7, dim=0)
     model = make_model().with_rules(thresholds=middle, pooling=pooling)
     output = model(**batch.inputs_for(model), all_tiles=all_tiles)
-    assert output.logits.shape == (4, 2) and output.mask.dtype == torch.bool
+    assert output.logits.shape == (4, 2)
+    assert output.mask.dtype == torch.bool
     first = 0
     for i, bag in enumerate(names.values()):
         features, patches = torch.from_numpy(bag.features).float(), torch.from_numpy(bag.patches)
@@ -228,7 +232,8 @@ def test_bags_side_by_side_are_predicted_as_alone(pooling, all_tiles):
         np.testing.assert_array_equal(output.mask[rows], alone.mask)
         np.testing.assert_array_equal(output.read[rows], alone.read)
         assert output.keep_ratio[i] == alone.keep_ratio[0] == alone.read.float().mean()
-        assert alone.read.any() and torch.equal(alone.attention.isnan().any(1), ~alone.read)
+        assert alone.read.any()
+        assert torch.equal(alone.attention.isnan().any(1), ~alone.read)
         if not all_tiles:
             np.testing.assert_array_equal(alone.mask.any(1), alone.read)
     assert all_tiles or 0 < output.read.float().mean() < 1
@@ -258,7 +263,8 @@ def test_a_network_is_packed_once_and_again_when_a_number_changes():
     model, other = make_model(), LIPN().eval()
     with torch.inference_mode():
         first = model.packed_lipn()
-        assert model.packed_lipn() is first and make_model().packed_lipn() is not first
+        assert model.packed_lipn() is first
+        assert make_model().packed_lipn() is not first
         model.eval()
         assert model.packed_lipn() is first  # `predict` makes sure of the mode before every slide
     with torch.no_grad():
@@ -299,7 +305,9 @@ def test_a_slide_is_predicted_on_a_gpu_as_on_a_cpu(slide, tmp_path, all_tiles):
         if not differing:
             np.testing.assert_allclose(prediction.probabilities, expected[0].probabilities, atol=5e-3)
     assert model.packed_lipn() is packed
-    np.testing.assert_allclose(model.trajectory(bag).probabilities[-1], expected[1].probabilities[-1], atol=5e-3)
+    np.testing.assert_allclose(
+        model.trajectory(bag).probabilities[-1], expected[1].probabilities[-1], atol=5e-3
+    )
     *_, last = model.stream(slide)
     np.testing.assert_allclose(last.probabilities, expected[1].probabilities[-1], atol=5e-3)
 
@@ -315,7 +323,8 @@ def test_a_stream_ends_with_the_answer_from_all_tiles(slide, block, n_readers):
     whole = model.predict(slide, all_tiles=True)
     assert len(steps) == -(-35 // block)
     np.testing.assert_allclose(steps[-1].probabilities, whole.probabilities, atol=1e-5)
-    assert sorted(steps[-1].rows) == list(range(35)) and steps[-1].n_tiles == 35
+    assert sorted(steps[-1].rows) == list(range(35))
+    assert steps[-1].n_tiles == 35
     assert [step.end for step in steps] == [None] * (len(steps) - 1) + ["all tiles"]
     assert np.all(np.diff([step.seconds["total"] for step in steps]) > 0)
     stages = steps[-1].seconds
@@ -329,7 +338,8 @@ def test_a_stream_reads_what_lipn_ranks_highest_and_no_more(slide, monkeypatch):
     best = np.argsort(-lipn_scores(model, patches_of(slide)), kind="stable")
     fields = spy_on_tile_reads(monkeypatch)
     *_, last = model.stream(slide, max_tiles=11, block=4)
-    assert last.end == "max_tiles" and set(last.rows) == set(best[:11])
+    assert last.end == "max_tiles"
+    assert set(last.rows) == set(best[:11])
     assert len(fields) == 11
 
 
@@ -337,9 +347,11 @@ def test_a_stream_stops_at_the_margin_at_the_time_or_with_its_loop(slide, monkey
     model = make_model(slide)
     fields = spy_on_tile_reads(monkeypatch)
     steps = list(model.stream(slide, margin=1e-6, block=4, n_readers=0))
-    assert [step.end for step in steps] == ["margin"] and len(fields) == 4
+    assert [step.end for step in steps] == ["margin"]
+    assert len(fields) == 4
     steps = list(model.stream(slide, max_seconds=1e-6, block=4, n_readers=0))
-    assert [step.end for step in steps] == ["max_seconds"] and len(fields) == 8
+    assert [step.end for step in steps] == ["max_seconds"]
+    assert len(fields) == 8
     for _ in model.stream(slide, block=1, n_readers=2):
         break
     assert len(fields) <= 8 + 1 + 3  # the block of the answer and those read ahead
@@ -387,12 +399,15 @@ def test_rules_travel_with_the_model(slide, tmp_path):
     model = make_model(slide)
     trained = model.thresholds.tolist()
     changed = model.with_rules(thresholds=0.0, margin=1e-6)
-    assert changed.thresholds.tolist() == [0.0, 0.0] and changed.trained_thresholds.tolist() == trained
-    assert model.thresholds.tolist() == trained and model.margin.isinf()  # it stays as it was
+    assert changed.thresholds.tolist() == [0.0, 0.0]
+    assert changed.trained_thresholds.tolist() == trained
+    assert model.thresholds.tolist() == trained
+    assert model.margin.isinf()
     changed.save_pretrained(tmp_path / "model")
     again = HDMIL.from_pretrained(tmp_path / "model")
     again.encoder = ColorEncoder()
-    assert again.thresholds.tolist() == [0.0, 0.0] and again.trained_thresholds.tolist() == trained
+    assert again.thresholds.tolist() == [0.0, 0.0]
+    assert again.trained_thresholds.tolist() == trained
     assert float(again.margin) == np.float32(1e-6)
     assert again.predict(slide).n_read == 35
     assert [step.end for step in again.stream(slide, block=4)] == ["margin"]

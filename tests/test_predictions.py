@@ -52,7 +52,8 @@ def test_each_slide_gets_a_row(folder, model, tmp_path):
     assert table.columns.tolist() == [
         *("slide_id", "label", "p_class 0", "p_class 1", "n_tiles", "n_read", "n_broken", "seconds", "error"),
     ]
-    assert table["slide_id"].tolist() == ["s0", "s1", "s2"] and (table["error"] == "").all()
+    assert table["slide_id"].tolist() == ["s0", "s1", "s2"]
+    assert (table["error"] == "").all()
     for row in table.to_dict(orient="records"):
         prediction = model.predict(folder / f"{row['slide_id']}.tif")
         assert row | {"seconds": 0} == prediction.to_row() | {"seconds": 0, "error": ""}
@@ -66,7 +67,8 @@ def test_a_second_run_predicts_nothing_anew(folder, model, tmp_path, encoded):
     n_encoded, content = len(encoded), (tmp_path / "t.csv").read_bytes()
     assert n_encoded > 0
     second = model.predict_many(folder, out=tmp_path / "t.csv", progress=False)
-    assert len(encoded) == n_encoded and (tmp_path / "t.csv").read_bytes() == content
+    assert len(encoded) == n_encoded
+    assert (tmp_path / "t.csv").read_bytes() == content
     pd.testing.assert_frame_equal(first, second, check_exact=True)
 
 
@@ -96,11 +98,16 @@ def test_one_bad_slide_ends_nothing_and_is_tried_again(folder, model, tmp_path):
     paths = [bad, tmp_path / "absent.svs", folder / "s0.tif"]
     table = model.predict_many(paths, out=tmp_path / "t.csv", progress=False)
     assert table["slide_id"].tolist() == ["a", "absent", "s0"]
-    assert "a.tif" in table["error"][0] and "absent.svs" in table["error"][1] and table["error"][2] == ""
-    assert table["n_tiles"].isna().tolist() == [True, True, False] and table["n_tiles"][2] == 9
+    assert "a.tif" in table["error"][0]
+    assert "absent.svs" in table["error"][1]
+    assert table["error"][2] == ""
+    assert table["n_tiles"].isna().tolist() == [True, True, False]
+    assert table["n_tiles"][2] == 9
     assert all(len(error.splitlines()) <= 1 for error in table["error"])
     text = (tmp_path / "t.csv").read_text()
-    assert text.splitlines()[0].endswith(",error") and ",9," in text and ",9.0," not in text
+    assert text.splitlines()[0].endswith(",error")
+    assert ",9," in text
+    assert ",9.0," not in text
 
     write_textured_slide(bad, 3, 3, seed=5)
     again = model.predict_many(paths, out=tmp_path / "t.csv", progress=False)
@@ -159,7 +166,8 @@ def test_slides_of_one_name_are_refused_before_any_is_read(folder, model, tmp_pa
     twin = write_textured_slide(tmp_path / "s0.tif", 1, 1)
     with pytest.raises(SlideError, match="several slides are called 's0'"):
         model.predict_many([folder, twin], out=tmp_path / "t.csv", progress=False)
-    assert encoded == [] and not (tmp_path / "t.csv").exists()
+    assert encoded == []
+    assert not (tmp_path / "t.csv").exists()
 
 
 def test_names_that_read_as_something_else_stay(model, tmp_path, encoded):
@@ -174,7 +182,8 @@ def test_names_that_read_as_something_else_stay(model, tmp_path, encoded):
     first = model.predict_many(paths, out=tmp_path / "t.csv", progress=False)
     n_encoded = len(encoded)
     second = model.predict_many(paths, out=tmp_path / "t.csv", progress=False)
-    assert len(encoded) == n_encoded and second["slide_id"].tolist() == names
+    assert len(encoded) == n_encoded
+    assert second["slide_id"].tolist() == names
     pd.testing.assert_frame_equal(first, second)
 
 
@@ -184,7 +193,8 @@ def test_a_name_that_is_no_utf_8_ends_nothing(folder, model, tmp_path):
     for _ in range(2):
         table = model.predict_many([odd, folder / "s1.tif"], out=tmp_path / "t.csv", progress=False)
         assert table["slide_id"].tolist() == ["a\\xff", "s1"]
-        assert (table["error"] == "").all() and table["n_tiles"].tolist() == [9, 9]
+        assert (table["error"] == "").all()
+        assert table["n_tiles"].tolist() == [9, 9]
     odd.write_text("no slide any more")
     table = model.predict_many(odd, out=tmp_path / "again.csv", progress=False)
     assert "a\\xff.tif" in table["error"][0]
@@ -200,7 +210,8 @@ def test_another_file_is_not_written_over(folder, model, tmp_path, encoded, cont
     with pytest.raises(CheckpointError, match=r"t\.csv: no table of predictions") as caught:
         model.predict_many(folder, out=tmp_path / "t.csv", progress=False)
     assert len(str(caught.value).splitlines()) == 1
-    assert encoded == [] and (tmp_path / "t.csv").read_bytes() == content
+    assert encoded == []
+    assert (tmp_path / "t.csv").read_bytes() == content
 
 
 def test_the_table_of_a_model_with_other_classes_is_refused(folder, model, tmp_path):
@@ -259,10 +270,13 @@ def test_a_plot_is_written_whole_and_closed(folder, model, tmp_path):
     assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(ValueError, match="xyz"):
         prediction.plot(tmp_path / "s.xyz")
-    assert plt.get_fignums() == before and not (tmp_path / "s.xyz").exists()
+    assert plt.get_fignums() == before
+    assert not (tmp_path / "s.xyz").exists()
 
 
-@pytest.mark.parametrize("name", ["$\\frac$", "a$b", "br{0}", "a[b]*", "a_b^c", "\\alpha", "100%", os.fsdecode(b"\xff")])
+@pytest.mark.parametrize(
+    "name", ["$\\frac$", "a$b", "br{0}", "a[b]*", "a_b^c", "\\alpha", "100%", os.fsdecode(b"\xff")]
+)
 def test_names_are_drawn_as_they_are(folder, model, tmp_path, name):
     prediction = model.predict(folder / "s0.tif")
     object.__setattr__(prediction, "slide_id", name)
@@ -310,16 +324,22 @@ def test_geojson_has_one_polygon_per_tile_in_level_0_pixels(tmp_path, mpp, kept_
     assert len(content["features"]) == len(rows) > 0
     assert len({feature["id"] for feature in content["features"]}) == len(rows)
     for i, feature in zip(rows, content["features"], strict=True):
-        assert feature["type"] == "Feature" and feature["geometry"]["type"] == "Polygon"
+        assert feature["type"] == "Feature"
+        assert feature["geometry"]["type"] == "Polygon"
         (ring,) = feature["geometry"]["coordinates"]
-        assert ring[0] == ring[-1] and len(ring) == 5 and len(set(map(tuple, ring))) == 4
+        assert ring[0] == ring[-1]
+        assert len(ring) == 5
+        assert len(set(map(tuple, ring))) == 4
         assert all(type(value) is int for corner in ring for value in corner)
         x, y = prediction.coords[i].tolist()
         assert {tuple(corner) for corner in ring} == {
             *((x, y), (x + width, y), (x, y + height), (x + width, y + height)),
         }
         assert abs(area(ring)) == 2 * width * height
-        assert 0 <= x and x + width <= pixels.shape[1] + 1 and 0 <= y and y + height <= len(pixels) + 1
+        assert x >= 0
+        assert x + width <= pixels.shape[1] + 1
+        assert y >= 0
+        assert y + height <= len(pixels) + 1
         properties = feature["properties"]
         assert properties["classification"]["name"] == ("kept" if prediction.kept[i] else "dropped")
         read = prediction.read[i]
@@ -334,7 +354,8 @@ def test_geojson_has_one_polygon_per_tile_in_level_0_pixels(tmp_path, mpp, kept_
 
 def test_a_prediction_says_what_it_is(folder, model):
     prediction = model.predict(folder / "s0.tif")
-    assert prediction.label in repr(prediction) and "'s0'" in repr(prediction)
+    assert prediction.label in repr(prediction)
+    assert "'s0'" in repr(prediction)
     assert f"{prediction.n_read} of 9 tiles read" in repr(prediction)
     assert prediction.keep_ratio == prediction.kept.mean()
     assert prediction.ranking[0] == prediction.probabilities.argmax()

@@ -55,7 +55,7 @@ def saved(tmp_path):
     return folder
 
 
-def refused(folder, match: str = "") -> str:
+def refused(folder, match: str = ".") -> str:
     """The one line with which a folder is refused."""
     with pytest.raises(CheckpointError, match=match) as caught:
         HDMIL.from_pretrained(folder)
@@ -108,13 +108,16 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path, settings):
     model.save_pretrained(tmp_path / "deep" / "model")
     again = HDMIL.from_pretrained(str(tmp_path / "deep" / "model"))
     assert same(model, again)
-    assert not again.training and not again.dmin.training and not again.lipn.training
+    assert not again.training
+    assert not again.dmin.training
+    assert not again.lipn.training
     assert {p.device.type for p in again.state_dict().values()} == {"cpu"}
     assert all(p.requires_grad for p in again.parameters())
     features, patches = torch.randn(30, 7), torch.randint(0, 256, (30, 16, 16, 3), dtype=torch.uint8)
     with torch.inference_mode():
         a, b = model(features, patches), again(features, patches)
-    assert torch.equal(a.logits, b.logits) and torch.equal(a.mask, b.mask)
+    assert torch.equal(a.logits, b.logits)
+    assert torch.equal(a.mask, b.mask)
 
     again.save_pretrained(tmp_path / "again")
     assert {path.name for path in (tmp_path / "again").iterdir()} == FILES
@@ -132,7 +135,8 @@ def test_a_model_that_comes_back_can_be_trained(saved):
 def test_a_model_is_saved_from_the_mode_it_is_in(saved, tmp_path):
     model = HDMIL.from_pretrained(saved).train()
     model.save_pretrained(tmp_path / "again")
-    assert model.training and not HDMIL.from_pretrained(tmp_path / "again").training
+    assert model.training
+    assert not HDMIL.from_pretrained(tmp_path / "again").training
 
 
 def test_a_model_that_does_not_know_what_it_is_for_is_not_saved(tmp_path):
@@ -142,14 +146,42 @@ def test_a_model_that_does_not_know_what_it_is_for_is_not_saved(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_model_in_half_precision_is_stored_in_single(tmp_path):
+    model = make_model().half()
+    model.save_pretrained(tmp_path)
+    again = HDMIL.from_pretrained(tmp_path)
+    assert same(again, model.float())
+    assert again.dmin.projection[0].weight.dtype == torch.float32
+
+
+def test_a_model_does_not_depend_on_the_file_that_it_came_from(saved):
+    """A file that is written over in place must not change a model, or end the process."""
+    model, expected = HDMIL.from_pretrained(saved), make_model()
+    size = (saved / "model.safetensors").stat().st_size
+    with (saved / "model.safetensors").open("r+b") as file:
+        file.write(b"\0" * size)
+        file.truncate(100)
+    assert same(model, expected)
+
+
 def test_the_card_tells_people_what_the_model_is(tmp_path):
-    info = INFO.model_copy(update={"cohort": "Köln", "license": "Apache-2.0", "metrics": {"AUC": "97.70 (1.20)"}})
+    info = INFO.model_copy(
+        update={"cohort": "Köln", "license": "Apache-2.0", "metrics": {"AUC": "97.70 (1.20)"}}
+    )
     model = make_model()
     HDMIL(model.dmin, model.lipn, thresholds=0.25, margin=3.5, info=info).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     header = card.split("---")[1]
-    assert 'library_name: "hdmil"' in header and 'license: "Apache-2.0"' in header
-    for part in ("normal, tumor", "Köln", "color (weights c01)", "0.2500, 0.2500", "3.50", "| AUC | 97.70 (1.20) |"):
+    assert 'library_name: "hdmil"' in header
+    assert 'license: "Apache-2.0"' in header
+    for part in (
+        "normal, tumor",
+        "Köln",
+        "color (weights c01)",
+        "0.2500, 0.2500",
+        "3.50",
+        "| AUC | 97.70 (1.20) |",
+    ):
         assert part in card
 
 
@@ -207,7 +239,9 @@ def damage(folder, case, tmp_path):
         config.write_text(config.read_text().replace('"embed_dim": 16', '"embed_dim": 32'))
     elif case == "classes exchanged":
         text = config.read_text()
-        config.write_text(text.replace("class 0", "x").replace("class 1", "class 0").replace('"x"', '"class 1"'))
+        config.write_text(
+            text.replace("class 0", "x").replace("class 1", "class 0").replace('"x"', '"class 1"')
+        )
     elif case == "unknown setting":
         config.write_text(config.read_text().replace('"format"', '"colour": "red", "format"'))
     return folder
@@ -326,7 +360,8 @@ def test_weights_that_no_model_has_are_refused(saved, case):
         (10**8 + 1).to_bytes(8, "little") + b"{" * 100,
         (2).to_bytes(8, "little") + b"{}",
         (2).to_bytes(8, "little") + b"[]",
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}'[:60],
+        (60).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}'[:60],
     ],
     ids=["empty", "text", "pickle", "endless header", "large header", "no tensors", "list", "cut header"],
 )
@@ -530,7 +565,7 @@ def test_what_is_saved_is_within_the_size_that_is_read(tmp_path):
 DRIVER = """
 import errno, json, os, shutil, sys, traceback
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, sys.argv[2])
 import torch
 from test_pretrained import FILES, make_model, same, shifted
 from hdmil_lib.models import HDMIL
@@ -577,22 +612,22 @@ def halved(write):
 Path.write_bytes, Path.write_text = halved(Path.write_bytes), halved(Path.write_text)
 
 def save(model, folder, at, how):
-    '''Save in a child that is stopped at a step; returns whether it came to its end.'''
+    '''Save in a child that is stopped at a step.'''
     global steps, stop_at, ending, watched
     child = os.fork()
     if child == 0:
         steps, stop_at, ending, watched = 0, at, how, folder
         try:
             model.save_pretrained(folder)
-            os._exit(0)
+            os._exit(0 if steps < at else 6)  # at its end before the step, or in spite of it
         except OSError:
             os._exit(8)
         except BaseException:
             traceback.print_exc()
             os._exit(7)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 8, 9), code
-    return code == 0
+    assert code in (0, 6, 8, 9), code
+    return {0: "whole", 6: "survived", 8: "raised", 9: "killed"}[code]
 
 def which(folder):
     loaded = HDMIL.from_pretrained(folder)
@@ -601,39 +636,46 @@ def which(folder):
 def litter(folder):
     return sorted(path.name for path in folder.iterdir() if path.name not in FILES)
 
-def fresh(name):
-    shutil.rmtree(work / name, ignore_errors=True)
-    shutil.copytree(work / "first", work / name)
-    return work / name
+def fresh(source):
+    shutil.rmtree(work / "model", ignore_errors=True)
+    shutil.copytree(source, work / "model")
+    return work / "model"
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 for how in ("kill", "raise"):
-    at = 1
+    at, left = 1, []  # folders that differ after a save that was stopped
     while True:
-        folder = fresh("model")
-        whole = save(models[1], folder, at, how)
-        print(json.dumps(["one", how, at, None, whole, which(folder), litter(folder)]), flush=True)
-        if whole:
+        folder = fresh(work / "first")
+        end = save(models[1], folder, at, how)
+        print(json.dumps(["one", how, at, None, end, which(folder), litter(folder)]), flush=True)
+        if end == "whole":
             break
+        if content(folder) not in map(content, left):
+            left.append(shutil.copytree(folder, work / f"{how}{at}"))
         at += 1
-    last = at
-    for first in range(1, last):
-        for second in range(1, last + 2):
-            folder = fresh("model")
-            save(models[1], folder, first, how)
-            before = which(folder)
-            whole = save(models[2], folder, second, how)
-            print(json.dumps(["two", how, first, second, whole, which(folder), litter(folder), before]))
+    for source in left:
+        before, at = which(source), 1
+        while True:
+            folder = fresh(source)
+            end = save(models[2], folder, at, how)
+            row = ["two", how, source.name, at, end, which(folder), litter(folder), before]
+            print(json.dumps(row), flush=True)
+            if end == "whole":
+                break
+            at += 1
     at = 1
     while True:  # into a new folder
         folder = work / "new"
         shutil.rmtree(folder, ignore_errors=True)
-        whole = save(models[1], folder, at, how)
+        end = save(models[1], folder, at, how)
         try:
             found = which(folder)
         except Exception as error:
             found = type(error).__name__
-        print(json.dumps(["new", how, at, None, whole, found]), flush=True)
-        if whole:
+        print(json.dumps(["new", how, at, None, end, found]), flush=True)
+        if end == "whole":
             break
         at += 1
 """
@@ -642,9 +684,8 @@ for how in ("kill", "raise"):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """What a folder holds after saves that were killed, or that failed, at every write, rename and chmod."""
-    code = DRIVER.format(tests=str(TESTS))
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path_factory.mktemp("work"))],
+        [sys.executable, "-c", DRIVER, str(tmp_path_factory.mktemp("work")), str(TESTS)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -657,11 +698,12 @@ def interrupted(tmp_path_factory):
 @pytest.mark.parametrize("how", ["kill", "raise"])
 def test_a_save_that_ends_at_any_write_leaves_the_old_model_or_the_new(interrupted, how):
     rows = [row for row in interrupted if row[:2] == ["one", how]]
-    found = [row[5] for row in rows]
-    assert len(rows) > 9 and rows[-1][4] and not any(row[4] for row in rows[:-1])
-    assert found == sorted(found) and found[0] == [0] and found[-1] == [1], found
-    assert all(len(models) == 1 for models in found)
-    assert rows[-1][6] == []  # nothing but the model's files
+    assert len(rows) > 9
+    assert rows[-1][4:] == ["whole", [1], []]
+    assert all(row[5] == [1] for row in rows if row[4] in ("whole", "survived"))
+    found = [row[5] for row in rows if row[4] in ("killed", "raised")]
+    assert found == sorted(found) and found[0] == [0] and all(len(models) == 1 for models in found), found
+    assert len(found) > 8
     if how == "raise":
         assert all(set(row[6]) <= {"config.json.pending"} for row in rows)
 
@@ -669,10 +711,12 @@ def test_a_save_that_ends_at_any_write_leaves_the_old_model_or_the_new(interrupt
 @pytest.mark.parametrize("how", ["kill", "raise"])
 def test_a_second_save_that_ends_at_any_write_loses_nothing_either(interrupted, how):
     rows = [row for row in interrupted if row[:2] == ["two", how]]
-    assert len(rows) > 90
+    assert {row[7][0] for row in rows} == {0, 1}
+    assert len({row[2] for row in rows}) >= 4
     for row in rows:
-        _, _, _, _, whole, (found,), left, (before,) = row
-        assert before in (0, 1) and found == 2 if whole else found in (before, 2), row
+        _, _, _, _, end, (found,), left, (before,) = row
+        whole = end in ("whole", "survived")
+        assert before in (0, 1) and (found == 2 if whole else found in (before, 2)), row
         assert not whole or "config.json.pending" not in left
 
 
@@ -680,7 +724,8 @@ def test_a_second_save_that_ends_at_any_write_loses_nothing_either(interrupted, 
 def test_a_first_save_that_is_interrupted_is_no_model_or_the_model(interrupted, how):
     rows = [row for row in interrupted if row[:2] == ["new", how]]
     assert all(row[5] in ("CheckpointError", [1]) for row in rows)
-    assert rows[0][5] == "CheckpointError" and rows[-1][5] == [1]
+    assert rows[0][5] == "CheckpointError"
+    assert rows[-1][5] == [1]
 
 
 def test_a_pending_configuration_that_is_damaged_harms_nothing(saved):
@@ -776,20 +821,30 @@ def with_hub(code, endpoint, folder, **variables):
                 HDMIL.from_pretrained(name, **options)
             except Exception as error:
                 message = str(error)
+                print(message)
                 assert type(error).__name__ == "CheckpointError", repr(error)
                 assert len(message.splitlines()) == 1 and len(message) < 600, message
                 assert "neither a folder here nor to be fetched from the Hugging Face hub" in message, message
-                assert time.perf_counter() - start < 20
+                assert time.perf_counter() - start < 60
                 return message
             return "loaded"
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"} | variables
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
+    }
+    env |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    } | variables
     program = textwrap.dedent(start) + textwrap.dedent(code)
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=folder, timeout=180
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)
     return result.stdout
 
 
@@ -806,10 +861,11 @@ def test_a_model_is_fetched_from_the_hub(hub, saved, tmp_path):
     with_hub(code, endpoint, tmp_path)
     fetched = [path for command, path in requests if command == "GET"]
     assert fetched[0] == "/owner/model/resolve/main/config.json"
-    assert fetched[1].startswith("/owner/model/resolve/") and fetched[1].endswith("/model.safetensors")
+    assert fetched[1].startswith("/owner/model/resolve/")
+    assert fetched[1].endswith("/model.safetensors")
     assert sum("owner/model" in path for path in fetched) == 2  # the others came from the cache
 
-    offline = f"""
+    offline = """
         assert fetch("owner/model") == "loaded"
         assert fetch("owner/unknown") != "loaded"
     """
@@ -823,7 +879,6 @@ def test_a_model_that_cannot_be_fetched_says_why_in_one_line(hub, tmp_path):
             ("owner/unknown", "404"),
             ("owner/private", "401"),
             ("owner/broken", "404"),
-            ("owner/down", "500"),
             ("owner/cut", ""),
             ("owner/..", ""),
             ("-/x", ""),
@@ -835,8 +890,11 @@ def test_a_model_that_cannot_be_fetched_says_why_in_one_line(hub, tmp_path):
     with_hub(code, endpoint, tmp_path)
 
 
-def test_without_a_connection_a_name_is_refused_in_one_line(tmp_path):
-    with_hub('assert fetch("owner/model") != "loaded"', "http://127.0.0.1:9", tmp_path)
+@pytest.mark.slow  # the hub's library tries again for a while
+def test_without_a_connection_a_name_is_refused_in_one_line(hub, tmp_path):
+    endpoint, _ = hub
+    with_hub('assert "500" in fetch("owner/down")', endpoint, tmp_path)
+    with_hub('assert "refused" in fetch("owner/model")', "http://127.0.0.1:9", tmp_path)
 
 
 def test_a_damaged_model_of_the_hub_is_refused(hub, saved, tmp_path):

@@ -7,7 +7,7 @@ from bag_factory import make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdmil_lib.models import HDMIL, LIPN, MODELS, create_model
+from hdmil_lib.models import DMIN, HDMIL, LIPN, MODELS, create_model
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.training.fit import Classification, TrainSettings, make_optimizer, train_epoch
 from hdmil_lib.training.joint import JointLearning
@@ -107,3 +107,22 @@ def test_seeds_and_lengths_reach_all_trainings():
     assert all(getattr(short, part).min_epochs <= 2 for part in parts)
     assert short.training_of("dsmil").epochs == 2
     assert short.training_of("dsmil").betas == (0.5, 0.9)
+
+
+def test_defaults_and_recipes_are_those_of_the_paper():
+    settings = DMIN().settings
+    assert (settings.in_dim, settings.embed_dim, settings.attention_dim, settings.k) == (1024, 512, 256, 32)
+    assert (settings.dropout, settings.degree, settings.temperature) == (0.25, 12, 0.7)
+    assert (settings.threshold, settings.keep_ratio, settings.subtyping) == (0.5, 0.6, False)
+    table = {
+        "camelyon16": (12, 0.6, 3e-4, False),
+        "nsclc": (16, 0.7, 3e-5, True),
+        "brca": (12, 0.7, 3e-4, True),
+    }
+    for name, expected in table.items():
+        recipe, dmin = RECIPES[name], RECIPES[name].models["dmin"]
+        found = (dmin["degree"], dmin["keep_ratio"], recipe.training.learning_rate, dmin["subtyping"])
+        assert found == expected
+        assert (recipe.training.weight_decay, recipe.training.batch_size) == (1e-5, 1)
+        assert (recipe.training.epochs, recipe.training.min_epochs, recipe.training.patience) == (200, 50, 20)
+        assert (recipe.lipn_training.learning_rate, recipe.lipn_training.patience) == (1e-4, 5)

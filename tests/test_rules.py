@@ -59,8 +59,10 @@ def test_the_promise_is_kept_on_new_slides():
 
 def test_the_ladder_goes_from_all_tiles_to_few():
     ladder = threshold_ladder((0.5, 0.9))
-    assert ladder[0] == (0.0, 0.0) and (0.5, 0.9) in [tuple(np.round(t, 12)) for t in ladder]
-    assert (np.diff(np.array(ladder), axis=0) > 0).all() and np.array(ladder).max() < 1
+    assert ladder[0] == (0.0, 0.0)
+    assert (0.5, 0.9) in [tuple(np.round(t, 12)) for t in ladder]
+    assert (np.diff(np.array(ladder), axis=0) > 0).all()
+    assert np.array(ladder).max() < 1
     assert threshold_ladder((0.0, 1.0))[-1] == (0.0, 1.0)  # there is nowhere to go
 
 
@@ -96,7 +98,8 @@ def test_thresholds_are_judged_by_what_the_two_stages_say(model):
                 output = model.with_rules(thresholds=thresholds)(features, patches)
                 errors[j] += output.logits.argmax() != dagger
                 kept[j] += output.keep_ratio / 20
-    assert learned.control.errors.tolist() == errors.tolist() and errors.max() > 0
+    assert learned.control.errors.tolist() == errors.tolist()
+    assert errors.max() > 0
     np.testing.assert_allclose(learned.control.costs, kept, rtol=1e-6)
     assert learned.keep_ratio == pytest.approx(kept[learned.control.certified].min())
     assert learned.value == candidates[int(kept[: learned.control.certified.sum()].argmin())]
@@ -107,7 +110,8 @@ def test_candidates_start_from_the_thresholds_that_training_chose(model):
     bags, trained = bags_of(30), model.trained_thresholds.tolist()
     options = {"epsilon": 0.6, "delta": 0.5}
     first = learn_thresholds(model, bags, **options)
-    assert first.value != (0.0, 0.0) and first.value != tuple(trained)
+    assert first.value != (0.0, 0.0)
+    assert first.value != tuple(trained)
     assert len(first.control.errors) == len(threshold_ladder(trained))
     for thresholds in (first.value, 0.99):
         second = learn_thresholds(model.with_rules(thresholds=thresholds), bags, **options)
@@ -125,9 +129,11 @@ def test_the_truth_can_be_the_reference(model):
     wrong = [1 - label for label in said]
     all_tiles = [(0.0, 0.0)]
     same = learn_thresholds(model, bags, all_tiles, labels=said)
-    assert same.control.errors.tolist() == [0] and same.keep_ratio == 1.0
+    assert same.control.errors.tolist() == [0]
+    assert same.keep_ratio == 1.0
     never = learn_thresholds(model, bags, all_tiles, labels=wrong)
-    assert never.control.errors.tolist() == [60] and never.value == (0.0, 0.0)
+    assert never.control.errors.tolist() == [60]
+    assert never.value == (0.0, 0.0)
     with pytest.raises(ValueError, match="3 labels for 60 slides"):
         learn_thresholds(model, bags, all_tiles, labels=[0, 1, 1])
     for nothing in ({"bags": []}, {"candidates": []}):
@@ -139,4 +145,5 @@ def test_missed_positives_can_be_the_risk_of_a_margin():
     sure, fickle = made_up(0.97, 0.99), made_up(0.2, 0.9)  # the second is missed where reading stops early
     slides = [sure] * 55 + [fickle] * 5
     learned = learn_margin(slides, (math.inf, 5, 2), labels=[1] * 60, epsilon=0.1)
-    assert learned.control.errors.tolist() == [0, 0, 5] and learned.value == 5
+    assert learned.control.errors.tolist() == [0, 0, 5]
+    assert learned.value == 5

@@ -11,8 +11,13 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 import tutorial_steps
 
 import hdmil_lib
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.reproduce.tables import TABLE3_METHODS
 
-TINY = tutorial_steps.Size(n_drawn=1, n_folds=3, epochs=1, n_slides=1, side=1024, repeats=1)
+TINY = tutorial_steps.Size(
+    methods=(*TABLE3_METHODS, "abmil", "random"), n_drawn=1, n_slides=1, side=1024, repeats=1
+)
 TABLES = {f"table{k}.{suffix}" for k in (1, 2, 3) for suffix in ("csv", "md")} | {
     "predictions.csv",
     "timings.csv",
@@ -25,13 +30,17 @@ def test_leaves_tables_figures_model_and_timing_and_resumes(tmp_path, monkeypatc
     monkeypatch.setenv("HDMIL_FAST", "1")
     monkeypatch.setenv("HDMIL_BUILD", str(tmp_path / "build"))
     monkeypatch.setattr(tutorial_steps, "FAST", TINY)
+    monkeypatch.setattr(tutorial_steps, "N_FOLDS", 3)
+    monkeypatch.setattr(tutorial_steps, "RECIPES", {"camelyon-mini": RECIPES["camelyon-mini"].shorter(1)})
     monkeypatch.setattr(tutorial_steps.notebooks, "find", list)
     tutorial_steps.run(hdmil_lib.setup(seed=0))
     build = tmp_path / "build"
     assert {path.name for path in (build / "tables").iterdir()} == TABLES
     assert {path.name for path in (build / "figures").iterdir()} == FIGURES
     assert (build / "model" / "config.json").exists()
-    assert "HDMIL†" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "HDMIL†" in printed
+    assert "full run: AUC" in printed  # what the same systems reach on all slides
     before = pd.read_csv(build / "tables" / "timings.csv")
 
     tutorial_steps.run(hdmil_lib.setup(seed=0))
@@ -59,5 +68,5 @@ def test_a_failed_notebook_ends_the_job(tmp_path, monkeypatch):
     failed = tutorial_steps.notebooks.Run("04_x", 1.0, None, error="cell 3 of 9: ZeroDivisionError")
     monkeypatch.setattr(tutorial_steps.notebooks, "find", lambda: [tmp_path / "04_x.ipynb"])
     monkeypatch.setattr(tutorial_steps.notebooks, "execute", lambda path, out: failed)
-    with pytest.raises(hdmil_lib.errors.HDMILError, match="04_x.ipynb: cell 3 of 9"):
+    with pytest.raises(HDMILError, match="04_x.ipynb: cell 3 of 9"):
         tutorial_steps.run_notebooks(tmp_path)

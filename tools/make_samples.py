@@ -2,15 +2,13 @@
 
     python tools/make_samples.py
 
-The bags are a part of the full synthetic cohort, which is prepared in the cache first: small tumor slides, and
-normal slides of the same sizes, whole. They are copied with their tile labels and compressed. The model is
-HDMIL of the best fold of the full cohort's cross-validation, which `make tutorial` leaves in the cache.
+The bags are a part of the full synthetic cohort, which is prepared in the cache first: small tumor slides,
+and normal slides of the same sizes, whole. They are copied with their tile labels and compressed. The model
+is HDMIL of the best fold of the full cohort's cross-validation, which `make tutorial` leaves in the cache.
 """
 
 import shutil
 from pathlib import Path
-
-import pandas as pd
 
 from hdmil_lib.bags import bag_info, read_bag, read_tile_labels, write_bag
 from hdmil_lib.cohort import Cohort
@@ -27,11 +25,11 @@ LIMIT_MB = 18
 README = """# Sample bags and model
 
 `{name}` holds bags of {n} synthetic slides ({classes}; {tiles:,} tiles, {size:.1f} MB): drawn by
-`hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is HDMIL, trained
-on the full cohort. All is under the license of this repository. They let `HDMIL_FAST=1` start without drawing
-slides or training. `make samples` makes them: of the full cohort, the smallest tumor slides with {least}
-tumor tiles or more, and normal slides of the same sizes; of the cross-validation, the fold of lowest validation
-loss.
+`hdmil_lib.synthetic.histology`, encoded with `{encoder}`, no patient's data. `{name}/model` is
+HDMIL, trained on the full cohort. All is under the license of this repository. They let
+`HDMIL_FAST=1` start without drawing slides or training. `make samples` makes them: of the full
+cohort, the smallest tumor slides with {least} tumor tiles or more, and normal slides of the same
+sizes; of the cross-validation, the fold of lowest validation loss.
 """
 
 

@@ -1,7 +1,7 @@
 """What a model was trained for."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ class ModelInfo(Schema):
         encoder_weights: Hash of the encoder's weights.
         tile_size: Side of the tiles in pixels.
         tile_mpp: Scale of the tiles in um/px.
-        patch_size: Side of the patches in pixels.
+        patch_size: Side of the patches in pixels, as LIPN takes them.
         cohort: Name of the cohort that it was trained on.
         metrics: Test scores by name.
         license: License of the weights.
@@ -33,7 +33,7 @@ class ModelInfo(Schema):
     encoder_weights: Text
     tile_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     tile_mpp: Annotated[float, Field(gt=0, le=1000)] = 0.5
-    patch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    patch_size: Literal[16] = 16
     cohort: Text = ""
     metrics: Annotated[Mapping[Text, float | Text], Field(max_length=1000)] = {}
     license: Text = ""

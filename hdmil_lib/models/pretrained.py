@@ -29,6 +29,9 @@ OLD_FILES = ("dmin.safetensors", "lipn.safetensors")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 AGAIN = "save the model again with `save_pretrained`, or copy the whole folder again"
 
+TYPES = {torch.float32: "F32", torch.int64: "I64"}
+"""How safetensors names the types of a model's tensors."""
+
 Model = TypeVar("Model", bound="HDMIL")
 
 
@@ -39,7 +42,7 @@ def save(model: "HDMIL", folder: Path) -> None:
     interrupted at any point, the folder holds the previous model or the new one.
     """
     info = model.known_info
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: _stored(tensor) for name, tensor in model.state_dict().items()}
     weights = to_bytes(tensors, {"format": "pt"})
     config = {
         "format": 2,
@@ -73,10 +76,11 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
     with torch.device("meta"):
         dmin = DMIN(**dict(config.dmin))
         lipn = LIPN(dmin.n_classes)
-    expected = {f"dmin.{key}": tuple(t.shape) for key, t in dmin.state_dict().items()}
-    expected |= {f"lipn.{key}": tuple(t.shape) for key, t in lipn.state_dict().items()}
-    rules = {"thresholds": (dmin.n_classes,), "trained_thresholds": (dmin.n_classes,), "margin": ()}
-    tensors = _tensors(folder / WEIGHTS, expected | rules)
+        thresholds, margin = torch.empty(dmin.n_classes), torch.empty(())
+    expected = {f"dmin.{key}": tensor for key, tensor in dmin.state_dict().items()}
+    expected |= {f"lipn.{key}": tensor for key, tensor in lipn.state_dict().items()}
+    expected |= {"thresholds": thresholds, "trained_thresholds": thresholds, "margin": margin}
+    tensors = _tensors(folder / WEIGHTS, expected)
     for part, network in (("dmin.", dmin), ("lipn.", lipn)):
         state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
         network.load_state_dict(state, assign=True)
@@ -154,19 +158,26 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Read the tensors of the file after comparing their names and shapes with those expected."""
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is stored: numbers as float32, whatever the model computes in."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read the tensors of the file after comparing their names, shapes and types with those expected."""
+    described = {key: (TYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in expected.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        wrong = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        wrong = sorted(key for key in found.keys() | described.keys() if found.get(key) != described.get(key))
         if wrong:
-            key = wrong[0]
-            raise CheckpointError(
-                f"{path}: {key} has shape {found.get(key)}, {CONFIG} describes {expected.get(key)}; {AGAIN}"
-            )
-        # Copies: what is loaded is a view of the file, which may be overwritten, at any alignment, on which the
-        # last bit of a product depends.
+            key = wrong[0] if wrong[0].isprintable() and len(wrong[0]) <= 80 else "a tensor"
+            file_has, expects = (names.get(wrong[0], "nothing") for names in (found, described))
+            raise CheckpointError(f"{path}: {key} is {file_has}, {CONFIG} describes {expects}; {AGAIN}")
+        # Copied, since the loaded tensors are views of a file that may be overwritten, with an arbitrary
+        # alignment, on which the last bit of a product depends.
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); {AGAIN}") from error
@@ -196,7 +207,10 @@ def _download(name: str, revision: str | None) -> Path:
         folder = Path(hf_hub_download(name, CONFIG, revision=revision)).parent
         hf_hub_download(name, WEIGHTS, revision=folder.name)  # of the same commit, which names the folder
     except Exception as error:  # of the hub's library and of those below it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first error says most: "404 Not Found", "Connection refused"
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise CheckpointError(
             f"{name}: neither a folder here nor to be fetched from the Hugging Face hub ({reason}); check "
             "the name, the connection, and `hf auth login` for private models"

@@ -31,9 +31,17 @@ def gated_attention_pool(
     For a mask that does not depend on these logits; one that does (DMIN's own) needs the two operators.
 
     Args:
-        embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, dropout, seed:
-            As `gated_attention` takes them.
-        mask, segments: As `segment_softmax_pool` takes them.
+        embeddings: Embeddings F, (N, E).
+        tanh_weight: Weight V of the tanh, (H, E).
+        tanh_bias: Bias of the tanh, (H,).
+        gate_weight: Weight U of the gate, (H, E).
+        gate_bias: Bias of the gate, (H,).
+        score_weight: Weight W of the scores, (C, H).
+        score_bias: Bias of the scores, (C,).
+        mask: Mask M, (N, C), 1 or True for a kept tile; `None` keeps all.
+        segments: Where each of B bags lies among the N tiles; `None` for one bag.
+        dropout: Share of hidden units that is dropped from each factor of the attention.
+        seed: Seed of the dropout.
         backend: "torch" is the reference; "triton" the kernel, whose gradients cannot be differentiated
             again; "auto" the kernel on a GPU.
 
