@@ -69,8 +69,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from difflib import get_close_matches
 
-        close = get_close_matches(name, _HOMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(_HOMES)}"
+        spelled = {known.lower(): known for known in _HOMES}
+        close = get_close_matches(name.lower(), spelled, n=1)
+        hint = f"; did you mean {spelled[close[0]]!r}?" if close else f"; it has {', '.join(_HOMES)}"
         raise AttributeError(f"hdmil_lib has no {name!r}{hint}")
     value = getattr(import_module(f"hdmil_lib.{_HOMES[name]}"), name)
     globals()[name] = value

@@ -26,5 +26,6 @@ class CheckpointError(HDMILError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a message about an unknown name: " (did you mean 'abmil'?)", or nothing."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    spelled = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), spelled, n=1)
+    return f" (did you mean {spelled[close[0]]!r}?)" if close else ""

@@ -821,7 +821,6 @@ def with_hub(code, endpoint, folder, **variables):
                 HDMIL.from_pretrained(name, **options)
             except Exception as error:
                 message = str(error)
-                print(message)
                 assert type(error).__name__ == "CheckpointError", repr(error)
                 assert len(message.splitlines()) == 1 and len(message) < 600, message
                 assert "neither a folder here nor to be fetched from the Hugging Face hub" in message, message
@@ -844,7 +843,6 @@ def with_hub(code, endpoint, folder, **variables):
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=folder, timeout=180
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    print(result.stdout)
     return result.stdout
 
 

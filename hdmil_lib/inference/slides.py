@@ -104,13 +104,9 @@ def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Predictio
     check_bag(model, bag)
     seconds: dict[str, float] = {}
     with stage(seconds, "total"):
-        mask, rows = None, np.arange(len(bag))
-        if not all_tiles:
-            with stage(seconds, "lipn"):
-                mask = _screen(model, bag.known_patches)
-            rows = np.flatnonzero(mask.any(axis=1))
-        features = np.asarray(bag.features[rows], dtype=np.float32)
-        result = _classify(model, features, rows, mask, len(bag), seconds)
+        features = torch.from_numpy(np.asarray(bag.features, dtype=np.float32)).to(model.device)
+        patches = None if all_tiles else torch.from_numpy(bag.known_patches).to(model.device)
+        output = model(features, patches, all_tiles=all_tiles)
     return Prediction(
         slide_id=bag.slide_id,
         classes=model.classes,
@@ -120,7 +116,9 @@ def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Predictio
         rowcol=bag.rowcol,
         thumbnail=bag.thumbnail,
         seconds=seconds,
-        **result,
+        probabilities=output.probabilities[0].cpu().numpy(),
+        attention=output.attention.cpu().numpy(),
+        mask=output.mask.cpu().numpy(),
     )
 
 

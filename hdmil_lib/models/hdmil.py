@@ -115,7 +115,7 @@ class HDMIL(nn.Module):
     def forward(
         self,
         features: Tensor,
-        patches: Tensor,
+        patches: Tensor | None,
         segments: Segments | None = None,
         *,
         all_tiles: bool = False,
@@ -124,7 +124,7 @@ class HDMIL(nn.Module):
 
         Args:
             features: Features of the tiles, bag after bag, (N, D).
-            patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3).
+            patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3); `None` only with `all_tiles`.
             segments: The B bags; `None` for one bag.
             all_tiles: Whether DMIN reads every tile and LIPN is not used (HDMIL†).
 
@@ -149,9 +149,10 @@ class HDMIL(nn.Module):
                 read=read,
                 keep_ratio=torch.ones(segments.n_bags, device=features.device),
             )
-        if len(patches) != len(features):
+        if patches is None or len(patches) != len(features):
+            n_patches = 0 if patches is None else len(patches)
             raise BagError(
-                f"there are {len(patches)} patches and {len(features)} rows of features: a tile needs both"
+                f"there are {n_patches} patches and {len(features)} rows of features: a tile needs both"
             )
         mask = self.screen(patches, segments)
         read = mask.any(1)
