@@ -1,4 +1,4 @@
-"""What a user types, with `import hdmil_lib as hdmil` alone: from slides to predictions, and the names there are."""
+"""What a user types, with `import hdmil_lib as hdmil` alone: from slides to predictions; and the names."""
 
 import json
 import os
@@ -62,11 +62,15 @@ def model(session, tmp_path):
 
 def test_slides_become_bags(session):
     folder, report, cohort, _ = session
-    assert isinstance(report, pd.DataFrame) and len(report) == N_SLIDES
-    assert report["status"].tolist() == ["done"] * N_SLIDES and report["n_tiles"].tolist() == [6] * N_SLIDES
-    assert len(cohort) == N_SLIDES and cohort.classes == ("normal", "tumor")
+    assert isinstance(report, pd.DataFrame)
+    assert len(report) == N_SLIDES
+    assert report["status"].tolist() == ["done"] * N_SLIDES
+    assert report["n_tiles"].tolist() == [6] * N_SLIDES
+    assert len(cohort) == N_SLIDES
+    assert cohort.classes == ("normal", "tumor")
     bag = hdmil.read_bag(folder / "bags" / "s00.h5")
-    assert isinstance(bag, hdmil.Bag) and bag.features.shape == (6, 6)
+    assert isinstance(bag, hdmil.Bag)
+    assert bag.features.shape == (6, 6)
 
 
 def test_methods_are_compared(session):
@@ -74,14 +78,14 @@ def test_methods_are_compared(session):
     assert isinstance(cv, hdmil.CrossValidation)
     table = cv.table()
     assert table.index.tolist() == ["ABMIL", "HDMIL"]
-    assert cv.folder.is_relative_to(folder / "cache") and (cv.folder / "config.json").is_file()
+    assert cv.folder.is_relative_to(folder / "cache")
+    assert (cv.folder / "config.json").is_file()
     assert isinstance(cv.best("hdmil"), hdmil.HDMIL)
     abmil = cv.model("abmil", fold=2)
     assert abmil(torch.randn(5, 6)).probabilities.shape == (1, 2)
     again = hdmil.CrossValidation(cv.folder)
-    asked = again.predictions["method"].isin(
-        ["abmil", "hdmil"]
-    )  # not "hdmil_dagger", which "hdmil" builds on
+    # Opened again, it also has "hdmil_dagger", on which "hdmil" builds.
+    asked = again.predictions["method"].isin(["abmil", "hdmil"])
     pd.testing.assert_frame_equal(again.predictions[asked].reset_index(drop=True), cv.predictions)
 
 
@@ -101,7 +105,8 @@ def test_splits_come_from_a_folder_or_the_table(session, tmp_path):
 def test_a_slide_is_predicted_drawn_and_exported(session, model, tmp_path):
     slide = session[0] / "slides" / "s00.tif"
     prediction = model.predict(str(slide))
-    assert prediction.label in ("normal", "tumor") and prediction.probabilities.sum() == pytest.approx(1)
+    assert prediction.label in ("normal", "tumor")
+    assert prediction.probabilities.sum() == pytest.approx(1)
     figure = prediction.plot()
     assert len(figure.axes) == 3
     plt.close(figure)
@@ -115,12 +120,14 @@ def test_a_slide_is_predicted_drawn_and_exported(session, model, tmp_path):
 
 def test_a_slide_is_streamed(session, model):
     steps = list(model.stream(session[0] / "slides" / "s00.tif", max_seconds=10))
-    assert steps[-1].end == "all tiles" and len(steps[-1].rows) == 6
+    assert steps[-1].end == "all tiles"
+    assert len(steps[-1].rows) == 6
 
 
 def test_many_slides_become_a_table(session, model, tmp_path):
     table = model.predict_many(f"{session[0] / 'slides'}/", out=tmp_path / "predictions.csv", progress=False)
-    assert len(table) == N_SLIDES and (table["error"] == "").all()
+    assert len(table) == N_SLIDES
+    assert (table["error"] == "").all()
     assert set(pd.read_csv(tmp_path / "predictions.csv")["label"]) <= {"normal", "tumor"}
 
 
@@ -141,7 +148,8 @@ def test_a_model_is_made_and_fitted(tmp_path):
 def test_a_grid_is_laid_over_a_slide(session):
     with hdmil.Slide(session[0] / "slides" / "s00.tif") as slide:
         grid = hdmil.TileGrid.from_slide(slide)
-        assert len(grid) == 6 and grid.read_tile(slide, 0).shape == (256, 256, 3)
+        assert len(grid) == 6
+        assert grid.read_tile(slide, 0).shape == (256, 256, 3)
 
 
 @pytest.mark.slow
@@ -177,7 +185,8 @@ if __name__ == "__main__":
         [sys.executable, "session.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "HDMIL" in result.stdout and "12 slides, 0 failed" in result.stdout
+    assert "HDMIL" in result.stdout
+    assert "12 slides, 0 failed" in result.stdout
     assert {"bags", "model", "s00.png", "kept.geojson", "predictions.csv"} <= {
         p.name for p in tmp_path.iterdir()
     }
