@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hdmil_lib.config import Config, setup
     from hdmil_lib.encoders.extraction import extract
     from hdmil_lib.encoders.loading import load_encoder
+    from hdmil_lib.errors import HDMILError
     from hdmil_lib.models import HDMIL, ModelInfo, create_model
     from hdmil_lib.slides import Slide, TileGrid
     from hdmil_lib.training.crossval import CrossValidation, cross_validate
@@ -28,6 +29,7 @@ _HOMES = {
     "Config": "config",
     "CrossValidation": "training.crossval",
     "HDMIL": "models",
+    "HDMILError": "errors",
     "ModelInfo": "models",
     "Slide": "slides",
     "TileGrid": "slides",
@@ -43,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "HDMIL",
+    "HDMILError",
     "Bag",
     "BagBatch",
     "BagDataset",

@@ -210,7 +210,7 @@ def test_a_bag_of_another_dimension_is_named(tmp_path):
 # A part set aside for choices
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     slides_per_case=st.lists(st.integers(1, 4), min_size=20, max_size=60),
     n_classes=st.integers(2, 3),
