@@ -114,7 +114,7 @@ def seconds_of(model: HDMIL, paths: Sequence[Path], result: dict[str, Any]) -> d
     every = np.array(spent["HDMIL†"])
     return {
         name: {
-            "seconds a slide": round(float(np.mean(spent[name])), 2),
+            "seconds per slide": round(float(np.mean(spent[name])), 2),
             "tiles read": round(float(np.mean(read[name])), 1),
             "times faster than all tiles": round(float(every.sum() / np.sum(spent[name])), 2),
             "other labels": int(np.sum(np.array(labels[name]) != labels["HDMIL†"])),
@@ -134,7 +134,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "slides": {"learned on": N_LEARN, "tried on": len(bags) - N_LEARN, "with tumor": int(labels.sum())},
-        "tiles a slide": round(float(np.mean([len(bag) for bag in bags])), 1),
+        "tiles per slide": round(float(np.mean([len(bag) for bag in bags])), 1),
         "delta": DELTA,
         "margins": [None, *MARGINS[1:]],
         "rules": {METHODS[name]: learn(p, bags, labels) for name, p in networks.items()},

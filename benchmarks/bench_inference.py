@@ -7,7 +7,7 @@ Draws large synthetic slides once (in the cache) and writes `benchmarks/results/
 - Slides of rising size, each in a process of its own: Table 2, that is HDMIL† and HDMIL in turns, seconds by
   stage one after the other; HDMIL† with reading beside the encoder, as in use; and the peak memory. For each
   share of tiles read the share of time spent is to exceed it by 0.05 at most.
-- Yardsticks: seconds a tile, on a smaller slide that stores the scale of its tiles, of a naive loop and of
+- Yardsticks: seconds per tile, on a smaller slide that stores the scale of its tiles, of a naive loop and of
   the pipeline of a common tool (see `yardsticks.py`; from given coordinates to features), and of ours (from
   the file to the prediction), in turns; with the smallest cosine of the features to the naive loop's.
 
@@ -108,7 +108,7 @@ def growth(sides: Sequence[int], model: Path, repeats: int) -> dict[str, Any]:
 
 
 def yardsticks(path: Path, model: Path, repeats: int) -> dict[str, Any]:
-    """Seconds a tile of the slide, medians of turns."""
+    """Seconds per tile of the slide, medians of turns."""
     setup()
     network = build_network(ENCODERS["efficientnet_lite0"]).backbone
     with Slide(path) as slide:
@@ -145,7 +145,7 @@ def yardsticks(path: Path, model: Path, repeats: int) -> dict[str, Any]:
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     rows = {
         name: {
-            "ms a tile": round(1e3 * value, 2),
+            "ms per tile": round(1e3 * value, 2),
             "times faster than the naive loop": round(median["naive loop"] / value, 2),
             "times faster than the common tool": round(median["common tool"] / value, 2),
         }

@@ -4,7 +4,7 @@
 
 Every tile of the cohort camelyon-mini (synthetic) is read once and encoded by all of them, block by block in
 turns; DMIN of the fold that did not train on a slide says what becomes of it. The ranges of int8 come from 96
-tiles of four slides of a training part. `benchmarks/results/precision.json` gets milliseconds a tile, the
+tiles of four slides of a training part. `benchmarks/results/precision.json` gets milliseconds per tile, the
 cosine of the features with those of fp32, and AUC, mean and standard deviation over folds.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
         "tiles": n_tiles,
         "precisions": {
             name: {
-                "ms a tile": round(1e3 * seconds[name] / n_tiles, 2),
+                "ms per tile": round(1e3 * seconds[name] / n_tiles, 2),
                 "times faster than fp32": round(seconds["fp32"] / seconds[name], 2),
                 "least cosine": round(float(np.concatenate(cosines[name]).min()), 5),
                 "median cosine": round(float(np.median(np.concatenate(cosines[name]))), 5),

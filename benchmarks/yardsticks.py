@@ -24,7 +24,7 @@ def read_tile(slide: openslide.OpenSlide, corner: Sequence[int]) -> torch.Tensor
 
 @torch.no_grad()
 def naive_loop(path: Path, coords: np.ndarray, network: nn.Module) -> np.ndarray:
-    """One `read_region` and one call of the encoder a tile."""
+    """One `read_region` and one encoder call per tile."""
     with openslide.OpenSlide(path) as slide:
         return torch.cat([network(read_tile(slide, corner)[None]).mean((2, 3)) for corner in coords]).numpy()
 

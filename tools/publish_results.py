@@ -39,17 +39,17 @@ bound.
 
 """
 TABLES = {
-    "table2": "**Table 2.** Seconds a slide by stage on 2 CPU cores, above the paper's on a GPU.",
+    "table2": "**Table 2.** Seconds per slide and stage on 2 CPU cores, above the paper's on a GPU.",
     "table3": "**Table 3.** What each component adds: our test scores, the paper's validation scores.",
 }
 FIGURES = ("slide", "stage_times")
 SPEED = """**Speed** on a synthetic slide of {tiles:,} tiles, from the file to the answer, in turns with two
 yardsticks of which only the way from given coordinates to features counts: one `read_region` and one encoder
-call a tile, and a DataLoader over OpenSlide with the encoder in eager fp32 at batch 256
+call per tile, and a DataLoader over OpenSlide with the encoder in eager fp32 at batch 256
 ([inference.json](benchmarks/results/inference.json)).
 
 """
-GROWTH = """![Seconds a slide against its tiles](docs/results/growth.jpg)
+GROWTH = """![Seconds per slide against its number of tiles](docs/results/growth.jpg)
 
 Reading beside encoding, as in use, a further tile takes HDMIL† {ms:.1f} ms and {memory:,} bytes. Reading and
 decoding a tile takes {grid:.1f} times less CPU than `read_region` where tiles lie on the grid of stored ones,
@@ -111,7 +111,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def growth_table() -> pd.DataFrame:
-    """Seconds a slide by its tiles."""
+    """Seconds per slide by its number of tiles."""
     slides = measured("inference")["growth"]["slides"]
     columns = {method: [s["table"][method]["total"] for s in slides] for method in slides[0]["table"]}
     return pd.DataFrame(columns, [s["tiles"] for s in slides])
@@ -152,7 +152,7 @@ def speed() -> list[str]:
             grid=on["openslide / stored"],
             off=off["openslide / stored"],
         ),
-        GUARANTEE.format(n=slides["learned on"], m=slides["tried on"], tiles=rules["tiles a slide"])
+        GUARANTEE.format(n=slides["learned on"], m=slides["tried on"], tiles=rules["tiles per slide"])
         + to_markdown(pd.DataFrame(learned).T.rename_axis("rule")),
         PRECISION.format(amx="with" if precision["amx"] else "without")
         + to_markdown(_with_cosines(rows).rename_axis("precision")),
@@ -176,7 +176,7 @@ def render() -> str:
     parts.append(CLAIMS + to_markdown(claims()))
     for name, caption in TABLES.items():
         parts.append(f"{caption}\n\n{(RESULTS / f'{name}.md').read_text()}")
-    parts.append(f"![Seconds a slide by stage]({RESULTS.relative_to(REPOSITORY) / 'stage_times.jpg'})\n")
+    parts.append(f"![Seconds per slide and stage]({RESULTS.relative_to(REPOSITORY) / 'stage_times.jpg'})\n")
     steps = json.loads((RESULTS / "timing.json").read_text())["steps"].values()
     minutes, gigabytes = sum(s["seconds"] for s in steps) / 60, max(s["peak_mb"] for s in steps) / 1024
     parts.append(
