@@ -226,8 +226,9 @@ def run(cfg: Config) -> None:
         print(to_markdown(beside_full_run(results)))
         print(
             "The samples hold larger tumors than the full cohort, so scores are higher. LIPN is worth its "
-            "seconds where its row lies above that of random tiles, of which as many are read. Taught evidence, "
-            "it does; taught DMIN's masks, as published, the difference is within noise (notebook 06).\n"
+            "seconds where its row lies above that of random tiles, of which as many are read. Taught "
+            "evidence, it does; taught DMIN's masks, as published, the difference is within noise "
+            "(notebook 06).\n"
         )
     else:
         print(f"\nTest scores on {len(cohort)} synthetic slides ({COHORT}), beside the paper's Camelyon16:\n")
