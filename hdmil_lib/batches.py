@@ -1,8 +1,9 @@
 """Bags of a cohort in memory, and batches of them on a device."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -30,21 +31,38 @@ class TakesBags(Protocol):
 class BagBatch:
     """B bags with N tiles in total, on one device; row i is the same tile in every tensor.
 
+    Features, patches and positions are copied when they are first used: most models take features alone.
+
     Attributes:
         slide_ids: Names of the B slides.
         segments: The bags.
-        features: Features, float32 (N, D).
-        patches: Patches, uint8 (N, 16, 16, 3); `None` unless all bags have them.
-        rowcol: Position of the tiles on their slide's grid, int64 (N, 2).
         labels: Class indices, int64 (B,); `None` unless all are known.
+        rows_of: Copies the rows of these bags of one of the data set's matrices.
     """
 
     slide_ids: tuple[str, ...]
     segments: Segments
-    features: Tensor
-    patches: Tensor | None
-    rowcol: Tensor
     labels: Tensor | None
+    rows_of: Callable[[str], Tensor | None]
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Features, float32 (N, D)."""
+        features = self.rows_of("features")
+        assert features is not None
+        return features.float()
+
+    @cached_property
+    def patches(self) -> Tensor | None:
+        """Patches, uint8 (N, 16, 16, 3); `None` unless all bags have them."""
+        return self.rows_of("patches")
+
+    @cached_property
+    def rowcol(self) -> Tensor:
+        """Position of the tiles on their slide's grid, int64 (N, 2)."""
+        rowcol = self.rows_of("rowcol")
+        assert rowcol is not None
+        return rowcol
 
     @property
     def known_labels(self) -> Tensor:
@@ -110,11 +128,13 @@ class BagDataset:
         self._span = dict(zip(bags, pairwise(bounds), strict=True))
         chosen = list(bags.values())
         self.dim = chosen[0].features.shape[1]
-        self._features = torch.from_numpy(np.concatenate([bag.features for bag in chosen]))
-        self._rowcol = torch.from_numpy(np.concatenate([bag.rowcol for bag in chosen]))
-        patches = [bag.patches for bag in chosen]
-        known = [p for p in patches if p is not None]
-        self._patches = torch.from_numpy(np.concatenate(known)) if len(known) == len(patches) else None
+        patches = [bag.patches for bag in chosen if bag.patches is not None]
+        self._matrices = {
+            "features": torch.from_numpy(np.concatenate([bag.features for bag in chosen])),
+            "rowcol": torch.from_numpy(np.concatenate([bag.rowcol for bag in chosen])),
+        }
+        if len(patches) == len(chosen):
+            self._matrices["patches"] = torch.from_numpy(np.concatenate(patches))
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -139,10 +159,8 @@ class BagDataset:
         return BagBatch(
             slide_ids=tuple(slide_ids),
             segments=Segments([end - first for first, end in spans], self.device),
-            features=self._take(self._features, spans).float(),
-            patches=None if self._patches is None else self._take(self._patches, spans),
-            rowcol=self._take(self._rowcol, spans),
             labels=torch.tensor(labels, device=self.device) if len(labels) == len(spans) else None,
+            rows_of=partial(self._take, spans),
         )
 
     def batches(self, slide_ids: Sequence[str], max_tiles: int = MAX_TILES) -> Iterator[BagBatch]:
@@ -162,7 +180,7 @@ class BagDataset:
         """Short hash of the features of these slides."""
         digest = hashlib.sha256()
         for slide_id in slide_ids:
-            digest.update(self._features[slice(*self._rows(slide_id))].numpy().data)
+            digest.update(self._matrices["features"][slice(*self._rows(slide_id))].numpy().data)
         return digest.hexdigest()[:16]
 
     def _rows(self, slide_id: str) -> tuple[int, int]:
@@ -172,7 +190,10 @@ class BagDataset:
             )
         return self._span[slide_id]
 
-    def _take(self, rows: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    def _take(self, spans: Sequence[tuple[int, int]], field: str) -> Tensor | None:
+        rows = self._matrices.get(field)
+        if rows is None:
+            return None
         parts = [rows[first:end] for first, end in spans]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
 

@@ -4,8 +4,10 @@ import hashlib
 import json
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -334,7 +336,7 @@ def _run(
         try:
             with torch_threads(1):
                 for wave in todo:
-                    _share(wave, data, pool, bar)
+                    _share(wave, data, pool, helpers, bar)
         except BaseException:  # also on an interrupt, so that nothing waits for the helpers
             pool.shutdown(wait=False, cancel_futures=True)
             for helper in set(multiprocessing.active_children()) - others:
@@ -343,18 +345,39 @@ def _run(
         pool.shutdown()
 
 
-def _share(wave: list[_Job], data: BagDataset, pool: ProcessPoolExecutor, bar: tqdm) -> None:
-    """Run a wave of jobs in the pool and here: this process takes jobs from the end that are not started."""
-    futures: dict[Future, _Job] = {pool.submit(_run_in_worker, job): job for job in wave}
+def _share(
+    wave: Sequence[_Job], data: BagDataset, pool: ProcessPoolExecutor, helpers: int, bar: tqdm
+) -> None:
+    """Run a wave of jobs here and in the helpers, each of which takes the next job when it is free.
+
+    A helper gets its next job when the last one is done: jobs that wait in the pool cannot be taken back.
+    """
+    jobs, futures = deque(wave), list[Future]()
+
+    def feed() -> None:
+        with suppress(IndexError):  # no job is left
+            future = pool.submit(_run_in_worker, jobs.popleft())
+            futures.append(future)
+            future.add_done_callback(done)
+
+    def done(future: Future) -> None:
+        if future.cancelled() or future.exception():
+            jobs.clear()
+            return
+        bar.update()
+        feed()
+
+    for _ in range(helpers):
+        feed()
+    while jobs:
+        try:
+            job = jobs.popleft()
+        except IndexError:  # a helper took the last one
+            break
+        _run_job(job, data)
+        bar.update()
     for future in futures:
-        future.add_done_callback(lambda done: None if done.cancelled() else bar.update())
-    for future, job in reversed(futures.items()):
-        if future.cancel():
-            _run_job(job, data)
-            bar.update()
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+        future.result()
 
 
 _worker_data: list[BagDataset] = []
