@@ -1,19 +1,24 @@
 """Bags of a cohort in memory, and batches of them on a device."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
 from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.kernels.segments import Segments
+
+HOST_FIELDS = ("rowcol",)
+"""Fields of a batch that stay on the host."""
 
 MAX_TILES = 65_536
 """Largest number of tiles per batch of a prediction, unless a single bag has more."""
@@ -29,14 +34,15 @@ class TakesBags(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class BagBatch:
-    """B bags with N tiles in total, on one device; row i is the same tile in every tensor.
+    """B bags with N tiles in total; row i is the same tile in every tensor.
 
-    Features, patches and positions are copied when they are first used: most models take features alone.
+    Features and patches are on the device of the data set, labels and positions on the host. A field is
+    copied when it is first used: most models take features alone.
 
     Attributes:
         slide_ids: Names of the B slides.
         segments: The bags.
-        labels: Class indices, int64 (B,); `None` unless all are known.
+        labels: Class indices, int64 (B,), on the host; `None` unless all are known.
         rows_of: Copies the rows of these bags of one of the data set's matrices.
     """
 
@@ -59,7 +65,7 @@ class BagBatch:
 
     @cached_property
     def rowcol(self) -> Tensor:
-        """Position of the tiles on their slide's grid, int64 (N, 2)."""
+        """Position of the tiles on their slide's grid, int64 (N, 2), on the host, where regions are made."""
         rowcol = self.rows_of("rowcol")
         assert rowcol is not None
         return rowcol
@@ -98,7 +104,7 @@ class BagDataset:
     Args:
         bags: Bags by slide_id, all from one encoder.
         labels: Class index by slide_id, where known.
-        device: Device of the batches.
+        device: Device of the batches, as `devices.resolve` takes it; see `to`.
 
     Attributes:
         slide_ids: Names of the slides, in the order of `bags`.
@@ -106,10 +112,12 @@ class BagDataset:
         encoder: Encoder of the features.
         dim: Width of the features, D.
         device: Device of the batches.
+        resident: Fields that lie on the device as a whole.
 
     Raises:
         BagError: There is no bag, a bag has no tiles or features that are not finite, or the encoders or
             widths of the bags differ.
+        HDMILError: The device is not there.
     """
 
     def __init__(
@@ -123,7 +131,6 @@ class BagDataset:
         self.encoder: EncoderIdentity = check_same_features(bags.values())
         self.slide_ids = tuple(bags)
         self.labels = dict(labels or {})
-        self.device = torch.device(device)
         bounds = [0, *accumulate(len(bag) for bag in bags.values())]
         self._span = dict(zip(bags, pairwise(bounds), strict=True))
         chosen = list(bags.values())
@@ -135,6 +142,46 @@ class BagDataset:
         }
         if len(patches) == len(chosen):
             self._matrices["patches"] = torch.from_numpy(np.concatenate(patches))
+        self._place(devices.resolve(device))
+
+    def to(self, device: torch.device | str) -> "BagDataset":
+        """The same bags for batches on another device.
+
+        On a GPU a field lies there as a whole if that takes less than half of its free memory. Otherwise it
+        lies in pinned memory of the host, from which batches are copied without waiting for the GPU.
+
+        Raises:
+            HDMILError: The device is not there.
+        """
+        device = devices.resolve(device)
+        if device == self.device:
+            return self
+        other = copy(self)
+        other._place(device)
+        return other
+
+    def _place(self, device: torch.device) -> None:
+        self.device, self.resident = device, dict[str, Tensor]()
+        self._host = self._matrices
+        if device.type != "cuda":
+            return
+        self._host = dict(self._matrices)
+        for field in ("features", "patches"):
+            if (rows := self._matrices.get(field)) is None:
+                continue
+            if rows.nbytes < devices.free_memory(device) / 2:
+                self.resident[field] = rows.to(device)
+            else:
+                self._host[field] = devices.pinned(rows)
+
+    @property
+    def placement(self) -> str:
+        """Where the fields lie and how much memory they take, for a log."""
+        parts = []
+        for field, rows in self._matrices.items():
+            place = str(self.device) if field in self.resident else "the host"
+            parts.append(f"{field} {rows.nbytes / 1e9:.2f} GB on {place}")
+        return ", ".join(parts)
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -159,22 +206,50 @@ class BagDataset:
         return BagBatch(
             slide_ids=tuple(slide_ids),
             segments=Segments([end - first for first, end in spans], self.device),
-            labels=torch.tensor(labels, device=self.device) if len(labels) == len(spans) else None,
+            labels=torch.tensor(labels) if len(labels) == len(spans) else None,
             rows_of=partial(self._take, spans),
         )
 
+    def batches_of(
+        self, groups: Iterable[Sequence[str]], fields: Sequence[str] = ("features",)
+    ) -> Iterator[BagBatch]:
+        """Batches of groups of slides; on a GPU the fields of the next batch are copied meanwhile.
+
+        Args:
+            groups: The slides of each batch.
+            fields: Fields of a `BagBatch` that will be used.
+        """
+        moved = [field for field in fields if field in self._matrices and field not in HOST_FIELDS]
+        if self.device.type != "cuda" or not torch.cuda.is_available() or set(moved) <= set(self.resident):
+            yield from map(self.batch, groups)
+            return
+        copying = torch.cuda.Stream(self.device)
+        following: BagBatch | None = None
+        for group in chain(groups, [None]):
+            computing, current = torch.cuda.current_stream(self.device), following
+            following = None if group is None else self.batch(group)
+            if current is not None:
+                computing.wait_stream(copying)  # its own copies; those of the next batch start below
+                for field in moved:
+                    getattr(current, field).record_stream(computing)
+            if following is not None:
+                with torch.cuda.stream(copying):
+                    for field in moved:
+                        getattr(following, field)
+            if current is not None:
+                yield current
+
     def batches(self, slide_ids: Sequence[str], max_tiles: int = MAX_TILES) -> Iterator[BagBatch]:
         """Batches of the slides in their order, each with one slide or up to `max_tiles` tiles in total."""
-        chunk: list[str] = []
+        chunks: list[list[str]] = []
         total = 0
         for slide_id in slide_ids:
-            if chunk and total + self.length(slide_id) > max_tiles:
-                yield self.batch(chunk)
-                chunk, total = [], 0
-            chunk.append(slide_id)
+            if not chunks or total + self.length(slide_id) > max_tiles:
+                chunks.append([])
+                total = 0
+            chunks[-1].append(slide_id)
             total += self.length(slide_id)
-        if chunk:
-            yield self.batch(chunk)
+        return map(self.batch, chunks)
 
     def digest(self, slide_ids: Sequence[str]) -> str:
         """Short hash of the features of these slides."""
@@ -191,11 +266,16 @@ class BagDataset:
         return self._span[slide_id]
 
     def _take(self, spans: Sequence[tuple[int, int]], field: str) -> Tensor | None:
-        rows = self._matrices.get(field)
+        rows = self.resident.get(field, self._host.get(field))
         if rows is None:
             return None
         parts = [rows[first:end] for first, end in spans]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+        if field in HOST_FIELDS or rows.device == self.device:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        taken = rows.new_empty(sum(map(len, parts)), *rows.shape[1:], device=self.device)
+        for here, part in zip(taken.split([len(part) for part in parts]), parts, strict=True):
+            here.copy_(part, non_blocking=True)
+        return taken
 
 
 def _check(slide_id: str, bag: Bag) -> None:

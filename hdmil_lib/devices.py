@@ -1,6 +1,9 @@
 """Devices by name: the one place that asks what hardware there is."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from hdmil_lib.errors import HDMILError
 
@@ -33,6 +36,44 @@ def resolve(device: str | torch.device = "auto") -> torch.device:
     if wanted.type == "mps" and torch.backends.mps.is_available() and not wanted.index:
         return torch.device("mps")
     raise _absent(device)
+
+
+def resolve_all(device: str | torch.device | Sequence[str | torch.device] = "auto") -> list[torch.device]:
+    """The devices among which slides or folds are shared.
+
+    Args:
+        device: "auto" (all CUDA GPUs if there are any, else the CPU), one device, several, or several in one
+            string such as "cuda:0,cuda:1".
+
+    Raises:
+        HDMILError: A device is not there, or none is named.
+    """
+    if isinstance(device, str):
+        if device == "auto" and torch.cuda.is_available():
+            return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        device = device.split(",")
+    names = [device] if isinstance(device, torch.device) else list(device)
+    if not names:
+        raise _absent("")
+    return list(dict.fromkeys(resolve(name.strip() if isinstance(name, str) else name) for name in names))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The floating type of most digits on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def free_memory(gpu: torch.device) -> int:
+    """Number of bytes that are free on a CUDA GPU."""
+    return torch.cuda.mem_get_info(gpu)[0]
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, from which a GPU is filled without waiting; if that fails, the tensor."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:  # the system allows no more
+        return tensor
 
 
 def _absent(device: str | torch.device) -> HDMILError:

@@ -9,6 +9,7 @@ from bag_factory import DIM, ENCODER, make_bag, make_bags, make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hdmil_lib import devices
 from hdmil_lib.bags import EncoderIdentity
 from hdmil_lib.batches import MAX_TILES, BagDataset
 from hdmil_lib.errors import BagError, CohortError
@@ -59,11 +60,16 @@ def test_a_data_set_says_what_it_holds(bags):
     assert [data.length(s) for s in bags] == list(SIZES)
 
 
-def test_a_batch_on_another_device_is_there_entirely(bags):
-    data = BagDataset(bags, LABELS, device="meta")
+def test_a_batch_on_another_device_has_there_what_networks_take(bags, monkeypatch):
+    """The device "meta" stands for a GPU."""
+    monkeypatch.setattr(devices, "resolve", torch.device)
+    here = BagDataset(bags, LABELS)
+    data = here.to("meta")
+    assert data.to("meta") is data
+    assert here.device == here.batch(["s0"]).features.device == torch.device("cpu")
     batch = data.batch(["s2", "s0"])
-    tensors = (batch.features, batch.patches, batch.rowcol, batch.labels, batch.segments.offsets)
-    assert all(tensor.is_meta for tensor in tensors)
+    assert all(tensor.is_meta for tensor in (batch.features, batch.patches, batch.segments.offsets))
+    assert all(tensor.device.type == "cpu" for tensor in (batch.rowcol, batch.labels))
     assert batch.segments.lengths == (9, 5)
     model = create_model("mean", DIM, 2).to("meta")
     assert model(**batch.inputs_for(model)).logits.shape == (2, 2)

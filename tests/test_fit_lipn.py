@@ -236,7 +236,7 @@ def test_lipn_learns_what_dmin_selects_and_stores_its_thresholds(case, tmp_path)
     selected = [bool(data.labels[s]) and i < 4 for s in split.test for i in range(12)]
     assert roc_auc_score(selected, scores) > 0.95
     thresholds = json.loads((tmp_path / "config.json").read_text())["thresholds"]
-    assert thresholds == thresholds_for_keep_ratio(validation, dmin.settings.keep_ratio)
+    assert thresholds == thresholds_for_keep_ratio(validation, dmin.settings.keep_ratio).tolist()
 
 
 def test_gradients_of_lipn_are_clipped(case, tmp_path):

@@ -78,7 +78,7 @@ def patches_of(data, slide_ids):
 @torch.inference_mode()
 def chosen_thresholds(model, data, slide_ids):
     scores = [model.lipn(patches).sigmoid() for patches in patches_of(data, slide_ids)]
-    return thresholds_for_keep_ratio(scores, model.dmin.settings.keep_ratio)
+    return thresholds_for_keep_ratio(scores, model.dmin.settings.keep_ratio).tolist()
 
 
 def validation_loss(model, case):

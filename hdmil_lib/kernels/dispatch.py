@@ -1,8 +1,10 @@
 """Which code runs an operator and which arguments it accepts, shared by all operators."""
 
 import importlib.util
-from collections.abc import Callable
-from functools import wraps
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, wraps
 from typing import Any, Literal
 
 import torch
@@ -12,21 +14,42 @@ from hdmil_lib.config import interprets_triton
 
 Backend = Literal["auto", "torch", "triton"]
 
+OLDEST = (7, 5)
+"""Compute capability of the oldest NVIDIA GPUs for which Triton compiles."""
+
+_automatic: Backend = "auto"
+
+
+@contextmanager
+def default_backend(backend: Backend) -> Iterator[None]:
+    """Set what "auto" means for all operators of this process within a `with` block."""
+    global _automatic
+    before, _automatic = _automatic, backend
+    try:
+        yield
+    finally:
+        _automatic = before
+
 
 def use_triton(backend: Backend, inputs: Tensor) -> bool:
-    """Return whether to run the Triton kernel, which "auto" does on a GPU unless the inputs are float64.
+    """Return whether to run the Triton kernel.
+
+    On a GPU "auto" does so unless the inputs are float64, Triton is absent, or the GPU is too old for it, or
+    for bfloat16; the last three are said once.
 
     Raises:
         ValueError: The backend does not exist, or Triton cannot run here.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
+    if backend == "auto":
+        backend = _automatic
     double = inputs.dtype == torch.float64
     if backend == "torch" or (backend == "auto" and (double or not inputs.is_cuda)):
         return False
-    installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return installed
+        return _runs_kernels(inputs.device, inputs.dtype == torch.bfloat16)
+    installed = importlib.util.find_spec("triton") is not None
     if not installed:
         raise ValueError("backend='triton', but Triton is not installed: use 'auto', or pip install triton")
     if not inputs.is_cuda and not interprets_triton():
@@ -37,6 +60,52 @@ def use_triton(backend: Backend, inputs: Tensor) -> bool:
     if double:
         raise ValueError("backend='triton' computes in float32, these are torch.float64: use backend='auto'")
     return True
+
+
+@lru_cache
+def _runs_kernels(gpu: torch.device, bfloat16: bool) -> bool:
+    """Whether the kernels run on a GPU; if not, the reason is said, once since the answer is kept."""
+    reason = _hindrance(gpu, bfloat16)
+    if reason:
+        warnings.warn(
+            f"{reason}: the operators run as formulas of PyTorch, correct but slower", RuntimeWarning, 3
+        )
+    return not reason
+
+
+# As `torch.compiler.assume_constant_result` does, which would import the compiler.
+_runs_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _hindrance(gpu: torch.device, bfloat16: bool) -> str:
+    """Why the kernels do not run on a GPU, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ""  # a made-up GPU of a test; or one of AMD, all of which that PyTorch runs on have bfloat16
+    capability = torch.cuda.get_device_capability(gpu)
+    name = f"{torch.cuda.get_device_name(gpu)} has compute capability {'.'.join(map(str, capability))}"
+    if capability < OLDEST:
+        return f"{name}, Triton needs {'.'.join(map(str, OLDEST))}"
+    return f"{name}, bfloat16 needs 8.0" if bfloat16 and capability < (8, 0) else ""
+
+
+def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches kernels as a custom operator of PyTorch.
+
+    Triton launches on the current GPU. While the function runs, that is the GPU of its first tensor.
+    """
+
+    def register(launch: Callable[..., Any]) -> Any:
+        @wraps(launch)
+        def on_its_gpu(*arguments: Any) -> Any:
+            first = next(a for a in arguments if isinstance(a, Tensor))
+            with torch.cuda.device_of(first):
+                return launch(*arguments)
+
+        return torch.library.custom_op(name, on_its_gpu, mutates_args=())
+
+    return register
 
 
 def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -66,10 +135,7 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
             raise ValueError(f"{name} is {tensor.dtype}, expected a floating type")
         if tensor.dtype != model.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, but {first} is {model.dtype}: convert one of them")
-        if tensor.device != model.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but {first} is on {model.device}: move one of them"
-            )
+        check_device(name, tensor, model.device, first)
         if tensor.ndim != len(axes.split()):
             raise _wrong_shape(name, tensor, axes)
         for axis, size in zip(axes.split(), tensor.shape, strict=True):
@@ -79,6 +145,12 @@ def check(**arguments: tuple[Tensor | None, str]) -> dict[str, int]:
                 raise _wrong_shape(name, tensor, axes, reason)
             source.setdefault(axis, name)
     return sizes
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
+    """Raise a ValueError if an argument lies on another device than the other one."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but {other} is on {device}: move one of them")
 
 
 def check_bytes(name: str, value: object, axes: str) -> None:

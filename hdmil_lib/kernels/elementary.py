@@ -12,8 +12,8 @@ def tanh(x):
 
 @triton.jit
 def random_bits(place, key):
-    """Return the 32 bits of `kernels.random.bits` at a position, for the key of a seed."""
-    words = (place ^ key).to(tl.uint32, bitcast=True)
+    """Return the 32 bits of `kernels.random.bits` at a position, for the key of a seed in memory."""
+    words = (place ^ tl.load(key)).to(tl.uint32, bitcast=True)
     words = (words ^ (words >> 16)) * 0x21F0AAAD
     words = (words ^ (words >> 15)) * 0x735A2D97
     return words ^ (words >> 15)

@@ -4,6 +4,9 @@ The numbers of a generator with a state depend on how the work is split, and mus
 pass. A hash of (seed, position) avoids both: the number of a position can be computed anywhere, at any time.
 The mixing function is a 32-bit xor-shift-multiply hash with full avalanche, on int32 words whose products
 wrap around. `elementary.py` has the same function for kernels.
+
+Seeds are drawn as tensors and never read: a GPU is not waited for, and `torch.compile` sees no number that
+changes with every step.
 """
 
 import torch
@@ -11,6 +14,9 @@ from torch import Tensor
 
 FIRST, SECOND = 0x21F0AAAD, 0x735A2D97  # multipliers of the hash
 WORD = 0xFFFFFFFF
+
+Seed = int | Tensor
+"""A number of up to 64 bits, or such a number as int64 ()."""
 
 
 def shift(words: Tensor, by: int) -> Tensor:
@@ -25,24 +31,22 @@ def mix(words: Tensor) -> Tensor:
     return shift(words, 15).bitwise_xor_(words)
 
 
-def key(seed: int) -> int:
-    """Return the 32-bit word that represents a seed: its two halves, hashed one after the other."""
-    word = 0
-    for half in (seed & WORD, seed >> 32 & WORD):
-        word = word ^ half
-        word = (word ^ (word >> 16)) * FIRST & WORD
-        word = (word ^ (word >> 15)) * SECOND & WORD
-        word ^= word >> 15
-    return word - (word >> 31 << 32)  # as a signed number, the range of int32
+def key(seed: Seed, device: torch.device | str = "cpu") -> Tensor:
+    """Return the word that represents a seed, int32 (): its two halves, hashed one after the other."""
+    if isinstance(seed, int):
+        signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
+        seed = torch.tensor(signed, device="cpu")
+    low, high = ((half & WORD).to(torch.int32) for half in (seed, seed >> 32))
+    return mix(mix(low) ^ high).to(device, non_blocking=True)
 
 
-def bits(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+def bits(seed: Seed, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Return 32 random bits for each element of a contiguous tensor of this shape, int32."""
     places = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device)
-    return mix(places ^ key(seed)).view(shape)
+    return mix(places ^ key(seed, device)).view(shape)
 
 
-def logistic(seed: int, like: Tensor) -> Tensor:
+def logistic(seed: Seed, like: Tensor) -> Tensor:
     """Return samples of G1 - G2 for two standard Gumbel variables, which has a logistic distribution.
 
     They are drawn by inversion. The uniform numbers are the midpoints of 2^23 equal parts of (0, 1), which
@@ -57,6 +61,6 @@ def logistic(seed: int, like: Tensor) -> Tensor:
     return middle.mul_(2**-23).logit_()
 
 
-def draw_seed(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from a CPU generator, by default from PyTorch's global one."""
-    return int(torch.randint(2**62, (), generator=generator))
+def draw_seed(generator: torch.Generator | None = None) -> Tensor:
+    """Draw a seed, int64 () on the CPU, from a CPU generator, by default from PyTorch's global one."""
+    return torch.randint(2**62, (), generator=generator, device="cpu")

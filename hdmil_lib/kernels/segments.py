@@ -1,7 +1,9 @@
 """Bags of any length, one after the other in one tensor: where each starts, checked once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from copy import copy
 from functools import cached_property
+from itertools import accumulate, pairwise
 from operator import index
 
 import torch
@@ -15,13 +17,15 @@ class Segments:
     makes a GPU wait. Operators and models take one and do not check it again.
 
     Attributes:
-        lengths: Tiles of each bag, on the host.
-        n_tiles: Number of tiles of all bags, N.
-        longest: Number of tiles of the longest bag.
-        offsets: Where each bag starts and the last one ends, from 0 to N, int64 (B + 1,).
+        lengths: Tiles of each bag, on the host; without `exact` the most that each bag can have.
+        n_tiles: Number of tiles, N.
+        longest: Number of tiles of the longest bag, or the most that it can have.
+        offsets: Where each bag starts and the last one ends, from 0 upwards, int64 (B + 1,).
+        exact: Whether the bags have these lengths and end with tile N. If not, which `select` makes so on a
+            GPU, the lengths are in the offsets alone, and the tiles behind the last bag are in no bag.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, lengths: Iterable[int], device: torch.device | str = "cpu"):
         """Describe bags with these lengths.
 
         Args:
@@ -35,9 +39,8 @@ class Segments:
         self.lengths = tuple(index(length) for length in lengths)
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths is {self.lengths}, expected one bag or more, of 0 or more tiles each")
-        self.n_tiles, self.longest = sum(self.lengths), max(self.lengths)
-        sizes = torch.tensor((0, *self.lengths), dtype=torch.int64)
-        self.offsets = sizes.cumsum(0).to(device, non_blocking=True)
+        self.n_tiles, self.longest, self.exact = sum(self.lengths), max(self.lengths), True
+        self.offsets = to_device(torch.tensor([0, *accumulate(self.lengths)], device="cpu"), device)
 
     @classmethod
     def from_offsets(cls, offsets: Tensor) -> "Segments":
@@ -52,12 +55,45 @@ class Segments:
         values = offsets.tolist()
         if values[0] != 0:
             raise ValueError(f"offsets starts at {values[0]}, expected 0")
-        return cls([end - start for start, end in zip(values, values[1:], strict=False)], offsets.device)
+        return cls([end - start for start, end in pairwise(values)], offsets.device)
+
+    def select(self, kept: Tensor, *, wait: bool | None = None) -> tuple[Tensor, "Segments"]:
+        """Choose tiles, and describe the bags that they make.
+
+        Args:
+            kept: Tiles to choose, bool (N,); none of them is in no bag.
+            wait: Whether to wait for the number of tiles that are kept. By default a GPU is not waited for.
+
+        Returns:
+            rows: Rows of the kept tiles, bag after bag, int64 (n,). Without waiting, the rows of all N tiles,
+                kept ones first.
+            segments: The bags of kept tiles; without waiting not `exact`.
+        """
+        ends = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+        offsets = ends[self.offsets]
+        if offsets.device.type != "cuda" if wait is None else wait:
+            return kept.nonzero()[:, 0], Segments.from_offsets(offsets)
+        chosen = copy(self)
+        for derived in ("covering", "sizes", "bag", "place", "inside"):
+            chosen.__dict__.pop(derived, None)
+        chosen.offsets, chosen.exact = offsets, False
+        return kept.logical_not().byte().argsort(stable=True), chosen
+
+    def read_lengths(self) -> list[int]:
+        """Tiles of each bag; waits for the GPU unless they are known."""
+        return list(self.lengths) if self.exact else self.sizes.tolist()
 
     @property
     def n_bags(self) -> int:
         """Number of bags, B."""
         return len(self.lengths)
+
+    @cached_property
+    def covering(self) -> Tensor:
+        """Offsets such that every tile is in a bag: if not `exact`, with one more bag of the other tiles."""
+        if self.exact:
+            return self.offsets
+        return torch.nn.functional.pad(self.offsets, (0, 1), value=self.n_tiles)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -66,20 +102,38 @@ class Segments:
 
     @cached_property
     def bag(self) -> Tensor:
-        """Number of the bag that each tile is in, int64 (N,)."""
-        bags = torch.arange(self.n_bags, device=self.offsets.device)
-        return torch.repeat_interleave(bags, self.sizes, output_size=self.n_tiles)
+        """Number of the bag that each tile is in, int64 (N,); B for a tile that is in no bag."""
+        if self.exact:
+            bags = torch.arange(self.n_bags, device=self.offsets.device)
+            return torch.repeat_interleave(bags, self.sizes, output_size=self.n_tiles)
+        return torch.searchsorted(self.offsets[1:], self._tiles(), right=True)
 
     @cached_property
     def place(self) -> Tensor:
         """Place of each tile in its bag, from 0, int64 (N,)."""
-        return torch.arange(self.n_tiles, device=self.offsets.device) - self.offsets[self.bag]
+        return self._tiles() - self.covering[self.bag]
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """Whether each tile is in a bag, bool (N,)."""
+        return self._tiles() < self.offsets[-1]
+
+    def _tiles(self) -> Tensor:
+        return torch.arange(self.n_tiles, device=self.offsets.device)
 
     def __len__(self) -> int:
         return self.n_bags
 
     def __repr__(self) -> str:
-        return f"Segments({self.n_bags} bags, {self.n_tiles} tiles, {self.offsets.device})"
+        n_tiles = f"{self.n_tiles} tiles" if self.exact else f"at most {self.n_tiles} tiles"
+        return f"Segments({self.n_bags} bags, {n_tiles}, {self.offsets.device})"
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for the device."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def check_segments(segments: Segments | None, n_tiles: int, device: torch.device) -> None:
@@ -114,7 +168,7 @@ def chunks(offsets: Tensor, n_tiles: int, size: int) -> tuple[Tensor, Tensor]:
         first_chunk: int32 (B + 1,), where the chunks of each bag start in the table.
     """
     counts = (offsets.diff() + size - 1) // size
-    first_chunk = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    first_chunk = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     number = torch.arange(n_tiles // size + len(counts), device=offsets.device)
     bag = torch.searchsorted(first_chunk, number, right=True) - 1
     beyond = bag >= len(counts)

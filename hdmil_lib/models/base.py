@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 
 from hdmil_lib.errors import BagError
-from hdmil_lib.kernels.segments import Segments, check_segments
+from hdmil_lib.kernels.dispatch import check_device
+from hdmil_lib.kernels.segments import Segments, check_segments, to_device
 
 LossTerms = dict[str, Tensor]
 """Weighted terms of a loss by name, each a scalar; their sum is the loss."""
@@ -83,15 +84,10 @@ class MILModel(nn.Module, ABC, Generic[Output]):
 
         Raises:
             BagError: The features have another width, or a bag has no tiles.
-            ValueError: `segments` does not fit the features.
+            ValueError: The features are on another device than the model, or `segments` does not fit them.
         """
         features = self.prepare(features)
-        if segments is None:
-            segments = Segments([len(features)], features.device)
-        check_segments(segments, len(features), features.device)
-        if min(segments.lengths) == 0:
-            raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
-        return self.classify(features, segments, **options)
+        return self.classify(features, bags_of(features, segments), **options)
 
     @abstractmethod
     def classify(self, features: Tensor, segments: Segments, *args: Any, **options: Any) -> Output:
@@ -102,7 +98,7 @@ class MILModel(nn.Module, ABC, Generic[Output]):
 
         Args:
             output: Output of `forward`.
-            labels: Class indices, int64 (B,).
+            labels: Class indices, int64 (B,), on the host or with the output.
         """
         return {"bag": cross_entropy(output.logits, labels)}
 
@@ -115,6 +111,7 @@ class MILModel(nn.Module, ABC, Generic[Output]):
 
         Raises:
             BagError: The features have another shape, or there are no tiles.
+            ValueError: They are on another device than the model.
         """
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise BagError(
@@ -123,4 +120,25 @@ class MILModel(nn.Module, ABC, Generic[Output]):
             )
         if len(features) == 0:
             raise BagError("the bag has no tiles: a model needs at least one; check the tissue mask")
+        check_device("features", features, self.feature_mean.device, "the model")
         return (features - self.feature_mean) / self.feature_std
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """PyTorch's cross entropy of logits (B, C), with labels (B,) on the host or with the logits."""
+    return F.cross_entropy(logits, to_device(labels, logits.device), **options)
+
+
+def bags_of(features: Tensor, segments: Segments | None) -> Segments:
+    """Segments of features (N, D), checked: one bag if there are none.
+
+    Raises:
+        BagError: A bag has no tiles.
+        ValueError: The segments do not fit the features.
+    """
+    if segments is None:
+        segments = Segments([len(features)], features.device)
+    check_segments(segments, len(features), features.device)
+    if segments.exact and min(segments.lengths) == 0:
+        raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
+    return segments

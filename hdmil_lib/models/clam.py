@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.layers import GatedAttention, projection
 

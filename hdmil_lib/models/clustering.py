@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models.ragged import pad
 
 
@@ -48,7 +48,8 @@ def instance_clustering_loss(
         heads: One instance classifier per branch, (n, E) to (n, 2).
         embeddings: F, (N, E).
         attention: A, (N, C).
-        labels: Class of each bag, (B,).
+        labels: Class of each bag, (B,), on the host or with the embeddings. Without `subtyping`, the head of
+            an absent class gets no gradient if they are on the host, else zeros.
         segments: The B bags.
         k: Largest number of tiles at each end.
         subtyping: Whether every class has tiles of its own.
@@ -60,27 +61,37 @@ def instance_clustering_loss(
     n_ends = (segments.sizes // 2).clamp(1, k)
     k = min(max(segments.longest // 2, 1), k)
     ends = torch.arange(k, device=n_ends.device) < n_ends.unsqueeze(1)
-    bags = torch.arange(len(labels), device=n_ends.device).unsqueeze(1).expand_as(ends)
+    everyone = subtyping or labels.device.type != "cpu"
+    present = range(len(heads)) if everyone else set(labels.tolist())
+    labels = to_device(labels, embeddings.device)
+    bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k)  # both ends
     total = embeddings.new_zeros(len(labels))
     for branch, head in enumerate(heads):
+        if branch not in present:
+            continue
         # The lowest tiles are used in bags of this class only, with `subtyping` the highest in all bags.
         of_class = labels == branch
         low = ends & of_class.unsqueeze(1)
         high = ends if subtyping else low
-        bags_high, bags_low = bags[high], bags[low]
-        bag = torch.cat((bags_high, bags_low))
-        if not len(bag):
-            continue
-        # The used tiles, first those of highest attention; label 1 is for these in bags of this class.
         scores = attention[:, branch].detach()
-        tiles = torch.cat((_top_k(scores, segments, k)[high], _top_k(-scores, segments, k)[low]))
-        targets = torch.cat((of_class[bags_high].long(), torch.zeros_like(bags_low)))
+        tiles = torch.stack((_top_k(scores, segments, k), _top_k(-scores, segments, k)))
+        used = torch.stack((high, low))
+        # Label 1 is for the tiles of highest attention in bags of this class.
+        targets = torch.stack((of_class, torch.zeros_like(of_class))).unsqueeze(2).expand_as(used)
         # Each bag counts the mean over its tiles: both ends in bags of this class, one end in others.
-        n_tiles = torch.where(of_class, 2 * n_ends, n_ends)[bag]
-        total = total.index_add(0, bag, smooth_top1_svm(head(embeddings[tiles]), targets) / n_tiles)
+        n_tiles = torch.where(of_class, 2 * n_ends, n_ends)
+        if used.device.type == "cpu":  # the unused ones are left out
+            chosen = used.flatten().nonzero()[:, 0]
+        else:  # a GPU would have to be waited for; it is fast enough to compute all of them
+            chosen = torch.arange(used.numel(), device=used.device)
+        bag = bags.flatten()[chosen]
+        losses = smooth_top1_svm(head(embeddings[tiles.flatten()[chosen]]), targets.flatten()[chosen].long())
+        losses = (losses / n_tiles[bag]).masked_fill(~used.flatten()[chosen], 0)
+        total = total.index_add(0, bag, losses)
     return total.mean() / (len(heads) if subtyping else 1)
 
 
 def _top_k(scores: Tensor, segments: Segments, k: int) -> Tensor:
     """Rows, among all tiles, of the k highest scores of each bag, (B, k); padding behind shorter bags."""
-    return pad(scores, segments, -torch.inf).topk(k, dim=1).indices + segments.offsets[:-1].unsqueeze(1)
+    rows = pad(scores, segments, -torch.inf).topk(k, dim=1).indices + segments.offsets[:-1].unsqueeze(1)
+    return rows.clamp(max=segments.n_tiles - 1)

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, mse_loss
+from torch.nn.functional import kl_div, mse_loss
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import gumbel_mask, segment_softmax_pool
 from hdmil_lib.kernels.random import draw_seed
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.layers import GatedAttention, projection

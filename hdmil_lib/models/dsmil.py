@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.ragged import bag_argmax, pad, unpad
 
 

@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from hdmil_lib.kernels import segment_softmax_pool
-from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments, to_device
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.layers import GatedAttention
 from hdmil_lib.models.ragged import bag_argmax, bag_mean, pad, unpad
 
@@ -93,7 +93,8 @@ class DTFD(MILModel[DTFDOutput]):
         embeddings = self.projection(features)
         attention = self.attention(embeddings)
         if self.training:
-            order = torch.rand(len(features), generator=generator).to(features.device)
+            drawn = torch.rand(len(features), generator=generator, device="cpu")
+            order = to_device(drawn, features.device)
         else:
             order = -attention[:, 0]
         tiles, group_tiles = deal(order, segments, self.n_groups)
@@ -128,7 +129,7 @@ class DTFD(MILModel[DTFDOutput]):
 
     def loss(self, output: DTFDOutput, labels: Tensor) -> LossTerms:
         """Compute the cross entropies of the groups, averaged within each bag, and of the bags."""
-        group_labels = labels[output.groups.bag]
+        group_labels = to_device(labels, output.logits.device)[output.groups.bag]
         groups = cross_entropy(output.group_logits, group_labels, reduction="none")
         return {
             "tier_1": bag_mean(groups, output.groups).mean(),

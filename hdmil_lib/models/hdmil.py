@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
-from hdmil_lib.kernels.segments import Segments, check_segments
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import pretrained
-from hdmil_lib.models.base import MILOutput
+from hdmil_lib.models.base import MILOutput, bags_of
 from hdmil_lib.models.dmin import DMIN
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN, keep_mask
@@ -103,7 +103,7 @@ class HDMIL(nn.Module):
         chosen = dmin.settings.threshold if thresholds is None else thresholds
         self.dmin, self.lipn, self.pooling, self.info = dmin, lipn, pooling, info
         self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
-        trained = self.thresholds if trained_thresholds is None else trained_thresholds
+        trained = chosen if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
         self.register_buffer("margin", torch.tensor(float(margin)))
         self._packed: tuple[list[tuple[int, int]], list[Tensor]] | None = None
@@ -132,11 +132,7 @@ class HDMIL(nn.Module):
             BagError: The features or patches have another shape or type, or a bag has no tiles.
             ValueError: `segments` does not fit the features.
         """
-        if segments is None:
-            segments = Segments([len(features)], features.device)
-        check_segments(segments, len(features), features.device)
-        if min(segments.lengths) == 0:
-            raise BagError("a bag has no tiles: a model needs at least one; check the tissue mask")
+        segments = bags_of(features, segments)
         if all_tiles:
             output = self.dmin(features, segments)
             mask = torch.ones_like(output.attention) if output.mask is None else output.mask
@@ -156,14 +152,13 @@ class HDMIL(nn.Module):
             )
         mask = self.screen(patches, segments)
         read = mask.any(1)
-        rows = read.nonzero()[:, 0]
-        kept = Segments.from_offsets(torch.searchsorted(rows, segments.offsets))
+        rows, kept = segments.select(read)
         output = self.dmin(features[rows], kept, mask=mask[rows] if self.pooling == "lipn" else None)
-        attention = output.attention.new_full(mask.shape, torch.nan)
+        attention = output.attention.new_full(mask.shape, torch.nan).index_put((rows,), output.attention)
         return HDMILOutput(
             logits=output.logits,
             segments=segments,
-            attention=attention.index_put((rows,), output.attention),
+            attention=attention.masked_fill(~read[:, None], torch.nan),
             mask=mask,
             read=read,
             keep_ratio=kept.sizes / segments.sizes,
@@ -189,7 +184,7 @@ class HDMIL(nn.Module):
         Packing them takes longer than running the kernel on a slide.
         """
         tensors = (*self.lipn.parameters(), *self.lipn.buffers())
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
         if self._packed is None or self._packed[0] != versions:
             self._packed = versions, self.lipn.packed(torch.float16)
         return self._packed[1]
@@ -355,12 +350,13 @@ class HDMIL(nn.Module):
 
 def _one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:
     """Thresholds as float32 (C,)."""
-    values = torch.as_tensor(thresholds, dtype=torch.float32).detach().clone()
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != n_classes):
-        shape = tuple(values.shape)
+    given: Any = thresholds.tolist() if hasattr(thresholds, "tolist") else thresholds
+    values = [float(given)] * n_classes if isinstance(given, float | int) else list(given)
+    if len(values) != n_classes or not all(isinstance(value, float | int) for value in values):
+        shape = tuple(torch.as_tensor(thresholds).shape)
         raise ValueError(
             f"thresholds have shape {shape}, expected one number, or one for each of {n_classes} branches"
         )
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"thresholds are {values.tolist()}, expected numbers from 0 to 1")
-    return values.expand(n_classes).clone()
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"thresholds are {given}, expected numbers from 0 to 1")
+    return torch.tensor(values, dtype=torch.float32)

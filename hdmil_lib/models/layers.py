@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from hdmil_lib.kernels import gated_attention, gated_attention_pool
-from hdmil_lib.kernels.random import draw_seed
+from hdmil_lib.kernels.random import Seed, draw_seed
 from hdmil_lib.kernels.segments import Segments
 
 
@@ -37,7 +37,7 @@ class GatedAttention(nn.Module):
         tanh, gate, score = self.tanh, self.gate, self.score
         return tanh.weight, tanh.bias, gate.weight, gate.bias, score.weight, score.bias
 
-    def _dropout(self) -> tuple[float, int | None]:
+    def _dropout(self) -> tuple[float, Seed | None]:
         """Dropout rate and seed of this call."""
         if not self.training or self.dropout == 0:
             return 0.0, None

@@ -5,8 +5,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, conv2d
+from torch.nn.functional import batch_norm, conv2d, pad
 
+from hdmil_lib.devices import widest
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.ragged import bag_argmax
@@ -191,7 +192,7 @@ def keep_mask(logits: Tensor, thresholds: Tensor | float, segments: Segments) ->
 
 
 @torch.inference_mode()
-def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> list[float]:
+def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> Tensor:
     """Thresholds on LIPN's sigmoid, one per branch, that keep a given share of tiles, averaged over slides.
 
     The rate loss does not determine the share that is kept at gamma, and often one branch keeps nearly all of
@@ -206,21 +207,23 @@ def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> li
     Args:
         scores: Sigmoid of LIPN's logits for each slide, (N, C).
         keep_ratio: r, the share of tiles to keep.
+
+    Returns:
+        Thresholds (C,), where the scores are.
     """
     slides = list(scores)
-    weight = torch.cat(
-        [torch.full((len(s),), 1 / (len(s) * len(slides)), dtype=torch.float64) for s in slides]
-    )
-    ordered, order = torch.cat(slides).cpu().sort(dim=0, descending=True)
-    rank = torch.empty_like(ordered, dtype=torch.float64)
-    rank.scatter_(0, order, weight[order].cumsum(0))
+    number: dict[str, Any] = {"dtype": widest(slides[0].device), "device": slides[0].device}
+    weight = torch.cat([torch.full((len(s),), 1 / (len(s) * len(slides)), **number) for s in slides])
+    ordered, order = torch.cat(slides).sort(dim=0, descending=True)
+    rank = torch.empty(ordered.shape, **number).scatter_(0, order, weight[order].cumsum(0))
     best_rank, entering = rank.amin(1).sort()
-    n_kept = int((weight[entering].cumsum(0) <= keep_ratio + 1e-9).sum())
-    q = best_rank[n_kept] if n_kept < len(best_rank) else torch.inf
-    kept = (rank < q).sum(0).tolist()
-    ends = torch.ones(1, ordered.shape[1], dtype=torch.float64)
-    bounds = torch.cat((ends, ordered.double(), 0 * ends))  # halfway between the last kept and the next score
-    return [float(bounds[n : n + 2, branch].mean()) for branch, n in enumerate(kept)]
+    n_kept = (weight[entering].cumsum(0) <= keep_ratio + 1e-9).sum(0, keepdim=True)
+    q = pad(best_rank, (0, 1), value=torch.inf)[n_kept]
+    kept = (rank < q).sum(0, keepdim=True)
+    ends = torch.ones(1, ordered.shape[1], **number)
+    bounds = torch.cat((ends, ordered.to(ends.dtype), 0 * ends))
+    # Halfway between the last kept and the next score.
+    return ((bounds.gather(0, kept) + bounds.gather(0, kept + 1)) / 2)[0]
 
 
 def _matrix(layers: Sequence[ConvBlock], side: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Means, maxima and padding of concatenated bags, none of which is empty."""
+"""Means, maxima and padding of concatenated bags, none of which is empty; nothing is read on the host."""
 
 import torch
 from torch import Tensor
@@ -8,23 +8,30 @@ from hdmil_lib.kernels.segments import Segments
 
 def pad(values: Tensor, segments: Segments, fill: float = 0.0) -> Tensor:
     """Pad values (N, ...) with `fill` to (B, L, ...), where L is the number of tiles of the longest bag."""
-    if segments.n_bags == 1:
+    if segments.n_bags == 1 and segments.exact:
         return values.unsqueeze(0)
-    padded = values.new_full((segments.n_bags, segments.longest, *values.shape[1:]), fill)
-    return padded.index_put((segments.bag, segments.place), values)
+    bag, place, n_bags = segments.bag, segments.place, segments.n_bags
+    if not segments.exact:  # tiles that are in no bag go to one more bag, which is dropped
+        n_bags, place = n_bags + 1, place.clamp(max=segments.longest - 1)
+    padded = values.new_full((n_bags, segments.longest, *values.shape[1:]), fill)
+    return padded.index_put((bag, place), values)[: segments.n_bags]
 
 
 def unpad(padded: Tensor, segments: Segments) -> Tensor:
-    """Inverse of `pad`: (B, L, ...) to (N, ...)."""
-    if segments.n_bags == 1:
+    """Inverse of `pad`: (B, L, ...) to (N, ...); of no meaning for tiles that are in no bag."""
+    if segments.n_bags == 1 and segments.exact:
         return padded[0]
-    return padded[segments.bag, segments.place]
+    bag, place = segments.bag, segments.place
+    if not segments.exact:
+        bag, place = bag.clamp(max=segments.n_bags - 1), place.clamp(max=segments.longest - 1)
+    return padded[bag, place]
 
 
 def bag_mean(values: Tensor, segments: Segments) -> Tensor:
     """Mean over the tiles of each bag: (N, ...) to (B, ...)."""
-    sums = values.new_zeros(segments.n_bags, *values.shape[1:]).index_add(0, segments.bag, values)
-    return sums / segments.sizes.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+    n_sums = segments.n_bags + (not segments.exact)
+    sums = values.new_zeros(n_sums, *values.shape[1:]).index_add(0, segments.bag, values)
+    return sums[: segments.n_bags] / segments.sizes.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
 
 
 def bag_argmax(values: Tensor, segments: Segments) -> Tensor:

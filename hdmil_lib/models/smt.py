@@ -1,15 +1,17 @@
 """SMT: a cascade from the thumbnail to full resolution that reads few of the tiles (paper: Table 1)."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import segment_softmax_pool
-from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
+from hdmil_lib.kernels.segments import Segments, to_device
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.layers import GatedAttention, projection
 from hdmil_lib.models.ragged import pad, unpad
 
@@ -90,36 +92,39 @@ class SMT(MILModel[SMTOutput]):
         )
         self.tiles = Stage(projection(in_dim, embed_dim, 0.0), embed_dim, n_classes, dropout)
 
-    def classify(self, features: Tensor, segments: Segments, *, patches: Tensor, rowcol: Tensor) -> SMTOutput:
+    def classify(
+        self, features: Tensor, segments: Segments, *, patches: Tensor, rowcol: Tensor | np.ndarray
+    ) -> SMTOutput:
         """Classify bags.
 
         Args:
             features: I, (N, in_dim); only the rows of tiles that are read at 20x are used.
             segments: The B bags.
             patches: The tiles at 8 um/px, uint8 (N, 16, 16, 3).
-            rowcol: Position of the tiles on their slide's grid, integers (N, 2).
+            rowcol: Position of the tiles on their slide's grid, integers (N, 2), on the host.
 
         Raises:
             BagError: The patches or positions have another shape or type.
         """
-        _check(features, patches, rowcol)
+        _check(features, patches, rowcol := np.asarray(rowcol))
         region_images, region, slide_regions = regions(patches, rowcol, segments)
         zeros = features.new_zeros(len(region_images), 1)
         scores, region_logits = self.regions(region_images.to(features.dtype), zeros, slide_regions)
 
-        opened = best_share(scores[:, 0], slide_regions, self.region_share)[region].nonzero()[:, 0]
-        slide_opened = _within(opened, segments)
+        best = best_share(scores[:, 0], slide_regions, self.region_share)[region]
+        opened, slide_opened = segments.select(best)
         pixels = _pixels(patches[opened]).to(features.dtype)
         scores, patch_logits = self.patches(pixels, scores[region[opened]], slide_opened)
 
         best = best_share(scores[:, 0], slide_opened, self.patch_share)
-        read = opened[best]
-        slide_read = _within(read, segments)
-        scores, logits = self.tiles(features[read], scores[best], slide_read)
+        among, slide_read = slide_opened.select(best)
+        read = opened[among]
+        scores, logits = self.tiles(features[read], scores[among], slide_read)
+        attention = scores.masked_fill(~slide_read.inside[:, None], torch.nan)
         return SMTOutput(
             logits=logits,
             segments=segments,
-            attention=features.new_full((len(features), 1), torch.nan).index_put((read,), scores),
+            attention=features.new_full((len(features), 1), torch.nan).index_put((read,), attention),
             region_logits=region_logits,
             patch_logits=patch_logits,
             keep_ratio=slide_read.sizes / segments.sizes,
@@ -178,7 +183,7 @@ class ImageTransformer(nn.Module):
         return self.norm(self.block(self.embedding(squares) + self.positions)).mean(1)
 
 
-def regions(patches: Tensor, rowcol: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Segments]:
+def regions(patches: Tensor, rowcol: np.ndarray, segments: Segments) -> tuple[Tensor, Tensor, Segments]:
     """Images at 32 um/px of the regions of 4x4 tiles of each slide, white where there is no tile.
 
     Args:
@@ -191,43 +196,50 @@ def regions(patches: Tensor, rowcol: Tensor, segments: Segments) -> tuple[Tensor
         region: Region of each tile, int64 (N,).
         slide_regions: The regions of each slide, as segments.
     """
-    n = REGION_TILES
-    bag = segments.bag[:, None].expand(-1, 2)
-    first = rowcol.new_zeros(segments.n_bags, 2).scatter_reduce(0, bag, rowcol, "amin", include_self=False)
-    rows, columns = (rowcol - first[segments.bag]).unbind(1)
-    blocks = torch.stack((segments.bag, rows // n, columns // n), 1)
-    blocks, region = blocks.unique(dim=0, return_inverse=True)
+    n, device = REGION_TILES, patches.device
+    counts, of_tile, slots = _blocks(np.asarray(rowcol), segments.lengths)
+    region = to_device(torch.from_numpy(of_tile), device)
+    rows, columns = to_device(torch.from_numpy(slots), device).unbind(1)
     small = _pixels(patches).unflatten(2, (n, -1)).unflatten(1, (n, -1)).mean((2, 4))
-    canvas = small.new_full((len(blocks), n, n, *small.shape[1:]), 0.5)
-    images = canvas.index_put((region, rows % n, columns % n), small).transpose(2, 3).flatten(3, 4)
-    counts = torch.bincount(blocks[:, 0], minlength=segments.n_bags)
-    return images.flatten(1, 2), region, Segments(counts.tolist(), counts.device)
+    canvas = small.new_full((sum(counts), n, n, *small.shape[1:]), 0.5)
+    images = canvas.index_put((region, rows, columns), small).transpose(2, 3).flatten(3, 4)
+    return images.flatten(1, 2), region, Segments(counts, device)
+
+
+def _blocks(rowcol: np.ndarray, lengths: Sequence[int]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Number of blocks of each bag, the block of each tile (N,), and its place there (N, 2)."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    bag = np.repeat(np.arange(len(lengths)), lengths)
+    rowcol = rowcol - np.minimum.reduceat(rowcol, starts)[bag]
+    blocks = np.column_stack((bag, rowcol // REGION_TILES))
+    blocks, region = np.unique(blocks, axis=0, return_inverse=True)
+    return np.bincount(blocks[:, 0], minlength=len(lengths)).tolist(), region, rowcol % REGION_TILES
 
 
 def best_share(scores: Tensor, segments: Segments, share: float) -> Tensor:
     """Mask (n,) of the highest scores (n,) of each bag: the given share of them, rounded up."""
-    wanted = (segments.sizes.double() * share - 1e-9).ceil()
+    wanted: Tensor
+    if segments.exact:
+        counts = [math.ceil(length * share - 1e-9) for length in segments.lengths]
+        wanted = to_device(torch.tensor(counts), segments.offsets.device)
+    else:
+        wanted = (segments.sizes.double() * share - 1e-9).ceil()
     order = pad(scores.detach(), segments, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return unpad(order.argsort(dim=1) < wanted.unsqueeze(1), segments)
-
-
-def _within(tiles: Tensor, segments: Segments) -> Segments:
-    """The bags among some of the tiles, given by their ascending rows."""
-    return Segments.from_offsets(torch.searchsorted(tiles, segments.offsets))
+    return unpad(order.argsort(dim=1) < wanted.unsqueeze(1), segments) & segments.inside
 
 
 def _pixels(patches: Tensor) -> Tensor:
     return patches.float() / 255 - 0.5
 
 
-def _check(features: Tensor, patches: Tensor, rowcol: Tensor) -> None:
+def _check(features: Tensor, patches: Tensor, rowcol: np.ndarray) -> None:
     n = len(features)
     if patches.dtype != torch.uint8 or patches.shape != (n, 16, 16, 3):
         raise BagError(
             f"patches are {patches.dtype} of shape {tuple(patches.shape)}, expected torch.uint8 of shape "
             f"({n}, 16, 16, 3): RGB at 8 um/px, one patch per row of features"
         )
-    if rowcol.shape != (n, 2) or rowcol.is_floating_point():
+    if rowcol.shape != (n, 2) or not np.issubdtype(rowcol.dtype, np.integer):
         raise BagError(
             f"rowcol is {rowcol.dtype} of shape {tuple(rowcol.shape)}, expected integers ({n}, 2): "
             "one grid position per row of features"

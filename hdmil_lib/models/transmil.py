@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models.base import MILModel, MILOutput
 from hdmil_lib.models.layers import projection
 from hdmil_lib.models.nystrom import NystromAttention
@@ -66,7 +66,8 @@ class TransMIL(MILModel[MILOutput]):
         logits = embeddings.new_empty(len(sides), self.n_classes)
         attention = embeddings.new_zeros(len(embeddings))
         for side in sorted(set(sides)):
-            bags = torch.tensor([b for b, other in enumerate(sides) if other == side], device=features.device)
+            alike = torch.tensor([b for b, other in enumerate(sides) if other == side], device="cpu")
+            bags = to_device(alike, features.device)
             place = torch.arange(side**2, device=features.device)
             tiles = segments.offsets[bags, None] + place % segments.sizes[bags, None]
             token, weights = self.encode(embeddings[tiles])

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +13,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.cohort import Split
+from hdmil_lib.devices import widest
 from hdmil_lib.errors import CohortError, HDMILError
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.models import LossTerms, MILModel
+from hdmil_lib.models.base import cross_entropy
 from hdmil_lib.storage import load_weights, save_weights, weights_digest, write_table
 from hdmil_lib.training.state import claim_folder, load_state, save_state
 
@@ -43,6 +45,7 @@ class TrainSettings:
         betas: Optimizer betas.
         clip: Largest gradient norm of each parameter group; no limit by default.
         drop_epoch: Epoch from which the learning rate is divided by five, as for DTFD-MIL.
+        precision: "bf16" for autocast to bfloat16; weights, optimizer and losses stay in float32.
     """
 
     learning_rate: float = 3e-4
@@ -57,6 +60,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
     drop_epoch: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def rate_at(self, epoch: int) -> float:
         """Learning rate of an epoch."""
@@ -70,10 +74,12 @@ class Objective(ABC):
     Attributes:
         learner: Module that is trained and whose state is saved for resuming.
         files: Networks whose best weights are saved, by file name.
+        inputs: Fields of a `BagBatch` that the loss takes.
     """
 
     learner: nn.Module
     files: dict[str, nn.Module]
+    inputs: Sequence[str]
 
     @abstractmethod
     def loss(self, batch: BagBatch) -> LossTerms:
@@ -95,6 +101,7 @@ class Classification(Objective):
         self.learner = self.model = model
         self.data = data
         self.files = {WEIGHTS: model}
+        self.inputs = model.inputs
 
     def loss(self, batch: BagBatch) -> LossTerms:
         output = self.model(**batch.inputs_for(self.model))
@@ -114,6 +121,7 @@ def fit(
     settings: TrainSettings | None = None,
     *,
     out: str | Path,
+    device: str | torch.device = "auto",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Train a bag classifier; it ends in evaluation mode with the weights of its best epoch.
@@ -121,14 +129,15 @@ def fit(
     Bags are drawn with replacement so that every class is equally likely. The best epoch has the lowest
     cross entropy on `split.val`. `config.json`, the best weights as `model.safetensors`, and at the end
     `history.csv` are written to `out`. An interrupted run resumes after its last complete epoch with the same
-    result, to the bit; a finished run is only loaded.
+    result, to the bit on the same device; a finished run is only loaded.
 
     Args:
-        model: The network, with its initial weights, on the device of `data`.
+        model: The network, with its initial weights; after training it is on the device where it was before.
         data: Bags and labels of the slides of `split`.
         split: Slides for training and for early stopping; the test part is not used.
         settings: Training settings; those of the paper by default.
         out: Folder for this run only.
+        device: Device to train on, as `devices.resolve` takes it; "auto" is the first GPU or the CPU.
         progress: Whether a bar over epochs is shown.
 
     Returns:
@@ -140,14 +149,29 @@ def fit(
         BagError: A slide has no bag, or a bag does not fit the model.
         CohortError: A slide has no label.
         CheckpointError: `out` holds a run of another configuration.
-        HDMILError: The validation loss is infinite or nan.
+        HDMILError: The device is not there or has too little memory, or the validation loss is not finite.
     """
     settings = settings or TrainSettings()
     config = describe_run(model, data, split, settings)
-    if settings.standardize:
-        model.standardize([data.batch(split.train).features])
-    objective = Classification(model, data)
-    return optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
+    with on_device(data, device, model) as data:
+        if settings.standardize:
+            model.standardize([data.batch(split.train).features])
+        objective = Classification(model, data)
+        return optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
+
+
+@contextmanager
+def on_device(data: BagDataset, device: str | torch.device, *networks: nn.Module) -> Iterator[BagDataset]:
+    """Bags, and for a while the networks too, on a device."""
+    moved = data.to(device)
+    homes = [next(network.parameters()).device for network in networks]
+    for network in networks:
+        network.to(moved.device)
+    try:
+        yield moved
+    finally:
+        for network, home in zip(networks, homes, strict=True):
+            network.to(home)
 
 
 @torch.inference_mode()
@@ -157,7 +181,7 @@ def predict_slides(model: MILModel, data: BagDataset, slide_ids: Sequence[str]) 
     for batch in data.batches(slide_ids):
         output = model(**batch.inputs_for(model))
         share = getattr(output, "keep_ratio", None)
-        logits.append(output.logits)
+        logits.append(output.logits.float())
         kept.append(torch.ones(len(batch.slide_ids), device=data.device) if share is None else share)
     return torch.cat(logits), torch.cat(kept)
 
@@ -193,7 +217,7 @@ def optimize(
     state_path, history_path = out / "state.safetensors", out / "history.csv"
     if not history_path.is_file():
         history: list[dict[str, float]] = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([data.device.index] if data.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             optimizer = make_optimizer(objective.param_groups(), settings)
             if state_path.is_file():
@@ -201,14 +225,14 @@ def optimize(
             bar = tqdm(total=settings.epochs, initial=len(history), disable=not progress, desc=out.name)
             while not finished(history, settings):
                 epoch = len(history)
-                row: dict[str, float] = {"epoch": epoch}
+                measured: dict[str, Tensor] = {}
                 if epoch > 0 or first_epoch_trains:
                     for group in optimizer.param_groups:
                         group["lr"] = settings.rate_at(epoch)
                     drawn = balanced_draw(split.train, labels)
-                    row |= train_epoch(objective, optimizer, data, drawn, settings)
-                row |= validate(objective, split.val, labels)
-                history.append(row)
+                    measured = train_epoch(objective, optimizer, data, drawn, settings)
+                measured |= validate(objective, split.val, labels, settings)
+                history.append({"epoch": epoch} | log_row(measured, [labels[s] for s in split.val]))
                 if best_epoch(history) == epoch:
                     for name, network in objective.files.items():
                         save_weights(network, out / name)
@@ -237,37 +261,82 @@ def train_epoch(
     data: BagDataset,
     slide_ids: Sequence[str],
     settings: TrainSettings,
-) -> dict[str, float]:
-    """Train for one epoch; return the mean over slides of the loss and of its terms."""
+) -> dict[str, Tensor]:
+    """Train for one epoch; return the sums over slides of the loss and of its terms.
+
+    Nothing is read from the device here, so that a GPU always has work in its queue.
+    """
     objective.learner.train()
     sums: LossTerms = {}
-    for start in range(0, len(slide_ids), settings.batch_size):
-        batch = data.batch(slide_ids[start : start + settings.batch_size])
+    groups = [slide_ids[i : i + settings.batch_size] for i in range(0, len(slide_ids), settings.batch_size)]
+    for batch in data.batches_of(groups, objective.inputs):
+        try:
+            terms = train_step(objective, optimizer, batch, settings)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(batch, settings) from error
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + len(batch.slide_ids) * value
+    return {f"train_{name}": value.to(widest(value.device)) / len(slide_ids) for name, value in sums.items()}
+
+
+def train_step(
+    objective: Objective, optimizer: torch.optim.Optimizer, batch: BagBatch, settings: TrainSettings
+) -> LossTerms:
+    """Take one step on a batch; return the weighted terms of the loss, and the loss as "loss"."""
+    with autocast(batch.segments.offsets.device, settings):
         terms = objective.loss(batch)
-        loss = torch.as_tensor(sum(terms.values()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if settings.clip is not None:
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], settings.clip)
-        optimizer.step()
-        for name, value in (terms | {"loss": loss}).items():
-            sums[name] = sums.get(name, 0) + len(batch.slide_ids) * value.detach()
-    return {f"train_{name}": float(value) / len(slide_ids) for name, value in sums.items()}
+    loss = torch.as_tensor(sum(terms.values()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if settings.clip is not None:
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], settings.clip)
+    optimizer.step()
+    return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
+
+
+def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    """Autocast as the settings have it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+def out_of_memory(batch: BagBatch, settings: TrainSettings) -> HDMILError:
+    """The error of a step for which the memory of a GPU does not suffice."""
+    n_bags, n_tiles = len(batch.slide_ids), batch.segments.n_tiles
+    remedy = "set precision='bf16' or use another GPU"
+    if n_bags > 1:
+        remedy = f"lower batch_size, which is {settings.batch_size}, or {remedy}"
+    return HDMILError(
+        f"{batch.segments.offsets.device} has too little memory for a step on {n_bags} bags with {n_tiles:,} "
+        f"tiles: {remedy}. Finished epochs are kept: with other settings name another folder"
+    )
 
 
 @torch.inference_mode()
-def validate(objective: Objective, slide_ids: Sequence[str], labels: Mapping[str, int]) -> dict[str, float]:
-    """Compute cross entropy, AUC and mean share of tiles read of the validation slides."""
+def validate(
+    objective: Objective, slide_ids: Sequence[str], labels: Mapping[str, int], settings: TrainSettings
+) -> dict[str, Tensor]:
+    """Compute cross entropy, logits and mean share of tiles read of the validation slides."""
     objective.learner.eval()
-    logits, kept = objective.predict(slide_ids)
-    truth = [labels[slide_id] for slide_id in slide_ids]
-    loss = float(cross_entropy(logits, torch.tensor(truth, device=logits.device)))
-    if not np.isfinite(loss):
-        raise HDMILError(f"the validation loss is {loss}; lower the learning rate")
+    with autocast(next(objective.learner.parameters()).device, settings):
+        logits, kept = objective.predict(slide_ids)
+    loss = cross_entropy(logits, torch.tensor([labels[slide_id] for slide_id in slide_ids]))
+    return {"val_loss": loss, "logits": logits, "keep_ratio": kept.mean()}
+
+
+def log_row(measured: Mapping[str, Tensor], truth: Sequence[int]) -> dict[str, float]:
+    """A row of the history from what an epoch measured, read from the device at once."""
+    number = widest(measured["logits"].device)
+    read = torch.cat([value.to(number).flatten() for value in measured.values()]).cpu()
+    parts = read.split([value.numel() for value in measured.values()])
+    values = dict(zip(measured, parts, strict=True))
+    logits = values.pop("logits").view(measured["logits"].shape)
+    row = {name: float(value) for name, value in values.items()}
+    if not np.isfinite(row["val_loss"]):
+        raise HDMILError(f"the validation loss is {row['val_loss']}; lower the learning rate")
     every_class = len(set(truth)) == logits.shape[1]
-    val_auc = auc(truth, logits.double().softmax(1).cpu().numpy()) if every_class else float("nan")
-    return {"val_loss": loss, "val_auc": val_auc, "keep_ratio": float(kept.mean())}
+    row["val_auc"] = auc(truth, logits.softmax(1).numpy()) if every_class else float("nan")
+    return {name: row[name] for name in (*(n for n in row if n != "keep_ratio"), "keep_ratio")}
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:

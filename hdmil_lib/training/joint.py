@@ -14,7 +14,7 @@ from hdmil_lib.cohort import Split
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import HDMIL, LossTerms
 from hdmil_lib.storage import weights_digest
-from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, optimize
+from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
 from hdmil_lib.training.lipn import (
     LIPNLossWeights,
     lipn_loss,
@@ -32,14 +32,14 @@ class JointLearning(Objective):
 
     def __init__(self, model: HDMIL, data: BagDataset, weights: LIPNLossWeights):
         self.learner = self.model = model
-        self.data, self.weights = data, weights
+        self.data, self.weights, self.inputs = data, weights, model.inputs
         self.files = {WEIGHTS: model.dmin, LIPN_WEIGHTS: model.lipn}
 
     def loss(self, batch: BagBatch) -> LossTerms:
         inputs = batch.inputs_for(self.model)
         features, patches = inputs["features"], inputs["patches"]
-        rows, target = self._select(features, patches, batch.segments)
-        kept = Segments.from_offsets(torch.searchsorted(rows, batch.segments.offsets))
+        kept_tiles, target = self._select(features, patches, batch.segments)
+        rows, kept = batch.segments.select(kept_tiles)
         dmin, settings = self.model.dmin, self.model.dmin.settings
         terms = dmin.loss(dmin(features[rows], kept), batch.known_labels)
         lipn_terms = lipn_loss(
@@ -53,22 +53,20 @@ class JointLearning(Objective):
         return terms | {f"lipn_{name}": value for name, value in lipn_terms.items()}
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        model = self.model
-        chosen = trained_thresholds(model.lipn, self.data, slide_ids, model.dmin.settings.keep_ratio)
-        model.thresholds.copy_(torch.tensor(chosen))
-        return predict_screened(model, self.data, slide_ids)
+        self.model.thresholds.copy_(trained_thresholds(self.model, self.data, slide_ids))
+        return predict_screened(self.model, self.data, slide_ids)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [*self.model.dmin.param_groups(), *self.model.lipn.param_groups()]
 
     @torch.no_grad()
     def _select(self, features: Tensor, patches: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """In evaluation mode, rows of the tiles that LIPN keeps and DMIN's mask of all tiles (N, C)."""
+        """In evaluation mode, the tiles that LIPN keeps (N,) and DMIN's mask of all tiles (N, C)."""
         self.model.eval()
-        rows = self.model.screen(patches, segments).any(1).nonzero()[:, 0]
+        kept = self.model.screen(patches, segments).any(1)
         target = self.model.dmin(features, segments).mask
         self.model.train()
-        return rows, target
+        return kept, target
 
 
 def fine_tune(
@@ -79,6 +77,7 @@ def fine_tune(
     *,
     out: str | Path,
     weights: LIPNLossWeights | None = None,
+    device: str | torch.device = "auto",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Fine-tune DMIN and LIPN together, as inference uses them (AHDMIL, arXiv 2508.05114).
@@ -102,6 +101,7 @@ def fine_tune(
         settings: Training settings of both networks; DMIN keeps its standardization of features.
         out: Folder for this run only.
         weights: Weights of LIPN's loss.
+        device: Device to train on, as in `fit`.
         progress: Whether a bar over epochs is shown.
 
     Returns:
@@ -121,11 +121,18 @@ def fine_tune(
         "lipn_loss": asdict(weights),
         "initial_thresholds": model.thresholds.tolist(),
     }
-    objective = JointLearning(model, data, weights)
-    history = optimize(
-        objective, data, split, settings, out=out, config=config, progress=progress, first_epoch_trains=False
-    )
-    thresholds = store_thresholds(model.lipn, data, split.val, model.dmin.settings.keep_ratio, out)
+    with on_device(data, device, model) as data:
+        history = optimize(
+            JointLearning(model, data, weights),
+            data,
+            split,
+            settings,
+            out=out,
+            config=config,
+            progress=progress,
+            first_epoch_trains=False,
+        )
+        thresholds = store_thresholds(model, data, split.val, out)
     for buffer in (model.thresholds, model.trained_thresholds):  # those of the best epoch, not of the last
         buffer.copy_(torch.tensor(thresholds))
     return history

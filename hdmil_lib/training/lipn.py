@@ -18,13 +18,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.cohort import Split
 from hdmil_lib.kernels import gumbel_mask
-from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models import DMIN, HDMIL, LIPN, LossTerms
 from hdmil_lib.models.dmin import union
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
 from hdmil_lib.models.ragged import bag_mean
 from hdmil_lib.storage import read_json, weights_digest, write_json
-from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, optimize
+from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
 
 LIPNTarget = Literal["mask", "evidence"]
 
@@ -56,6 +56,7 @@ class Screening(Objective):
     ):
         self.learner = self.lipn = lipn
         self.dmin, self.data = dmin.eval(), data
+        self.model, self.inputs = HDMIL(dmin, lipn).to(data.device), _Patches.inputs
         self.target, self.weights, self.augment = target, weights, augment
         self.targets = lipn_targets(target, dmin, data, slide_ids)
         self.files = {WEIGHTS: lipn}
@@ -72,11 +73,9 @@ class Screening(Objective):
         )
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        thresholds: float | list[float] = self.dmin.settings.threshold
         if self.target == "evidence":
-            thresholds = trained_thresholds(self.lipn, self.data, slide_ids, self.dmin.settings.keep_ratio)
-        model = HDMIL(self.dmin, self.lipn, thresholds=thresholds)
-        return predict_screened(model, self.data, slide_ids)
+            self.model.thresholds.copy_(trained_thresholds(self.model, self.data, slide_ids))
+        return predict_screened(self.model, self.data, slide_ids)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return self.lipn.param_groups()
@@ -99,6 +98,7 @@ def fit_lipn(
     target: LIPNTarget = "mask",
     weights: LIPNLossWeights | None = None,
     augment: bool = False,
+    device: str | torch.device = "auto",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Train LIPN to predict from 16x16 patches which tiles a trained DMIN needs.
@@ -117,6 +117,7 @@ def fit_lipn(
         target: "mask" for DMIN's selection (paper: LIPN), or "evidence"; see `lipn_targets`.
         weights: Weights of the loss with "mask".
         augment: Whether patches are flipped and transposed at random.
+        device: Device to train on, as in `fit`.
         progress: Whether a bar over epochs is shown.
 
     Returns:
@@ -131,9 +132,10 @@ def fit_lipn(
         "loss": {"target": target, "augment": augment} | (asdict(weights) if target == "mask" else {}),
         "dmin": weights_digest(dmin),
     }
-    objective = Screening(lipn, dmin, data, split.train, target, weights, augment)
-    history = optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
-    store_thresholds(lipn, data, split.val, dmin.settings.keep_ratio, Path(out))
+    with on_device(data, device, lipn, dmin) as data:
+        objective = Screening(lipn, dmin, data, split.train, target, weights, augment)
+        history = optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
+        store_thresholds(objective.model, data, split.val, Path(out))
     return history
 
 
@@ -142,26 +144,23 @@ def predict_screened(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -
     """Two-stage prediction of these slides: logits (S, C) and share of tiles read (S,)."""
     batches = (data.batch([slide_id]) for slide_id in slide_ids)
     outputs = [model(**batch.inputs_for(model)) for batch in batches]
-    return torch.cat([o.logits for o in outputs]), torch.cat([o.keep_ratio for o in outputs])
+    return torch.cat([o.logits.float() for o in outputs]), torch.cat([o.keep_ratio for o in outputs])
 
 
 @torch.inference_mode()
-def trained_thresholds(
-    lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float
-) -> list[float]:
-    """Thresholds, one per branch, that keep this share of the tiles of these slides."""
-    lipn.eval()
+def trained_thresholds(model: HDMIL, data: BagDataset, slide_ids: Sequence[str]) -> Tensor:
+    """Thresholds, one per branch, with which LIPN keeps DMIN's target share of the tiles of these slides."""
+    model.eval()
     patches = (data.batch([slide_id]).inputs_for(_Patches())["patches"] for slide_id in slide_ids)
-    return thresholds_for_keep_ratio((lipn(slide).sigmoid() for slide in patches), keep_ratio)
+    scores = (model.lipn_logits(slide).sigmoid() for slide in patches)
+    return thresholds_for_keep_ratio(scores, model.dmin.settings.keep_ratio)
 
 
-def store_thresholds(
-    lipn: LIPN, data: BagDataset, slide_ids: Sequence[str], keep_ratio: float, folder: Path
-) -> list[float]:
+def store_thresholds(model: HDMIL, data: BagDataset, slide_ids: Sequence[str], folder: Path) -> list[float]:
     """Return the `thresholds` in `config.json`; add those for these slides if there are none."""
     config = read_json(folder / "config.json")
     if "thresholds" not in config:
-        config["thresholds"] = trained_thresholds(lipn, data, slide_ids, keep_ratio)
+        config["thresholds"] = trained_thresholds(model, data, slide_ids).tolist()
         write_json(folder / "config.json", config)
     return config["thresholds"]
 
@@ -279,8 +278,8 @@ def evidence_loss(logits: Tensor, target: Tensor, segments: Segments) -> LossTer
 
 def turn_patches(patches: Tensor) -> Tensor:
     """Apply to each patch (N, 16, 16, 3) a random one of the eight symmetries of a square."""
-    flips = torch.randint(0, 2, (3, len(patches), 1, 1, 1)).bool().to(patches.device)
-    flip_rows, flip_columns, transpose = flips
+    drawn = torch.randint(0, 2, (3, len(patches), 1, 1, 1), device="cpu").bool()
+    flip_rows, flip_columns, transpose = to_device(drawn, patches.device)
     patches = torch.where(flip_rows, patches.flip(1), patches)
     patches = torch.where(flip_columns, patches.flip(2), patches)
     return torch.where(transpose, patches.transpose(1, 2), patches)

@@ -35,11 +35,13 @@ def claim_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-    """Write everything that the next epoch depends on: weights, optimizer, torch's generator, history."""
+    """Write everything that the next epoch depends on: weights, optimizer, torch's generators, history."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["rng"] = torch.get_rng_state()
+    if gpu := _gpu_of(model):
+        tensors["rng_gpu"] = torch.cuda.get_rng_state(gpu)
     groups = optimizer.state_dict()["param_groups"]
     metadata = {"history": json.dumps(history), "groups": json.dumps(groups)}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -69,4 +71,12 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model.")})
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     torch.set_rng_state(tensors["rng"])
+    if (gpu := _gpu_of(model)) and "rng_gpu" in tensors:
+        torch.cuda.set_rng_state(tensors["rng_gpu"], gpu)
     return history
+
+
+def _gpu_of(model: nn.Module) -> torch.device | None:
+    """The GPU whose generator draws the dropout of a model."""
+    device = next(model.parameters()).device
+    return device if device.type == "cuda" else None

@@ -7,6 +7,7 @@ from comparison import assert_kernel_equals_reference
 from hdmil_lib.kernels import gated_attention
 from hdmil_lib.kernels.gated_attention.gpu import BRANCHES, EMBED, HIDDEN, TILES
 from hdmil_lib.kernels.gated_attention.op import _forward
+from hdmil_lib.kernels.random import key
 
 
 def draw(device, n_tiles=20, embed_dim=24, hidden=20, n_branches=2, dtype=torch.float32):
@@ -65,7 +66,7 @@ def test_arguments_that_are_not_contiguous(device):
 
 def test_the_operator_is_registered_correctly(device):
     tensors = [t.requires_grad_() for t in draw(device, 3, 4, 5)]
-    torch.library.opcheck(_forward, (*tensors, 0.25, 1))
+    torch.library.opcheck(_forward, (*tensors, 0.25, key(1, device)))
 
 
 @pytest.mark.gpu

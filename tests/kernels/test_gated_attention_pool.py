@@ -8,6 +8,7 @@ from test_gated_attention import draw
 from hdmil_lib.kernels import gated_attention_pool
 from hdmil_lib.kernels.gated_attention_pool.gpu import BRANCHES, TILES
 from hdmil_lib.kernels.gated_attention_pool.op import _forward
+from hdmil_lib.kernels.random import key
 from hdmil_lib.kernels.segments import Segments
 
 
@@ -44,7 +45,7 @@ def test_no_tiles(device):
 
 def test_the_operator_is_registered_correctly(device):
     tensors = [t.requires_grad_() for t in draw(device, 5, 4, 5)]
-    torch.library.opcheck(_forward, (*tensors, None, Segments((2, 3), device).offsets, 0.25, 1))
+    torch.library.opcheck(_forward, (*tensors, None, Segments((2, 3), device).offsets, 0.25, key(1, device)))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from comparison import assert_kernel_equals_reference
 from hdmil_lib.kernels import gumbel_mask
 from hdmil_lib.kernels.gumbel_mask.gpu import VALUES
 from hdmil_lib.kernels.gumbel_mask.op import _forward
+from hdmil_lib.kernels.random import key
 
 
 def draw(device, n_tiles, n_branches, dtype=torch.float32):
@@ -37,7 +38,7 @@ def test_logits_that_are_not_contiguous(device):
 
 
 def test_the_operator_is_registered_correctly(device):
-    torch.library.opcheck(_forward, (draw(device, 5, 2).requires_grad_(), 1, True, 0.7, 0.5))
+    torch.library.opcheck(_forward, (draw(device, 5, 2).requires_grad_(), key(1, device), 0.7, 0.5))
 
 
 @pytest.mark.gpu

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.kernels.chebyshev_kan import reference
-from hdmil_lib.kernels.dispatch import Backend, check, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, in_float32, kernel_op, use_triton
 
 
+@in_float32
 def chebyshev_kan(inputs: Tensor, coefficients: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Apply a Chebyshev Kolmogorov-Arnold layer (paper: CKA classifier).
 
@@ -21,7 +22,7 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor, *, backend: Backend = "a
             "auto" for the kernel on a GPU and the reference elsewhere.
 
     Returns:
-        Outputs Phi(x), (B, O).
+        Outputs Phi(x), (B, O); float32 under autocast, since polynomials of high degree amplify rounding.
 
     Raises:
         ValueError: An argument has a wrong shape, type or device, or the backend cannot run here.
@@ -34,7 +35,7 @@ def chebyshev_kan(inputs: Tensor, coefficients: Tensor, *, backend: Backend = "a
     return reference.chebyshev_kan(inputs, coefficients)
 
 
-@torch.library.custom_op("hdmil::chebyshev_kan", mutates_args=())
+@kernel_op("hdmil::chebyshev_kan")
 def _forward(inputs: Tensor, coefficients: Tensor) -> Tensor:
     from hdmil_lib.kernels.chebyshev_kan import gpu
 
@@ -46,7 +47,7 @@ def _(inputs: Tensor, coefficients: Tensor) -> Tensor:
     return inputs.new_empty(inputs.shape[0], coefficients.shape[1])
 
 
-@torch.library.custom_op("hdmil::chebyshev_kan_backward", mutates_args=())
+@kernel_op("hdmil::chebyshev_kan_backward")
 def _backward(grad: Tensor, inputs: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     from hdmil_lib.kernels.chebyshev_kan import gpu
 

@@ -120,7 +120,7 @@ def backward_kernel(
     tl.store(gate_sums + place, gate_grad, inside)
 
 
-def drop_arguments(dropout: float, key: int) -> tuple[int, int, float]:
+def drop_arguments(dropout: float, key: Tensor | None) -> tuple[Tensor | None, int, float]:
     """Return the key, the drop level and the scale that the kernels take."""
     return key, drop_level(dropout), 1 / (1 - dropout) ** 2
 
@@ -134,7 +134,7 @@ def forward(
     score_weight: Tensor,
     score_bias: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> Tensor:
     """Launch `forward_kernel` and return the logits (N, C) in the type of the embeddings."""
     (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, score_weight.shape
@@ -163,7 +163,7 @@ def backward(
     gate_bias: Tensor,
     score_weight: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the embeddings and the six weights, in the order of `gated_attention`."""
     n_branches, n_hidden = score_weight.shape
@@ -191,7 +191,12 @@ def backward(
 WEIGHTS = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
 NUMBER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 SIZES = {"embed_dim": "i32:16", "n_hidden": "i32:16", "n_branches": "i32"}
-DROP = {"key": "i32", "level": "i32", "scale": "fp32"}
+DROP = {"level": "i32", "scale": "fp32"}
+
+
+def drop_options(dropout: bool) -> tuple[dict[str, str], dict[str, bool | None]]:
+    """Return the type of the key, and the constants, of a kernel with or without dropout."""
+    return ({"key": "*i32"}, {"DROPOUT": True}) if dropout else ({}, {"key": None, "DROPOUT": False})
 
 
 def variants() -> Iterator[Variant]:
@@ -199,10 +204,11 @@ def variants() -> Iterator[Variant]:
     for dtype, number in NUMBER.items():
         for dropout in (False, True):
             types = dict.fromkeys(("embeddings", *WEIGHTS, "logits"), number)
-            types |= {"n_tiles": "i32"} | SIZES | DROP
-            blocks = {"TILES": TILES, "HIDDEN": HIDDEN, "DROPOUT": dropout}
+            key, options = drop_options(dropout)
+            types |= {"n_tiles": "i32"} | SIZES | DROP | key
+            blocks = {"TILES": TILES, "HIDDEN": HIDDEN} | options
             wide = blocks | {"HIDDEN": hidden_block(dtype), "EMBED": EMBED, "BRANCHES": BRANCHES}
             yield Variant(forward_kernel, types, wide, WARPS, uses_tensor_cores=number != "*fp32")
             types = dict.fromkeys(("grad_logits", "hidden_sums", "gate_sums", "score_weight"), number)
-            types |= {"partials": "*fp32", "n_tiles": "i32"} | SIZES | DROP
+            types |= {"partials": "*fp32", "n_tiles": "i32"} | SIZES | DROP | key
             yield Variant(backward_kernel, types, blocks | {"TILES": BACKWARD_TILES})

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, same_type, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, kernel_op, same_type, use_triton
 from hdmil_lib.kernels.gated_attention import reference
-from hdmil_lib.kernels.random import key
+from hdmil_lib.kernels.random import Seed, key
 
 
 def gated_attention(
@@ -20,7 +20,7 @@ def gated_attention(
     score_bias: Tensor,
     *,
     dropout: float = 0.0,
-    seed: int | None = None,
+    seed: Seed | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute the attention logits A = [tanh(F V) * sigmoid(F U)] W (paper: DMIN, attention).
@@ -51,11 +51,11 @@ def gated_attention(
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     check_arguments(embeddings, weights, dropout, seed)
     if use_triton(backend, embeddings):
-        return _forward(embeddings, *weights, dropout, key(seed or 0))
-    return reference.gated_attention(embeddings, *weights, dropout, seed or 0)
+        return _forward(embeddings, *weights, dropout, drop_key(dropout, seed, embeddings))
+    return reference.gated_attention(embeddings, *weights, dropout, 0 if seed is None else seed)
 
 
-def check_arguments(embeddings: Tensor, weights: Sequence[Tensor], dropout: float, seed: int | None) -> None:
+def check_arguments(embeddings: Tensor, weights: Sequence[Tensor], dropout: float, seed: Seed | None) -> None:
     """Raise a ValueError if an argument is not as `gated_attention` describes it."""
     names = ("tanh_weight", "tanh_bias", "gate_weight", "gate_bias", "score_weight", "score_bias")
     axes = ("H E", "H", "H E", "H", "C H", "C")
@@ -67,7 +67,12 @@ def check_arguments(embeddings: Tensor, weights: Sequence[Tensor], dropout: floa
         raise ValueError("seed is None, but dropout needs one: draw it with kernels.random.draw_seed()")
 
 
-@torch.library.custom_op("hdmil::gated_attention", mutates_args=())
+def drop_key(dropout: float, seed: Seed | None, embeddings: Tensor) -> Tensor | None:
+    """Return the key of a seed where the embeddings are; `None` without dropout."""
+    return key(seed, embeddings.device) if dropout > 0 and seed is not None else None
+
+
+@kernel_op("hdmil::gated_attention")
 def _forward(
     embeddings: Tensor,
     tanh_weight: Tensor,
@@ -77,7 +82,7 @@ def _forward(
     score_weight: Tensor,
     score_bias: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> Tensor:
     from hdmil_lib.kernels.gated_attention import gpu
 
@@ -90,7 +95,7 @@ def _(embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, 
     return embeddings.new_empty(embeddings.shape[0], score_weight.shape[0])
 
 
-@torch.library.custom_op("hdmil::gated_attention_backward", mutates_args=())
+@kernel_op("hdmil::gated_attention_backward")
 def backward(
     grad_logits: Tensor,
     embeddings: Tensor,
@@ -100,7 +105,7 @@ def backward(
     gate_bias: Tensor,
     score_weight: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the seven tensors of `gated_attention`, in its order."""
     from hdmil_lib.kernels.gated_attention import gpu
@@ -119,12 +124,13 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, _score_bias, ctx.dropout, ctx.key = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, _score_bias, ctx.dropout, key = inputs
+    ctx.save_for_backward(*tensors, key)
 
 
 def _differentiate(ctx, grad_logits):
-    return *backward(grad_logits, *ctx.saved_tensors, ctx.dropout, ctx.key), None, None
+    *tensors, key = ctx.saved_tensors
+    return *backward(grad_logits, *tensors, ctx.dropout, key), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hdmil_lib.kernels.random import bits, shift
+from hdmil_lib.kernels.random import Seed, bits, shift
 
 
 def gated_attention(
@@ -15,7 +15,7 @@ def gated_attention(
     score_weight: Tensor,
     score_bias: Tensor,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Tensor:
     """Return the logits (N, C) that `kernels.gated_attention` describes."""
     hidden = linear(embeddings, tanh_weight, tanh_bias).tanh()
@@ -25,7 +25,7 @@ def gated_attention(
     return linear(hidden, score_weight, score_bias)
 
 
-def kept_pairs(like: Tensor, dropout: float, seed: int) -> Tensor:
+def kept_pairs(like: Tensor, dropout: float, seed: Seed) -> Tensor:
     """Return where neither factor is dropped: each one uses half of the 32 random bits of a position."""
     words, level = bits(seed, like.shape, like.device), drop_level(dropout)
     return ((words & 0xFFFF) >= level) & (shift(words, 16) >= level)

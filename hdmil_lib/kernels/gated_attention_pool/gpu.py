@@ -58,7 +58,7 @@ def forward(
     mask: Tensor | None,
     offsets: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch `forward_kernel` and combine the chunks.
 
@@ -93,6 +93,7 @@ def variants() -> Iterator[Variant]:
         }
         for dropout in (False, True):
             for masked in (False, True):
-                options = {"DROPOUT": dropout, "MASKED": masked}
+                key, options = attention.drop_options(dropout)
                 matrix = {"uses_tensor_cores": number != "*fp32"}
-                yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)
+                options = blocks | options | {"MASKED": masked}
+                yield Variant(forward_kernel, types | key, options, WARPS, **matrix)

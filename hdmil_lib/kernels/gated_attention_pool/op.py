@@ -1,12 +1,11 @@
 """`gated_attention_pool`: the public operator."""
 
-import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, same_type, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, kernel_op, same_type, use_triton
 from hdmil_lib.kernels.gated_attention import op as attention
 from hdmil_lib.kernels.gated_attention_pool import reference
-from hdmil_lib.kernels.random import key
+from hdmil_lib.kernels.random import Seed
 from hdmil_lib.kernels.segment_softmax_pool import op as pooling
 from hdmil_lib.kernels.segments import Segments, check_segments
 
@@ -23,7 +22,7 @@ def gated_attention_pool(
     segments: Segments | None = None,
     *,
     dropout: float = 0.0,
-    seed: int | None = None,
+    seed: Seed | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`gated_attention` and `segment_softmax_pool` of its logits, in one pass over the embeddings.
@@ -61,13 +60,14 @@ def gated_attention_pool(
     check(embeddings=(embeddings, "N E"), score_bias=(score_bias, "C"), mask=(mask, "N C"))
     check_segments(segments, len(embeddings), embeddings.device)
     if not use_triton(backend, embeddings):
-        return reference.gated_attention_pool(embeddings, weights, mask, segments, dropout, seed or 0)
-    bags = pooling.bag_offsets(segments, embeddings)
-    pooled, logits, *_ = _forward(embeddings, *weights, mask, bags, dropout, key(seed or 0))
-    return (pooled[0] if segments is None else pooled), logits
+        number = 0 if seed is None else seed
+        return reference.gated_attention_pool(embeddings, weights, mask, segments, dropout, number)
+    bags, key = pooling.bag_offsets(segments, embeddings), attention.drop_key(dropout, seed, embeddings)
+    pooled, logits, *_ = _forward(embeddings, *weights, mask, bags, dropout, key)
+    return pooling.of_bags(pooled, segments), logits
 
 
-@torch.library.custom_op("hdmil::gated_attention_pool", mutates_args=())
+@kernel_op("hdmil::gated_attention_pool")
 def _forward(
     embeddings: Tensor,
     tanh_weight: Tensor,
@@ -79,7 +79,7 @@ def _forward(
     mask: Tensor | None,
     offsets: Tensor,
     dropout: float,
-    key: int,
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pooled (B, C, E), logits (N, C), and the statistics of `segment_softmax_pool`, (B, C) each."""
     from hdmil_lib.kernels.gated_attention_pool import gpu
@@ -99,18 +99,18 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, _score_bias, mask, offsets, ctx.dropout, ctx.key = inputs
+    *tensors, _score_bias, mask, offsets, ctx.dropout, key = inputs
     pooled, logits, *statistics = output
-    ctx.save_for_backward(*tensors, pooled, logits, mask, offsets, *statistics)
+    ctx.save_for_backward(*tensors, pooled, logits, mask, offsets, *statistics, key)
 
 
 def _differentiate(ctx, grad_pooled, grad_logits, *_):
     """The gradients of the pooling, then those of the attention for the logits' whole gradient."""
-    embeddings, *weights, pooled, logits, mask, offsets, largest, total, fallback = ctx.saved_tensors
+    embeddings, *weights, pooled, logits, mask, offsets, largest, total, fallback, key = ctx.saved_tensors
     saved = (pooled, embeddings, logits, mask, offsets, largest, total, fallback)
     from_pool, through_logits, grad_mask = pooling.backward(grad_pooled, *saved)
     through_logits = through_logits + grad_logits
-    grads = attention.backward(through_logits, embeddings, *weights, ctx.dropout, ctx.key)
+    grads = attention.backward(through_logits, embeddings, *weights, ctx.dropout, key)
     grad_mask = grad_mask if grad_mask.numel() else None
     return from_pool + grads[0], *grads[1:], grad_mask, None, None, None
 

@@ -15,7 +15,7 @@ from hdmil_lib.kernels.elementary import random_bits
 from hdmil_lib.kernels.variants import Variant
 
 VALUES = 512  # values per program
-VARYING = ("n_values", "key")  # arguments that differ from call to call and must not cause a recompilation
+VARYING = ("n_values",)  # differs from call to call and must not cause a recompilation
 
 
 @triton.jit
@@ -52,24 +52,31 @@ def backward_kernel(
     tl.store(grad_logits + place, grad * soft * (1 - soft) * inverse_temperature, inside)
 
 
-def forward(logits: Tensor, key: int, noisy: bool, temperature: float, threshold: float) -> Tensor:
+def forward(logits: Tensor, key: Tensor | None, temperature: float, threshold: float) -> Tensor:
     """Launch `forward_kernel` and return the mask (N, C) in the type of the logits."""
     logits = logits.contiguous()
     mask, n_values = torch.empty_like(logits), logits.numel()
     if n_values:
         forward_kernel[(triton.cdiv(n_values, VALUES),)](
-            logits, mask, n_values, key, 1 / temperature, threshold, VALUES, noisy
+            logits, mask, n_values, key, 1 / temperature, threshold, VALUES, key is not None
         )
     return mask
 
 
-def backward(grad_mask: Tensor, logits: Tensor, key: int, noisy: bool, temperature: float) -> Tensor:
+def backward(grad_mask: Tensor, logits: Tensor, key: Tensor | None, temperature: float) -> Tensor:
     """Launch `backward_kernel` and return the gradient of the logits (N, C)."""
     logits = logits.contiguous()
     grad_logits, n_values = torch.empty_like(logits), logits.numel()
     if n_values:
         backward_kernel[(triton.cdiv(n_values, VALUES),)](
-            grad_mask.contiguous(), logits, grad_logits, n_values, key, 1 / temperature, VALUES, noisy
+            grad_mask.contiguous(),
+            logits,
+            grad_logits,
+            n_values,
+            key,
+            1 / temperature,
+            VALUES,
+            key is not None,
         )
     return grad_logits
 
@@ -77,8 +84,9 @@ def backward(grad_mask: Tensor, logits: Tensor, key: int, noisy: bool, temperatu
 def variants() -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     for number in ("*fp32", "*fp16", "*bf16"):
-        types = {"logits": number, "n_values": "i32", "key": "i32", "inverse_temperature": "fp32"}
+        types = {"logits": number, "n_values": "i32", "inverse_temperature": "fp32"}
         for noisy in (False, True):
-            constants = {"VALUES": VALUES, "NOISY": noisy}
-            yield Variant(forward_kernel, types | {"mask": number, "threshold": "fp32"}, constants)
-            yield Variant(backward_kernel, types | {"grad_mask": number, "grad_logits": number}, constants)
+            constants = {"VALUES": VALUES, "NOISY": noisy} | ({} if noisy else {"key": None})
+            numbers = types | ({"key": "*i32"} if noisy else {})
+            yield Variant(forward_kernel, numbers | {"mask": number, "threshold": "fp32"}, constants)
+            yield Variant(backward_kernel, numbers | {"grad_mask": number, "grad_logits": number}, constants)

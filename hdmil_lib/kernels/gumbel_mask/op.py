@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, kernel_op, use_triton
 from hdmil_lib.kernels.gumbel_mask import reference
-from hdmil_lib.kernels.random import key
+from hdmil_lib.kernels.random import Seed, key
 
 
 def gumbel_mask(
     logits: Tensor,
     *,
-    seed: int | None = None,
+    seed: Seed | None = None,
     temperature: float = 1.0,
     threshold: float = 0.5,
     backend: Backend = "auto",
@@ -43,42 +43,41 @@ def gumbel_mask(
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}, expected a number between 0 and 1")
     if use_triton(backend, logits):
-        return _forward(logits, key(seed or 0), seed is not None, temperature, threshold)
+        return _forward(logits, None if seed is None else key(seed, logits.device), temperature, threshold)
     return reference.gumbel_mask(logits, seed, temperature, threshold)
 
 
-@torch.library.custom_op("hdmil::gumbel_mask", mutates_args=())
-def _forward(logits: Tensor, key: int, noisy: bool, temperature: float, threshold: float) -> Tensor:
+@kernel_op("hdmil::gumbel_mask")
+def _forward(logits: Tensor, key: Tensor | None, temperature: float, threshold: float) -> Tensor:
     from hdmil_lib.kernels.gumbel_mask import gpu
 
-    return gpu.forward(logits, key, noisy, temperature, threshold)
+    return gpu.forward(logits, key, temperature, threshold)
 
 
 @_forward.register_fake
-def _(logits, key, noisy, temperature, threshold):
+def _(logits, key, temperature, threshold):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("hdmil::gumbel_mask_backward", mutates_args=())
-def _backward(grad_mask: Tensor, logits: Tensor, key: int, noisy: bool, temperature: float) -> Tensor:
+@kernel_op("hdmil::gumbel_mask_backward")
+def _backward(grad_mask: Tensor, logits: Tensor, key: Tensor | None, temperature: float) -> Tensor:
     from hdmil_lib.kernels.gumbel_mask import gpu
 
-    return gpu.backward(grad_mask, logits, key, noisy, temperature)
+    return gpu.backward(grad_mask, logits, key, temperature)
 
 
 @_backward.register_fake
-def _(grad_mask, logits, key, noisy, temperature):
+def _(grad_mask, logits, key, temperature):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
-    logits, ctx.key, ctx.noisy, ctx.temperature, _threshold = inputs
-    ctx.save_for_backward(logits)
+    logits, key, ctx.temperature, _threshold = inputs
+    ctx.save_for_backward(logits, key)
 
 
 def _differentiate(ctx, grad_mask):
-    grad_logits = _backward(grad_mask, *ctx.saved_tensors, ctx.key, ctx.noisy, ctx.temperature)
-    return grad_logits, None, None, None, None
+    return _backward(grad_mask, *ctx.saved_tensors, ctx.temperature), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from hdmil_lib.kernels.random import logistic
+from hdmil_lib.kernels.random import Seed, logistic
 
 
-def gumbel_mask(logits: Tensor, seed: int | None, temperature: float, threshold: float) -> Tensor:
+def gumbel_mask(logits: Tensor, seed: Seed | None, temperature: float, threshold: float) -> Tensor:
     """Return the mask (N, C) that `kernels.gumbel_mask` describes."""
     noisy = logits if seed is None else logits + logistic(seed, logits)
     soft = (noisy / temperature).sigmoid().to(logits.dtype)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, check_bytes, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, check_bytes, check_device, kernel_op, use_triton
 from hdmil_lib.kernels.lipn_forward import reference
 
 
@@ -45,11 +45,10 @@ def _check_weights(weights: Sequence[Tensor], device: torch.device) -> None:
     if len(weights) != len(axes):
         raise ValueError(f"weights has {len(weights)} tensors, expected the {len(axes)} of LIPN.packed")
     check(**{f"weights[{i}]": pair for i, pair in enumerate(zip(weights, axes, strict=True))})
-    if weights[0].device != device:
-        raise ValueError(f"weights is on {weights[0].device}, but patches is on {device}: move one of them")
+    check_device("weights", weights[0], device, "patches")
 
 
-@torch.library.custom_op("hdmil::lipn_forward", mutates_args=())
+@kernel_op("hdmil::lipn_forward")
 def _forward(patches: Tensor, weights: list[Tensor]) -> Tensor:
     from hdmil_lib.kernels.lipn_forward import gpu
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, in_float32, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, in_float32, kernel_op, use_triton
 from hdmil_lib.kernels.s4d_convolution import reference
 
 
@@ -58,7 +58,7 @@ def s4d_convolution(
     return reference.convolve(inputs.to(number), response, skip.to(number)).to(inputs.dtype)
 
 
-@torch.library.custom_op("hdmil::s4d_response", mutates_args=())
+@kernel_op("hdmil::s4d_response")
 def _forward(amplitudes: Tensor, exponents: Tensor, length: int) -> Tensor:
     from hdmil_lib.kernels.s4d_convolution import gpu
 
@@ -70,7 +70,7 @@ def _(amplitudes, exponents, length):
     return amplitudes.new_empty(len(amplitudes), length, dtype=torch.float32)
 
 
-@torch.library.custom_op("hdmil::s4d_response_backward", mutates_args=())
+@kernel_op("hdmil::s4d_response_backward")
 def _backward(grad: Tensor, amplitudes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     from hdmil_lib.kernels.s4d_convolution import gpu
 

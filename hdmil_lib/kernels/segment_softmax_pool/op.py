@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, same_type, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, kernel_op, same_type, use_triton
 from hdmil_lib.kernels.segment_softmax_pool import reference
 from hdmil_lib.kernels.segments import Segments, check_segments
 
@@ -44,7 +44,7 @@ def segment_softmax_pool(
     if not use_triton(backend, embeddings):
         return reference.segment_softmax_pool(embeddings, logits, mask, segments)
     pooled = _forward(embeddings, logits, mask, bag_offsets(segments, embeddings))[0]
-    return pooled[0] if segments is None else pooled
+    return of_bags(pooled, segments)
 
 
 def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
@@ -57,13 +57,18 @@ def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
 
 
 def bag_offsets(segments: Segments | None, embeddings: Tensor) -> Tensor:
-    """Offsets (B + 1,) of the bags, or of one bag of all tiles."""
+    """Offsets of the bags, or of one bag of all tiles, such that every tile has a bag."""
     if segments is None:
         segments = Segments([len(embeddings)], embeddings.device)
-    return segments.offsets
+    return segments.covering
 
 
-@torch.library.custom_op("hdmil::segment_softmax_pool", mutates_args=())
+def of_bags(pooled: Tensor, segments: Segments | None) -> Tensor:
+    """Results (B, ...) of the bags of `bag_offsets` for the segments, or that of the only bag."""
+    return pooled[0] if segments is None else pooled[: segments.n_bags]
+
+
+@kernel_op("hdmil::segment_softmax_pool")
 def _forward(
     embeddings: Tensor, logits: Tensor, mask: Tensor | None, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +95,7 @@ def _(embeddings, logits, mask, offsets):
     return empty_results(embeddings, logits, offsets)
 
 
-@torch.library.custom_op("hdmil::segment_softmax_pool_backward", mutates_args=())
+@kernel_op("hdmil::segment_softmax_pool_backward")
 def backward(
     grad_pooled: Tensor,
     pooled: Tensor,

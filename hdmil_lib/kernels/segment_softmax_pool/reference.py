@@ -12,7 +12,10 @@ def segment_softmax_pool(
     """Bag embeddings, as `kernels.segment_softmax_pool` describes them: bag after bag."""
     if segments is None:
         return pool(embeddings, logits, mask)
-    lengths = list(segments.lengths)
+    lengths = segments.read_lengths()
+    if not segments.exact:
+        n = sum(lengths)
+        embeddings, logits, mask = embeddings[:n], logits[:n], None if mask is None else mask[:n]
     masks = [None] * len(lengths) if mask is None else mask.split(lengths)
     bags = zip(embeddings.split(lengths), logits.split(lengths), masks, strict=True)
     return torch.stack([pool(*bag) for bag in bags])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check, in_float32, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check, in_float32, kernel_op, use_triton
 from hdmil_lib.kernels.selective_scan import reference
 from hdmil_lib.kernels.selective_scan.limits import MAX_STATES
 
@@ -58,7 +58,7 @@ def selective_scan(
     return _forward(inputs, steps, decay, input_matrix, output_matrix, skip)[0]
 
 
-@torch.library.custom_op("hdmil::selective_scan", mutates_args=())
+@kernel_op("hdmil::selective_scan")
 def _forward(
     inputs: Tensor, steps: Tensor, decay: Tensor, input_matrix: Tensor, output_matrix: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _(inputs, steps, decay, input_matrix, output_matrix, skip):
     return torch.empty_like(inputs, memory_format=torch.contiguous_format), gpu.new_states(inputs)
 
 
-@torch.library.custom_op("hdmil::selective_scan_backward", mutates_args=())
+@kernel_op("hdmil::selective_scan_backward")
 def _backward(
     grad: Tensor,
     starts: Tensor,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check_bytes, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check_bytes, kernel_op, use_triton
 from hdmil_lib.kernels.tile_preprocess import reference
 from hdmil_lib.kernels.tile_preprocess.stain import StainTransform
 
@@ -61,7 +61,7 @@ def tile_preprocess(
     return reference.tile_preprocess(tiles, scale, shift, numbers, dtype, channels_last)
 
 
-@torch.library.custom_op("hdmil::tile_preprocess", mutates_args=())
+@kernel_op("hdmil::tile_preprocess")
 def _forward(
     tiles: Tensor,
     scale: Sequence[float],

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdmil_lib.kernels.dispatch import Backend, check_bytes, use_triton
+from hdmil_lib.kernels.dispatch import Backend, check_bytes, kernel_op, use_triton
 from hdmil_lib.kernels.tissue_statistics import reference
 
 MAX_BINS = 128
@@ -67,7 +67,7 @@ def tissue_statistics(
     return TissueStatistics(histogram, tissue / n_pixels)
 
 
-@torch.library.custom_op("hdmil::tissue_statistics", mutates_args=())
+@kernel_op("hdmil::tissue_statistics")
 def _forward(tiles: Tensor, bins: int, threshold: int) -> tuple[Tensor, Tensor]:
     from hdmil_lib.kernels.tissue_statistics import gpu
 
