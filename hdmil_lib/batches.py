@@ -270,9 +270,10 @@ class BagDataset:
         if rows is None:
             return None
         parts = [rows[first:end] for first, end in spans]
-        if field in HOST_FIELDS or rows.device == self.device:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        taken = rows.new_empty(sum(map(len, parts)), *rows.shape[1:], device=self.device)
+        device = torch.device("cpu") if field in HOST_FIELDS else self.device
+        if len(parts) == 1 and rows.device == device:
+            return parts[0]
+        taken = rows.new_empty(sum(map(len, parts)), *rows.shape[1:], device=device)
         for here, part in zip(taken.split([len(part) for part in parts]), parts, strict=True):
             here.copy_(part, non_blocking=True)
         return taken

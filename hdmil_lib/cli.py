@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hdmil_lib.models import HDMIL
     from hdmil_lib.training.recipes import Recipe
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Devices = Annotated[str, typer.Option(help="auto (all GPUs), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")]
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -61,6 +63,7 @@ def _options(
 def samples(
     cohort: Annotated[str, typer.Option(help="camelyon-mini, nsclc-mini or brca-mini.")] = "camelyon-mini",
     fast: Annotated[bool, typer.Option("--fast", help="A few slides only.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Prepare the slides and bags of a synthetic cohort, and a real sample slide, in the cache."""
     from hdmil_lib.config import is_fast, setup
@@ -68,7 +71,7 @@ def samples(
     from hdmil_lib.synthetic.cohorts import prepare_cohort
 
     setup()
-    prepared = prepare_cohort(cohort, fast=fast or is_fast())
+    prepared = prepare_cohort(cohort, fast=fast or is_fast(), device=device)
     typer.echo(f"{cohort} (synthetic): {len(prepared)} slides, {' / '.join(prepared.classes)}")
     typer.echo(f"  labels  {prepared.root / 'cohort.csv'}")
     typer.echo(f"  bags    {prepared.bag_dir}")
@@ -84,7 +87,7 @@ def extract(
     encoder: Annotated[
         str, typer.Option(help="Name of an encoder; see `hdmil encoders`.")
     ] = "efficientnet_lite0",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Device = "auto",
     mpp: Annotated[
         float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
@@ -144,7 +147,8 @@ def train(
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of folds, initial weights and training.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes, at least one per GPU.")] = 2,
+    device: Devices = "auto",
 ) -> None:
     """Cross-validate, and write the model of one fold to OUT/model for `hdmil predict`.
 
@@ -172,6 +176,7 @@ def train(
         out=out / "runs",
         bags=loaded,
         workers=workers,
+        device=device,
     )
     scores = cv.table()
     save_table(scores, out / "scores")
@@ -191,6 +196,7 @@ def calibrate(
         float, typer.Option(help="Share of slides that may get another label than from all tiles.")
     ] = 0.05,
     delta: Annotated[float, typer.Option(help="Probability that more slides do.")] = 0.1,
+    device: Device = "auto",
 ) -> None:
     """Learn how few tiles the model needs, on slides that were not used for anything else.
 
@@ -209,7 +215,7 @@ def calibrate(
         raise HDMILError(
             f"{out}: is the model itself; give another folder, so that the trained model is kept"
         )
-    trained = HDMIL.from_pretrained(model)
+    trained = HDMIL.from_pretrained(model).to(device)
     table = Cohort.from_csv(cohort, bags=bags)
     held_out = table.select(table.table.drop_duplicates("case_id")["slide_id"].tolist())
     loaded = list(held_out.load_bags().values())
@@ -251,7 +257,7 @@ def predict(
     ] = False,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Largest number of tiles to read.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds after which reading stops.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Devices = "auto",
     mpp: Annotated[
         float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
@@ -263,7 +269,7 @@ def predict(
     predictions are written to a table; slides that are in it already are skipped.
     """
     from hdmil_lib.config import setup
-    from hdmil_lib.devices import resolve
+    from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders.extraction import slide_files
     from hdmil_lib.models import HDMIL
 
@@ -279,21 +285,23 @@ def predict(
             "--heatmap or --geojson"
         )
     paths = slide_files(slides)
-    loaded = HDMIL.from_pretrained(model).to(resolve(device))
+    gpus = resolve_all(device)
+    loaded = HDMIL.from_pretrained(model).to(gpus[0])
     if out is not None or len(paths) > 1:
         if out is None or by_tiles or pictures:
             raise HDMILError(
                 "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
                 "--max-seconds, --heatmap or --geojson"
             )
-        _predict_table(loaded, paths, out, all_tiles=all_tiles, mpp=mpp, strict=strict)
+        _predict_table(loaded, paths, out, device=gpus, all_tiles=all_tiles, mpp=mpp, strict=strict)
         return
     slide = paths[0]
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
-        _predict_anytime(loaded, slide, margin=margin, mpp=mpp, **budget)
+        _predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=mpp, **budget)
         return
-    prediction = loaded.predict(slide, all_tiles=all_tiles, mpp=mpp, strict=strict, progress=True)
+    options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": mpp, "strict": strict}
+    prediction = loaded.predict(slide, progress=True, **options)
     _print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
     if len(prediction.broken):

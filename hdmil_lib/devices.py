@@ -58,9 +58,23 @@ def resolve_all(device: str | torch.device | Sequence[str | torch.device] = "aut
     return list(dict.fromkeys(resolve(name.strip() if isinstance(name, str) else name) for name in names))
 
 
+def prefer(device: str | torch.device, current: torch.device) -> torch.device:
+    """The device of a name, where "auto" is the current one if that is a GPU.
+
+    Raises:
+        HDMILError: There is no such device.
+    """
+    return current if device == "auto" and current.type != "cpu" else resolve(device)
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The floating type of most digits on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def name(device: torch.device) -> str:
+    """Name of the hardware of a device, for a record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def free_memory(gpu: torch.device) -> int:

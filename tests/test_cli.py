@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hdmil_lib.bags import EncoderIdentity, read_bag, write_bag
 from hdmil_lib.cli import app
+from hdmil_lib.devices import resolve
 from hdmil_lib.models import HDMIL
 from hdmil_lib.version import __version__
 
@@ -353,11 +354,12 @@ def test_samples_names_what_it_prepared(monkeypatch, work):
     cohort = Cohort.from_csv(work / "cohort.csv", bags=work / "bags")
     asked = []
     monkeypatch.setattr(
-        "hdmil_lib.synthetic.cohorts.prepare_cohort", lambda name, fast: asked.append((name, fast)) or cohort
+        "hdmil_lib.synthetic.cohorts.prepare_cohort",
+        lambda name, fast, device: asked.append((name, fast, device)) or cohort,
     )
     monkeypatch.setattr("hdmil_lib.slides.sample.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
     text = hdmil("samples", "--cohort", "nsclc-mini", "--fast")
-    assert asked == [("nsclc-mini", True)]
+    assert asked == [("nsclc-mini", True, "auto")]
     assert "synthetic" in text
     assert str(work / "bags") in text
     assert "CMU-1" in text
@@ -530,3 +532,21 @@ def test_arguments_that_name_nothing(work, monkeypatch, arguments, named):
     monkeypatch.chdir(work)
     assert named in hdmil(*arguments, code=1)
     assert not (work / "new").exists()
+
+
+def test_every_command_that_computes_refuses_a_device_that_is_not_there(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "hdmil_lib.synthetic.cohorts.prepare_cohort", lambda name, fast, device: resolve(device)
+    )
+    monkeypatch.setattr("hdmil_lib.encoders.loading.load_encoder", lambda name, device, **_: resolve(device))
+    held_out = ("--cohort", work / "cohort.csv", "--bags", work / "bags")
+    commands = (
+        ("samples",),
+        ("extract", work / "slides", "--out", tmp_path / "bags"),
+        (*train_arguments(work), "--out", tmp_path / "trained"),
+        ("calibrate", "--model", work / "model", "--out", tmp_path / "model", *held_out),
+        ("predict", work / "slides" / "s00.tif", "--model", work / "model"),
+    )
+    for command in commands:
+        text = hdmil(*command, "--device", "cuda:77", code=1)
+        assert "There is no device 'cuda:77' here. Use 'auto' or one of: cpu" in text

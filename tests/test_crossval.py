@@ -294,7 +294,7 @@ def test_training_without_git_writes_predictions_without_a_commit(cohort, tmp_pa
     assert sorted(cv.predictions["slide_id"]) == sorted(cohort.slide_ids)
     for fold in range(3):
         provenance = json.loads((cv.folder / "mean" / f"fold{fold}" / "provenance.json").read_text())
-        assert provenance.keys() == {"commit", "changed", "seconds"}
+        assert provenance.keys() == {"commit", "changed", "seconds", "device"}
         assert provenance["commit"] is None
         assert provenance["changed"] is False
     assert runs_table(cv.folder)["commit"].isna().all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hdmil_lib.devices import resolve
+from hdmil_lib.devices import prefer, resolve, resolve_all
 from hdmil_lib.errors import HDMILError
 
 
@@ -81,3 +81,27 @@ def test_without_a_gpu_only_the_cpu_is_named(gpus, asked):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_tensors_lie_on_the_resolved_gpu():
     assert torch.zeros(1, device=resolve("cuda")).device == resolve("auto") == torch.device("cuda", 0)
+
+
+def test_all_gpus_share_the_work_by_default(gpus):
+    gpus(0)
+    assert resolve_all() == [torch.device("cpu")]
+    gpus(3)
+    assert resolve_all("auto") == [torch.device("cuda", i) for i in range(3)]
+    assert resolve_all("cuda:2, cuda:0") == [torch.device("cuda", 2), torch.device("cuda", 0)]
+    assert resolve_all(["cuda:1", torch.device("cuda", 1)]) == resolve_all(torch.device("cuda", 1))
+    assert resolve_all("cpu") == [torch.device("cpu")]
+    with pytest.raises(HDMILError, match="no device 'cuda:3' here"):
+        resolve_all("cuda:0,cuda:3")
+    with pytest.raises(HDMILError, match="no device ''"):
+        resolve_all([])
+
+
+def test_a_model_on_a_gpu_stays_there_unless_another_device_is_named(gpus):
+    gpus(2)
+    second = torch.device("cuda", 1)
+    assert prefer("auto", second) == second
+    assert prefer("cpu", second) == torch.device("cpu")
+    assert prefer("auto", torch.device("cpu")) == torch.device("cuda", 0)
+    gpus(0)
+    assert prefer("auto", torch.device("cpu")) == torch.device("cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
-from hdmil_lib.models import HDMIL, LIPN, create_model
+from hdmil_lib.models import HDMIL, LIPN, MODELS, create_model
 from hdmil_lib.training import fit as loop
 from hdmil_lib.training.fit import TrainSettings, fit, make_optimizer
 from hdmil_lib.training.lipn import fit_lipn
@@ -287,3 +287,41 @@ def test_gradients_are_clipped_group_by_group(case, tmp_path):
         ]
         assert len(norms) == n_groups
         torch.testing.assert_close(torch.stack(norms), torch.full((n_groups,), 1e-3), rtol=1e-3, atol=0)
+
+
+def test_a_device_that_is_not_there_is_named(case, tmp_path):
+    with pytest.raises(HDMILError, match="There is no device 'cuda:77' here"):
+        fit(small_model(), *case, SHORT, out=tmp_path, device="cuda:77")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"), [(2, "lower batch_size, which is 2, or"), (1, "tiles: set")]
+)
+def test_a_step_without_enough_memory_says_what_to_lower_and_keeps_the_epochs(
+    case, tmp_path, monkeypatch, batch_size, remedy
+):
+    settings = replace(SHORT, batch_size=batch_size)
+    step, calls = loop.train_step, []
+    n_steps = -(-len(case[1].train) // batch_size)
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > 2 * n_steps:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", full)
+        with pytest.raises(HDMILError, match=rf"too little memory for a step on .*{remedy}.*epochs are kept"):
+            fit(small_model(), *case, settings, out=tmp_path / "again")
+    interrupted = fit(small_model(), *case, settings, out=tmp_path / "again")
+    pd.testing.assert_frame_equal(interrupted, fit(small_model(), *case, settings, out=tmp_path / "once"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_in_bfloat16_with_weights_in_float32(case, tmp_path, name):
+    torch.manual_seed(0)
+    model = create_model(name, DIM, 2)
+    history = fit(model, *case, replace(SHORT, epochs=2, precision="bf16"), out=tmp_path)
+    assert np.isfinite(history.drop(columns="val_auc")).all(axis=None)
+    assert all(p.dtype == torch.float32 for p in model.parameters())

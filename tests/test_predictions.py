@@ -6,16 +6,18 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from threading import Barrier
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from model_factory import ColorEncoder, make_model, write_textured_slide
 from slide_factory import damage_tile, write_slide
 
 from hdmil_lib.encoders.extraction import extract_slide
-from hdmil_lib.errors import CheckpointError, CohortError, SlideError
+from hdmil_lib.errors import CheckpointError, CohortError, HDMILError, SlideError
 from hdmil_lib.inference import slides as inference
 
 
@@ -360,3 +362,47 @@ def test_a_prediction_says_what_it_is(folder, model):
     assert prediction.keep_ratio == prediction.kept.mean()
     assert prediction.ranking[0] == prediction.probabilities.argmax()
     assert Path(folder / "s0.tif").stem == prediction.slide_id
+
+
+def test_several_devices_share_the_slides(folder, model, tmp_path, monkeypatch):
+    """Two devices, both of which are the CPU: each has its own networks; no slide is lost or done twice."""
+    alone = model.predict_many(folder, out=tmp_path / "alone.csv", progress=False)
+    monkeypatch.setattr(inference.devices, "resolve_all", lambda device: [torch.device("cpu")] * 2)
+    used, predict_slide = [], inference.predict_slide
+    both = Barrier(2, timeout=60)
+
+    def predict(own, path, **options):
+        used.append(id(own))
+        if path.stem != "s2":
+            both.wait()  # the first two slides are predicted at the same time
+        return predict_slide(own, path, **options)
+
+    monkeypatch.setattr(inference, "predict_slide", predict)
+    shared = model.predict_many(folder, out=tmp_path / "shared.csv", progress=False)
+    assert len(used) == 3
+    assert len(set(used)) == 2
+    pd.testing.assert_frame_equal(shared.drop(columns="seconds"), alone.drop(columns="seconds"))
+    assert len(pd.read_csv(tmp_path / "shared.csv")) == 3
+
+
+def test_a_replica_shares_no_weight_with_its_model(model):
+    replica = model.replica()
+    ours, theirs = model.state_dict(), replica.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(ours[key].data_ptr() != theirs[key].data_ptr() for key in ours)
+    assert replica.info == model.info
+    assert not replica.training
+
+
+def test_a_device_that_is_not_there_is_named(folder, model, tmp_path):
+    slide = folder / "s0.tif"
+    calls = (
+        lambda: model.predict(slide, device="cuda:77"),
+        lambda: model.predict_many(folder, out=tmp_path / "t.csv", device="cpu,cuda:77"),
+        lambda: model.stream(slide, device="cuda:77"),
+        lambda: model.to("cuda:77"),
+    )
+    for call in calls:
+        with pytest.raises(HDMILError, match="There is no device 'cuda:77' here"):
+            call()
+    assert model.to("auto") is model

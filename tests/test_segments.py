@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments, check_segments, chunks
+from hdmil_lib.models import create_model
+from hdmil_lib.models.ragged import bag_argmax, bag_mean, pad, unpad
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=8)
 
@@ -122,3 +125,56 @@ def test_on_another_device_no_number_is_read_back():
     table, first_chunk = chunks(segments.offsets, 5, 2)
     assert table.shape == (5, 3)
     assert first_chunk.shape == (4,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+def test_a_choice_without_waiting_describes_the_same_bags(lengths, seed):
+    """What a GPU gets, whose host does not know the lengths, against what a CPU gets, on the same tiles."""
+    rng = torch.Generator().manual_seed(seed)
+    segments = Segments(lengths)
+    kept = torch.rand(segments.n_tiles, generator=rng) < 0.5
+    values = torch.randn(segments.n_tiles, 3, generator=rng)
+    rows, exact = segments.select(kept)
+    all_rows, open_ended = segments.select(kept, wait=False)
+    assert rows.tolist() == kept.nonzero()[:, 0].tolist() == all_rows[: len(rows)].tolist()
+    assert sorted(all_rows.tolist()) == list(range(segments.n_tiles))
+    assert (exact.exact, exact.n_tiles) == (True, len(rows))
+    assert (open_ended.exact, open_ended.n_tiles) == (False, len(kept))
+    assert open_ended.read_lengths() == exact.read_lengths() == list(exact.lengths)
+    assert torch.equal(open_ended.bag[: len(rows)], exact.bag)
+    assert torch.equal(open_ended.place[: len(rows)], exact.place)
+    assert (open_ended.bag[len(rows) :] == len(lengths)).all()
+    assert open_ended.inside.tolist() == [True] * len(rows) + [False] * (len(kept) - len(rows))
+    assert open_ended.covering.tolist() == [*exact.offsets.tolist(), len(kept)]
+    logits = values[:, :2]
+    torch.testing.assert_close(
+        segment_softmax_pool(values[all_rows], logits[all_rows], None, open_ended),
+        segment_softmax_pool(values[rows], logits[rows], None, exact),
+    )
+    if min(exact.lengths) > 0:
+        assert torch.equal(bag_mean(values[all_rows], open_ended), bag_mean(values[rows], exact))
+        longest = exact.longest
+        padded = pad(values[all_rows], open_ended, -1.0)
+        assert torch.equal(padded[:, :longest], pad(values[rows], exact, -1.0))
+        assert (padded[:, longest:] == -1).all()
+        assert torch.equal(unpad(padded, open_ended)[: len(rows)], values[rows])
+        assert torch.equal(bag_argmax(values[all_rows], open_ended), bag_argmax(values[rows], exact))
+    again_rows, again = open_ended.select(kept[all_rows] & (values[all_rows, 0] > 0), wait=False)
+    assert again.read_lengths() == segments.select(kept & (values[:, 0] > 0))[1].read_lengths()
+    assert (again_rows[: sum(again.read_lengths())] < len(rows)).all()
+
+
+def test_dmin_on_chosen_tiles_is_the_same_with_and_without_waiting():
+    torch.manual_seed(0)
+    model = create_model("dmin", 6, 2, embed_dim=16, attention_dim=8, dropout=0.0, degree=3).double()
+    features, segments = torch.randn(40, 6).double(), Segments([25, 15])
+    kept, labels, results = torch.rand(40) < 0.6, torch.tensor([0, 1]), []
+    for wait in (True, False):
+        rows, bags = segments.select(kept, wait=wait)
+        output = model.eval()(features[rows], bags)
+        terms = model.loss(output, labels)
+        grads = torch.autograd.grad(sum(terms.values()), model.parameters())
+        results.append((output.logits, output.keep_ratio, *terms.values(), *grads))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

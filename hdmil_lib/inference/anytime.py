@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.encoders.extraction import encode_blocks
 from hdmil_lib.errors import SlideError
 from hdmil_lib.inference.prediction import stage
-from hdmil_lib.inference.slides import check_bag
+from hdmil_lib.inference.slides import check_bag, running_on
 from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
 
@@ -107,6 +108,7 @@ def stream(
     max_tiles: int | None = None,
     max_seconds: float | None = None,
     mpp: float | tuple[float, float] | None = None,
+    device: str | torch.device = "auto",
     block: int = BLOCK,
     n_readers: int = 1,
 ) -> Generator[AnytimeStep, None, None]:
@@ -124,6 +126,7 @@ def stream(
         max_tiles: Largest number of tiles to read.
         max_seconds: Number of seconds after which no further block is read.
         mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
+        device: Device on which networks and encoder run; see `HDMIL.predict`.
         block: Number of tiles per block; a margin is valid for the block size that it was learned with.
         n_readers: Number of threads that read ahead while the encoder runs, at most `n_readers` + 1 blocks.
 
@@ -131,6 +134,7 @@ def stream(
         ValueError: A budget is not positive, or the margin is out of range; raised at the call.
         SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue.
         CheckpointError: The model does not know its encoder, or the encoder has changed.
+        HDMILError: There is no such device.
     """
     for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
         if budget is not None and budget <= 0:
@@ -138,12 +142,13 @@ def stream(
     margin = float(model.margin) if margin is None else margin
     if not margin > 0:
         raise ValueError(f"margin is {margin}, expected more than 0")
-    model.eval()
-    encoder, info = model.encoder, model.known_info
+    device = devices.prefer(device, model.device)
+    with running_on(model, device):
+        encoder, info = model.encoder, model.known_info
 
     def steps() -> Generator[AnytimeStep, None, None]:
         start, seconds = time.perf_counter(), dict[str, float]()
-        with Slide(slide_path, mpp) as slide:
+        with running_on(model, device), Slide(slide_path, mpp) as slide:
             with stage(seconds, "thumbnail"):
                 grid = TileGrid.from_slide(
                     slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size

@@ -1,13 +1,17 @@
 """Prediction of slide files and bags."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity
 from hdmil_lib.encoders.extraction import encode_tiles, slide_files
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
@@ -30,12 +34,31 @@ def predict(model: HDMIL, slide: str | Path | Bag, **options: Any) -> Prediction
     return predict_slide(model, slide, **options)
 
 
+@contextmanager
+def running_on(model: HDMIL, device: str | torch.device) -> Iterator[None]:
+    """Put a model on a device in evaluation mode, as `HDMIL.predict` says, and then back where it was.
+
+    Raises:
+        HDMILError: There is no such device.
+    """
+    home, there = model.device, devices.prefer(device, model.device)
+    model.eval()
+    if there != home:
+        model.to(there)
+    try:
+        yield
+    finally:
+        if there != home:
+            model.to(home)
+
+
 @torch.inference_mode()
 def predict_slide(
     model: HDMIL,
     slide_path: str | Path,
     *,
     all_tiles: bool = False,
+    device: str | torch.device = "auto",
     mpp: float | tuple[float, float] | None = None,
     n_readers: int = 2,
     strict: bool = False,
@@ -47,6 +70,7 @@ def predict_slide(
         model: The model; it is set to evaluation mode.
         slide_path: The slide file.
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
+        device: Device on which networks and encoder run; see `HDMIL.predict`.
         mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
         n_readers: Number of threads that read ahead while the encoder runs; with 0 the stages do not overlap,
             so that their seconds add up.
@@ -57,11 +81,11 @@ def predict_slide(
         SlideError: The slide cannot be read, has no scale, is smaller than a tile or has no tissue; a
             tile is damaged, or with `strict=False` all are.
         CheckpointError: The model does not know its encoder, or the encoder has changed.
+        HDMILError: There is no such device.
     """
-    model.eval()
-    encoder, info = model.encoder, model.known_info
     seconds: dict[str, float] = {}
-    with stage(seconds, "total"), Slide(slide_path, mpp) as slide:
+    with running_on(model, device), stage(seconds, "total"), Slide(slide_path, mpp) as slide:
+        encoder, info = model.encoder, model.known_info
         with stage(seconds, "thumbnail"):
             grid = TileGrid.from_slide(
                 slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
@@ -93,17 +117,19 @@ def predict_slide(
 
 
 @torch.inference_mode()
-def predict_bag(model: HDMIL, bag: Bag, *, all_tiles: bool = False) -> Prediction:
+def predict_bag(
+    model: HDMIL, bag: Bag, *, all_tiles: bool = False, device: str | torch.device = "auto"
+) -> Prediction:
     """Classify a slide from its bag.
 
     Raises:
         BagError: The bag was made by another encoder, or has no patches.
         CheckpointError: The model does not know its encoder.
+        HDMILError: There is no such device.
     """
-    model.eval()
     check_bag(model, bag)
     seconds: dict[str, float] = {}
-    with stage(seconds, "total"):
+    with running_on(model, device), stage(seconds, "total"):
         features = torch.from_numpy(np.asarray(bag.features, dtype=np.float32)).to(model.device)
         patches = None if all_tiles else torch.from_numpy(bag.known_patches).to(model.device)
         output = model(features, patches, all_tiles=all_tiles)
@@ -128,19 +154,21 @@ def predict_many(
     *,
     out: str | Path,
     all_tiles: bool = False,
+    device: str | torch.device | Sequence[str | torch.device] = "auto",
     progress: bool = True,
     **options: Any,
 ) -> "pd.DataFrame":
     """Classify many slides into a CSV file, one row per slide, written after every slide.
 
     Slides that are in the file without an error are skipped, so an interrupted run resumes if started again.
-    If a slide fails, its row holds the error and the run continues.
+    If a slide fails, its row holds the error and the run continues. Several GPUs take the slides in turn.
 
     Args:
         model: The model.
         slides: A folder, a CSV file with a column `path`, slide files, or several of these.
         out: The CSV file.
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
+        device: Device or devices, as `devices.resolve_all` takes them; "auto" is the model's GPU, or all.
         progress: Whether a bar over slides is shown.
         **options: Further options of `predict_slide`.
 
@@ -151,8 +179,12 @@ def predict_many(
         SlideError: No slide is named, or two have the same name.
         CheckpointError: `out` is a folder, another kind of table, or a table of other classes; or the model
             does not know its encoder.
+        HDMILError: There is no such device.
     """
     from tqdm.auto import tqdm
+
+    moved = device != "auto" or model.device.type == "cpu"
+    targets = devices.resolve_all(device) if moved else [model.device]
 
     paths, out = slide_files(slides), Path(out)
     names = {path: readable(path.stem) for path in paths}
@@ -160,19 +192,42 @@ def predict_many(
     if twice:
         raise SlideError(f"several slides are called {twice[0]!r}; rename them, or predict them apart")
     rows = _rows_of(out, model.classes)
-    model.encoder  # noqa: B018  loaded before the first slide, so that a missing encoder is noticed at once
-    todo = [path for path in paths if rows.get(names[path], {"error": "new"})["error"]]
-    with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress) as bar:
-        for path in todo:
-            try:
-                prediction = predict_slide(model, path, all_tiles=all_tiles, **options)
-                rows[names[path]] = prediction.to_row() | {"error": ""}
-            except Exception as error:  # any error concerns this slide only
-                message = readable(" ".join(str(error).split())) or type(error).__name__
-                rows[names[path]] = {"slide_id": names[path], "error": message}
-            write_table(out, _table(rows.values()))
-            bar.update()
-            bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()))
+    todo = deque(path for path in paths if rows.get(names[path], {"error": "new"})["error"])
+    bar = tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress)
+    writing = Lock()
+
+    def work(own: HDMIL, target: torch.device) -> None:
+        """Classify slides until none is left."""
+        with running_on(own, target):
+            own.encoder  # noqa: B018  loaded first, so that a missing encoder is noticed at once
+            while True:
+                try:
+                    path = todo.popleft()
+                except IndexError:
+                    return
+                try:
+                    prediction = predict_slide(own, path, all_tiles=all_tiles, device=target, **options)
+                    row = prediction.to_row() | {"error": ""}
+                except Exception as error:  # any error concerns this slide only
+                    message = readable(" ".join(str(error).split())) or type(error).__name__
+                    row = {"slide_id": names[path], "error": message}
+                with writing:
+                    rows[names[path]] = row
+                    write_table(out, _table(rows.values()))
+                    bar.update()
+                    bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()))
+
+    with bar:
+        if len(targets) == 1:
+            work(model, targets[0])
+        else:
+            copies = [model, *(model.replica() for _ in targets[1:])]
+            with ThreadPoolExecutor(len(targets)) as pool:
+                try:
+                    list(pool.map(work, copies, targets))
+                except BaseException:
+                    todo.clear()  # the other threads end with their slide
+                    raise
     return _table(rows[names[path]] for path in paths)
 
 

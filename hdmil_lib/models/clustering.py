@@ -65,7 +65,8 @@ def instance_clustering_loss(
     present = range(len(heads)) if everyone else set(labels.tolist())
     labels = to_device(labels, embeddings.device)
     bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k)  # both ends
-    total = embeddings.new_zeros(len(labels))
+    number = torch.promote_types(embeddings.dtype, torch.float32)
+    total = embeddings.new_zeros(len(labels), dtype=number)
     for branch, head in enumerate(heads):
         if branch not in present:
             continue
@@ -86,7 +87,7 @@ def instance_clustering_loss(
             chosen = torch.arange(used.numel(), device=used.device)
         bag = bags.flatten()[chosen]
         losses = smooth_top1_svm(head(embeddings[tiles.flatten()[chosen]]), targets.flatten()[chosen].long())
-        losses = (losses / n_tiles[bag]).masked_fill(~used.flatten()[chosen], 0)
+        losses = (losses.to(number) / n_tiles[bag]).masked_fill(~used.flatten()[chosen], 0)
         total = total.index_add(0, bag, losses)
     return total.mean() / (len(heads) if subtyping else 1)
 

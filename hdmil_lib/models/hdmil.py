@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Generator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hdmil_lib import devices
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
 from hdmil_lib.kernels.segments import Segments
@@ -108,6 +110,7 @@ class HDMIL(nn.Module):
         self.register_buffer("margin", torch.tensor(float(margin)))
         self._packed: tuple[list[tuple[int, int]], list[Tensor]] | None = None
         self._encoder: Encoder | None = None
+        self._loaded: dict[torch.device, Encoder] = {}
         self.eval()
 
     # --- bags -----------------------------------------------------------------------------------------------
@@ -212,17 +215,34 @@ class HDMIL(nn.Module):
             trained_thresholds=self.trained_thresholds,
             info=self.info,
         )
-        other._encoder = self._encoder
+        other._encoder, other._loaded = self._encoder, self._loaded
         return other.to(self.device)
+
+    def replica(self) -> "HDMIL":
+        """A copy with networks of its own, for another device; the encoder is shared if it was set."""
+        other = copy(self)
+        other._modules = {name: deepcopy(module) for name, module in self._modules.items()}
+        other._buffers = {name: deepcopy(buffer) for name, buffer in self._buffers.items()}
+        other._loaded, other._packed = {}, None
+        return other
 
     # --- slides ---------------------------------------------------------------------------------------------
 
-    def predict(self, slide: "str | Path | Bag", *, all_tiles: bool = False, **options: Any) -> "Prediction":
+    def predict(
+        self,
+        slide: "str | Path | Bag",
+        *,
+        all_tiles: bool = False,
+        device: str | torch.device = "auto",
+        **options: Any,
+    ) -> "Prediction":
         """Classify one slide; tiles that LIPN does not keep are never read at full resolution.
 
         Args:
             slide: A slide file, or a bag of the model's encoder.
             all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
+            device: Device on which networks and encoder run, as `devices.resolve` takes it; "auto" is that of
+                the model if it is a GPU. Afterwards the model is where it was before.
             **options: For a slide file, `mpp`, `n_readers`, `strict` and `progress` of
                 `inference.slides.predict_slide`.
 
@@ -230,10 +250,11 @@ class HDMIL(nn.Module):
             SlideError: The slide cannot be read, has no scale or no tissue, or its tiles are damaged.
             BagError: The bag was made by another encoder, or has no patches.
             CheckpointError: The model does not know its encoder, or the encoder has changed.
+            HDMILError: There is no such device.
         """
         from hdmil_lib.inference.slides import predict
 
-        return predict(self, slide, all_tiles=all_tiles, **options)
+        return predict(self, slide, all_tiles=all_tiles, device=device, **options)
 
     def predict_many(
         self, slides: "str | Path | Sequence[str | Path]", *, out: str | Path, **options: Any
@@ -260,20 +281,29 @@ class HDMIL(nn.Module):
 
     @property
     def encoder(self) -> "Encoder":
-        """The encoder of the features that the model was trained on, loaded when it is first needed.
+        """The encoder of the features that the model was trained on.
+
+        It is loaded on the model's device when it is first needed there. One that was set is always used.
 
         Raises:
             CheckpointError: The model does not know its encoder, or the encoder has other weights.
         """
-        if self._encoder is None:
+        if self._encoder is not None:
+            return self._encoder
+        if self.device not in self._loaded:
             from hdmil_lib.encoders.loading import load_encoder
 
-            self.encoder = load_encoder(self.known_info.encoder, device=self.device)
-        assert self._encoder is not None
-        return self._encoder
+            encoder = load_encoder(self.known_info.encoder, device=self.device)
+            self._check_encoder(encoder)
+            self._loaded[self.device] = encoder
+        return self._loaded[self.device]
 
     @encoder.setter
     def encoder(self, encoder: "Encoder") -> None:
+        self._check_encoder(encoder)
+        self._encoder = encoder
+
+    def _check_encoder(self, encoder: "Encoder") -> None:
         info = self.known_info
         if (encoder.name, encoder.weights_hash) != (info.encoder, info.encoder_weights):
             raise CheckpointError(
@@ -281,7 +311,6 @@ class HDMIL(nn.Module):
                 f"of {encoder.name} (weights {encoder.weights_hash}); use that encoder, or train a model on "
                 "bags of this one"
             )
-        self._encoder = encoder
 
     # --- files ----------------------------------------------------------------------------------------------
 
@@ -342,6 +371,16 @@ class HDMIL(nn.Module):
                 "one that cross_validate or save_pretrained wrote"
             )
         return self.info
+
+    def to(self: Self, *arguments: Any, **named: Any) -> Self:
+        """Move the model, as `torch.nn.Module.to`; a device is named as for `devices.resolve`.
+
+        Raises:
+            HDMILError: There is no such device.
+        """
+        if arguments and isinstance(arguments[0], str):
+            arguments = (devices.resolve(arguments[0]), *arguments[1:])
+        return super().to(*arguments, **named)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         self._packed = None

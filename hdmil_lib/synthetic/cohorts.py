@@ -24,6 +24,7 @@ def prepare_cohort(
     seed: int = 0,
     encoder: str = DEFAULT_ENCODER,
     workers: int | None = None,
+    device: str = "auto",
     progress: bool = True,
 ) -> Cohort:
     """Make a synthetic cohort with its bags, or take it from the cache.
@@ -40,6 +41,7 @@ def prepare_cohort(
         seed: Seed of the slides: another seed gives new draws from the same population.
         encoder: Name of an encoder in `ENCODERS`.
         workers: Number of processes that draw slides; None starts one per core.
+        device: Device of the encoder, as `devices.resolve` takes it.
         progress: Show progress bars.
 
     Returns:
@@ -64,7 +66,8 @@ def prepare_cohort(
     bag_dir = folder / "bags" / encoder
     cohort = Cohort(table, preset.classes, folder, bag_dir)
     cohort.to_csv(folder / "cohort.csv")
-    report = extract(slide_paths, load_encoder(encoder), bag_dir, tile_labels=tile_labels, progress=progress)
+    loaded = load_encoder(encoder, device=device)
+    report = extract(slide_paths, loaded, bag_dir, tile_labels=tile_labels, progress=progress)
     failed = report.loc[report["status"] == "failed"]
     if len(failed):
         names, error = failed["slide_id"].tolist(), failed["error"].iloc[0]

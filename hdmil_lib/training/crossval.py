@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
@@ -25,6 +27,7 @@ from hdmil_lib.config import cache_dir, torch_threads
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
 from hdmil_lib.evaluation.statistics import summary_table
+from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
 from hdmil_lib.storage import load_weights, read_json, write_json, write_table
@@ -201,6 +204,7 @@ def cross_validate(
     out: str | Path | None = None,
     bags: Mapping[str, Bag] | None = None,
     workers: int = 2,
+    device: str | torch.device | Sequence[str | torch.device] = "auto",
     progress: bool = True,
 ) -> CrossValidation:
     """Train and test methods by cross-validation.
@@ -220,7 +224,9 @@ def cross_validate(
         out: Folder of all results; by default one in the cache, named after a hash of the configuration.
         bags: Bags by slide_id, if they are in memory already.
         workers: Number of processes including this one, each with one torch thread; with 1 this process keeps
-            its number of threads.
+            its number of threads. There is at least one per device.
+        device: Device or devices to train on, as `devices.resolve_all` takes them; "auto" is all GPUs, or the
+            CPU. Processes take them in turn.
         progress: Whether a bar over trainings is shown.
 
     Raises:
@@ -228,8 +234,10 @@ def cross_validate(
         BagError: A slide has no bag, or the bags do not fit together.
         CohortError: There are too few cases for the folds, or the splits do not fit the cohort.
         CheckpointError: `out` holds runs of another configuration.
+        HDMILError: There is no such device, or it has too little memory.
     """
     check_methods(methods)
+    targets = devices.resolve_all(device)
     if bags is None:
         bags = cohort.load_bags()
     if absent := [slide_id for slide_id in cohort.slide_ids if slide_id not in bags]:
@@ -261,7 +269,7 @@ def cross_validate(
         [_Job(name, fold, split, n_classes, recipe, out) for name in wave for fold, split in enumerate(parts)]
         for wave in waves_of(methods)
     ]
-    _run(waves, data, bags, workers, progress)
+    _run(waves, data, bags, max(workers, len(targets)), targets, progress)
     return CrossValidation(out, methods)
 
 
@@ -313,7 +321,12 @@ class _Job:
 
 
 def _run(
-    waves: list[list[_Job]], data: BagDataset, bags: Mapping[str, Bag], workers: int, progress: bool
+    waves: list[list[_Job]],
+    data: BagDataset,
+    bags: Mapping[str, Bag],
+    workers: int,
+    targets: Sequence[torch.device],
+    progress: bool,
 ) -> None:
     """Run the jobs that have no predictions yet, one wave after the other.
 
@@ -324,15 +337,19 @@ def _run(
     n_jobs, n_todo = sum(map(len, waves)), sum(map(len, todo))
     helpers = min(workers, n_todo) - 1
     with tqdm(total=n_jobs, initial=n_jobs - n_todo, disable=not progress, desc="cross-validation") as bar:
+        if n_todo:
+            data = data.to(targets[0])
         if helpers < 1:
             for job in chain(*todo):
                 _run_job(job, data)
                 bar.update()
             return
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            helpers, multiprocessing.get_context("spawn"), _start_worker, (dict(bags), data.labels)
-        )
+        context = multiprocessing.get_context("spawn")
+        free = context.SimpleQueue()  # of the devices of the helpers
+        for number in range(1, helpers + 1):
+            free.put(str(targets[number % len(targets)]))
+        pool = ProcessPoolExecutor(helpers, context, _start_worker, (dict(bags), data.labels, free))
         try:
             with torch_threads(1):
                 for wave in todo:
@@ -383,9 +400,9 @@ def _share(
 _worker_data: list[BagDataset] = []
 
 
-def _start_worker(bags: dict[str, Bag], labels: dict[str, int]) -> None:
+def _start_worker(bags: dict[str, Bag], labels: dict[str, int], free: "SimpleQueue[str]") -> None:
     torch.set_num_threads(1)
-    _worker_data.append(BagDataset(bags, labels))
+    _worker_data.append(BagDataset(bags, labels, free.get()))
 
 
 def _run_in_worker(job: _Job) -> None:
@@ -397,7 +414,7 @@ def _run_job(job: _Job, data: BagDataset) -> None:
     started = time.time()
     screen = METHODS[job.method].screen
     if screen is None:
-        model = _fit_classifier(job, data)
+        model = _fit_classifier(job, data).to(data.device)
         logits, kept = predict_slides(model, data, job.split.test)
         kept = torch.ones_like(kept) if model.reads_all else kept  # DMIN selects after reading all tiles
     else:
@@ -406,13 +423,15 @@ def _run_job(job: _Job, data: BagDataset) -> None:
         elif screen == "joint":
             _fine_tune(job, data)
         logits, kept = _screened(job, data)
+    logits, kept = logits.cpu(), kept.cpu()
     rows = [
         {"method": job.method, "fold": job.fold, "slide_id": slide_id, "label": data.labels[slide_id]}
         | {f"p_{c}": float(p) for c, p in enumerate(logits[i].double().softmax(0))}
         | {"keep_ratio": float(kept[i])}
         for i, slide_id in enumerate(job.split.test)
     ]
-    write_json(job.folder / "provenance.json", source_commit() | {"seconds": round(time.time() - started, 1)})
+    spent = {"seconds": round(time.time() - started, 1), "device": devices.name(data.device)}
+    write_json(job.folder / "provenance.json", source_commit() | spent)
     write_table(job.predictions, pd.DataFrame(rows))
 
 
@@ -425,7 +444,7 @@ def _fit_classifier(job: _Job, data: BagDataset) -> MILModel:
         torch.manual_seed(training.seed)
         model = create_model(**description)
     write_json(job.folder / "model.json", description)
-    fit(model, data, job.split, training, out=job.folder)
+    fit(model, data, job.split, training, out=job.folder, device=data.device)
     return model
 
 
@@ -435,7 +454,7 @@ def _fit_lipn(job: _Job, data: BagDataset) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         lipn = LIPN(job.n_classes)
-    fit_lipn(lipn, dmin, data, job.split, training, out=job.folder, **method.lipn)
+    fit_lipn(lipn, dmin, data, job.split, training, out=job.folder, device=data.device, **method.lipn)
 
 
 def _fine_tune(job: _Job, data: BagDataset) -> None:
@@ -443,13 +462,13 @@ def _fine_tune(job: _Job, data: BagDataset) -> None:
     model = CrossValidation(job.out, []).hdmil(job.fold, base)
     dmin_description = read_json(job.out / METHODS[base].dmin / f"fold{job.fold}" / "model.json")
     write_json(job.folder / "model.json", dmin_description)
-    fine_tune(model, data, job.split, job.recipe.joint_training, out=job.folder)
+    fine_tune(model, data, job.split, job.recipe.joint_training, out=job.folder, device=data.device)
 
 
 @torch.inference_mode()
 def _screened(job: _Job, data: BagDataset) -> tuple[Tensor, Tensor]:
     """Logits of the test slides (S, C), from the tiles that the method reads, and the share of these (S,)."""
-    model = CrossValidation(job.out, []).hdmil(job.fold, job.method)
+    model = CrossValidation(job.out, []).hdmil(job.fold, job.method).to(data.device)
     logits, kept = predict_screened(model, data, job.split.test)
     if METHODS[job.method].screen != "random":
         return logits, kept
@@ -458,5 +477,5 @@ def _screened(job: _Job, data: BagDataset) -> tuple[Tensor, Tensor]:
     for slide_id, share in zip(job.split.test, kept.tolist(), strict=True):
         features = data.batch([slide_id]).features
         drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
-        answers.append(model.dmin(features[drawn]).logits)
+        answers.append(model.dmin(features[to_device(drawn, data.device)]).logits)
     return torch.cat(answers), kept
