@@ -8,6 +8,7 @@ from hdmil_lib.kernels.lipn_forward import lipn_forward
 from hdmil_lib.kernels.s4d_convolution import s4d_convolution
 from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
 from hdmil_lib.kernels.selective_scan import selective_scan
+from hdmil_lib.kernels.self_distillation_pool import self_distillation_pool
 from hdmil_lib.kernels.tile_preprocess import tile_preprocess
 from hdmil_lib.kernels.tissue_statistics import tissue_statistics
 
@@ -20,6 +21,7 @@ __all__ = [
     "s4d_convolution",
     "segment_softmax_pool",
     "selective_scan",
+    "self_distillation_pool",
     "tile_preprocess",
     "tissue_statistics",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, mse_loss
 
 from hdmil_lib.errors import BagError
-from hdmil_lib.kernels import gumbel_mask, segment_softmax_pool
+from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.random import draw_seed
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
@@ -185,13 +185,25 @@ class DMIN(MILModel[DMINOutput]):
             BagError: The mask has another shape.
         """
         embeddings = self.projection(features)
-        attention = self.attention(embeddings)
         if mask is not None:
+            attention = self.attention(embeddings)
             mask = self._given(mask, attention)
+            # Student and teacher are pooled in one pass: the teacher is a second set of branches.
+            masks = torch.cat((mask, torch.ones_like(mask)), 1)
+            pooled = segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, segments)
+            student, teacher = pooled.chunk(2, 1)
         elif self.settings.self_distillation:
-            mask = self._select(attention, generator)
+            student, teacher, attention, mask = self.attention.distill(
+                embeddings,
+                segments,
+                noise_seed=lambda: draw_seed(generator) if self.training else None,
+                temperature=self.settings.temperature if self.training else 1.0,
+                threshold=self.settings.threshold,
+            )
+        else:
+            student, attention = self.attention.pool(embeddings, segments)
+            teacher = student
         keep_ratio = None if mask is None else bag_mean(union(mask), segments)
-        student, teacher = self._pool(embeddings, attention, mask, segments)
         logits, teacher_logits = self.score(torch.cat((student, teacher))).chunk(2)
         return DMINOutput(
             logits=logits,
@@ -240,26 +252,6 @@ class DMIN(MILModel[DMINOutput]):
             terms["rate"] = (output.keep_ratio - self.settings.keep_ratio).square().mean()
         weights = self.settings.loss_weights
         return {name: getattr(weights, name) * term for name, term in terms.items()}
-
-    def _select(self, attention: Tensor, generator: torch.Generator | None) -> Tensor:
-        threshold = self.settings.threshold
-        if not self.training:
-            return gumbel_mask(attention, threshold=threshold)
-        temperature, seed = self.settings.temperature, draw_seed(generator)
-        return gumbel_mask(attention, seed=seed, temperature=temperature, threshold=threshold)
-
-    @staticmethod
-    def _pool(
-        embeddings: Tensor, attention: Tensor, mask: Tensor | None, segments: Segments
-    ) -> tuple[Tensor, Tensor]:
-        """Pool student and teacher, each (B, C, E), in one pass: the teacher is a second set of branches."""
-        if mask is None:
-            teacher = segment_softmax_pool(embeddings, attention, None, segments)
-            return teacher, teacher
-        masks = torch.cat((mask, torch.ones_like(mask)), 1)
-        pooled = segment_softmax_pool(embeddings, attention.repeat(1, 2), masks, segments)
-        student, teacher = pooled.chunk(2, 1)
-        return student, teacher
 
     @staticmethod
     def _given(mask: Tensor, attention: Tensor) -> Tensor:

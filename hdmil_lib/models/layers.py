@@ -1,8 +1,10 @@
 """Layers that several models share."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from hdmil_lib.kernels import gated_attention, gated_attention_pool
+from hdmil_lib.kernels import gated_attention, gated_attention_pool, self_distillation_pool
 from hdmil_lib.kernels.random import Seed, draw_seed
 from hdmil_lib.kernels.segments import Segments
 
@@ -31,6 +33,31 @@ class GatedAttention(nn.Module):
         dropout, seed = self._dropout()
         return gated_attention_pool(
             embeddings, *self._weights(), segments=segments, dropout=dropout, seed=seed
+        )
+
+    def distill(
+        self,
+        embeddings: Tensor,
+        segments: Segments,
+        *,
+        noise_seed: Callable[[], Seed | None],
+        temperature: float,
+        threshold: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Student, teacher, logits and mask; see `kernels.self_distillation_pool`.
+
+        The seed of the noise is a function, since it is drawn after that of the dropout.
+        """
+        dropout, seed = self._dropout()
+        return self_distillation_pool(
+            embeddings,
+            *self._weights(),
+            segments=segments,
+            dropout=dropout,
+            seed=seed,
+            noise_seed=noise_seed(),
+            temperature=temperature,
+            threshold=threshold,
         )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -19,13 +19,19 @@ VARYING = ("n_values",)  # differs from call to call and must not cause a recomp
 
 
 @triton.jit
-def select(logits, place, inside, key, inverse_temperature, NOISY: tl.constexpr):
-    """Return A^ = sigmoid((A + noise) / tau) at these positions."""
-    noisy = tl.load(logits + place, inside, 0.0).to(tl.float32)
+def soften(values, place, key, inverse_temperature, NOISY: tl.constexpr):
+    """Return A^ = sigmoid((A + noise) / tau) of logits with these positions."""
     if NOISY:
         uniform = ((random_bits(place, key) >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
-        noisy += tl.log(uniform / (1 - uniform))
-    return tl.sigmoid(noisy * inverse_temperature)
+        values += tl.log(uniform / (1 - uniform))
+    return tl.sigmoid(values * inverse_temperature)
+
+
+@triton.jit
+def select(logits, place, inside, key, inverse_temperature, NOISY: tl.constexpr):
+    """Return `soften` of the logits at these positions."""
+    values = tl.load(logits + place, inside, 0.0).to(tl.float32)
+    return soften(values, place, key, inverse_temperature, NOISY)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -81,7 +87,7 @@ def backward(grad_mask: Tensor, logits: Tensor, key: Tensor | None, temperature:
     return grad_logits
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     for number in ("*fp32", "*fp16", "*bf16"):
         types = {"logits": number, "n_values": "i32", "inverse_temperature": "fp32"}

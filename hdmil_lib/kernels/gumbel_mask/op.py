@@ -36,15 +36,20 @@ def gumbel_mask(
     Raises:
         ValueError: An argument has a wrong shape, type or value, or the backend cannot run here.
     """
-    if check(logits=(logits, "N C"))["N"] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: a mask needs at least one tile")
+    check_selection(check(logits=(logits, "N C"))["N"], temperature, threshold)
+    if use_triton(backend, logits):
+        return _forward(logits, None if seed is None else key(seed, logits.device), temperature, threshold)
+    return reference.gumbel_mask(logits, seed, temperature, threshold)
+
+
+def check_selection(n_tiles: int, temperature: float, threshold: float) -> None:
+    """Raise a ValueError unless tiles can be selected with these values."""
+    if n_tiles == 0:
+        raise ValueError("there are no tiles: a mask needs at least one")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}, expected a number between 0 and 1")
-    if use_triton(backend, logits):
-        return _forward(logits, None if seed is None else key(seed, logits.device), temperature, threshold)
-    return reference.gumbel_mask(logits, seed, temperature, threshold)
 
 
 @kernel_op("hdmil::gumbel_mask")
