@@ -4,8 +4,8 @@
 
 A variant fails if it spills registers, if it needs more shared memory than the target has, if a `tl.dot`
 did not become a matrix instruction, or if the compiler printed an error (it does not raise all of them).
-Triton caches compiled kernels, so a second run takes seconds; kernels with an error are removed from the
-cache, which does not store messages.
+Targets are compiled in parallel, each in a process of its own. Triton caches compiled kernels, so a second
+run takes seconds; kernels with an error are removed from the cache, which does not store messages.
 """
 
 import argparse
@@ -30,19 +30,35 @@ from hdmil_lib.kernels.variants import Variant
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as Triton names it, its shared memory per program in bytes, its matrix instructions (a regex)."""
+    """A GPU as Triton names it.
+
+    Attributes:
+        backend: "cuda" or "hip".
+        arch: Compute capability as a number, or AMD's name.
+        warp_size: Threads per warp.
+        shared_limit: Largest shared memory of a program in bytes, from the table of technical specifications
+            per compute capability in NVIDIA's CUDA programming guide, and from AMD's instruction set guides.
+        matrix_instruction: Regex of its matrix instructions, or None where Triton emits none: since 2024 it
+            multiplies element by element before compute capability 8.0 (triton-lang/triton, #5066).
+        bfloat16: Whether it computes in bfloat16.
+    """
 
     backend: str
     arch: str | int
     warp_size: int
     shared_limit: int
-    matrix_instruction: str
+    matrix_instruction: str | None
+    bfloat16: bool = True
 
 
 TARGETS = {
+    "sm_75": Target("cuda", 75, 32, 65_536, None, bfloat16=False),
     "sm_80": Target("cuda", 80, 32, 166_912, r"\bmma\.sync"),
+    "sm_89": Target("cuda", 89, 32, 101_376, r"\bmma\.sync"),
     "sm_90": Target("cuda", 90, 32, 232_448, r"\b(wgmma\.mma_async|mma\.sync)"),
+    "sm_120": Target("cuda", 120, 32, 101_376, r"\bmma\.sync"),
     "gfx942": Target("hip", "gfx942", 64, 65_536, r"\bv_(mfma|smfmac)"),
+    "gfx1100": Target("hip", "gfx1100", 32, 65_536, r"\bv_wmma"),
 }
 
 
@@ -69,10 +85,12 @@ def kernel_modules() -> list[str]:
     return [name for name in names if importlib.util.find_spec(name)]
 
 
-def variants(modules: list[str]) -> Iterator[Variant]:
-    """Return all variants that these modules launch."""
+def variants(modules: list[str], target: str) -> Iterator[Variant]:
+    """Return all variants that these modules launch on a target."""
     for name in modules:
-        yield from importlib.import_module(name).variants()
+        for variant in importlib.import_module(name).variants(target):
+            if TARGETS[target].bfloat16 or "*bf16" not in variant.types.values():
+                yield variant
 
 
 def compile_variant(variant: Variant, target: Target):
@@ -124,7 +142,8 @@ def inspect(variant: Variant, target: Target) -> Report:
     if shared > target.shared_limit:
         faults.append(f"shared memory over {target.shared_limit:,} B")
     assembly = kernel.asm["amdgcn" if target.backend == "hip" else "ptx"]
-    if variant.uses_tensor_cores and not re.search(target.matrix_instruction, assembly):
+    wanted = target.matrix_instruction if variant.uses_tensor_cores else None
+    if wanted and not re.search(wanted, assembly):
         faults.append("no matrix instruction")
     if errors := re.findall(r"error:.*", said):
         faults += errors
@@ -156,9 +175,9 @@ def _nvidia_usage(kernel, target: Target) -> tuple[int, int]:
 def check_target(name: str, modules: list[str]) -> bool:
     """Compile for one target in this process, print one line per variant, and return whether all passed."""
     passed = True
-    for variant in variants(modules):
+    for variant in variants(modules, name):
         report = inspect(variant, TARGETS[name])
-        print(f"{name:<7}{report}", flush=True)
+        print(f"{name:<8}{report}", flush=True)
         passed &= not report.faults
     return passed
 

@@ -15,7 +15,8 @@ class Variant:
             "i32:16" for a size that is a multiple of 16. Pointers are aligned to 16 bytes, as in PyTorch.
         constants: Values of the `tl.constexpr` arguments.
         num_warps: Number of warps per program.
-        uses_tensor_cores: Whether the kernel has a `tl.dot`, which must become MMA or MFMA instructions.
+        uses_tensor_cores: Whether the kernel has a `tl.dot`, which must become matrix instructions where a
+            target has them.
     """
 
     kernel: Any

@@ -10,7 +10,7 @@ from hdmil_lib.kernels import s4d_convolution
 from hdmil_lib.kernels.s4d_convolution import gpu
 from hdmil_lib.kernels.s4d_convolution.op import _forward
 
-POSITIONS, STATES = gpu.COARSE.value * gpu.FINE.value, gpu.STATES.value
+POSITIONS, STATES = gpu.COARSE * gpu.FINE, gpu.STATES.value
 
 
 def draw(device, length, channels, states, batch=1, dtype=torch.float32):
@@ -27,7 +27,7 @@ def draw(device, length, channels, states, batch=1, dtype=torch.float32):
     return tuple(argument.to(device, dtype) for argument in arguments)
 
 
-@pytest.mark.parametrize("length", [1, gpu.FINE.value, 300, POSITIONS - 1, POSITIONS, POSITIONS + 1])
+@pytest.mark.parametrize("length", [1, gpu.FINE, 300, POSITIONS - 1, POSITIONS, POSITIONS + 1])
 def test_lengths_around_a_block(device, length):
     assert_kernel_equals_reference(s4d_convolution, draw(device, length, 3, 4))
 

@@ -114,7 +114,7 @@ def backward(grad_outputs: Tensor, inputs: Tensor, coefficients: Tensor) -> tupl
     return grad_inputs, partials.sum(0).to(coefficients.dtype)
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     for number in ("*fp32", "*fp16", "*bf16"):
         sizes = {"n_rows": "i32", "n_inputs": "i32:16", "n_outputs": "i32", "degree": "i32"}

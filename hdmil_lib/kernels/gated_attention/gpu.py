@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hdmil_lib.kernels.blocks import target_of
 from hdmil_lib.kernels.elementary import random_bits, tanh
 from hdmil_lib.kernels.gated_attention.reference import drop_level
 from hdmil_lib.kernels.variants import Variant
@@ -140,11 +141,12 @@ def forward(
     (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, score_weight.shape
     logits = embeddings.new_empty(n_tiles, n_branches)
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
+    dtype, target = embeddings.dtype, target_of(embeddings.device)
     if n_tiles:
         forward_kernel[(triton.cdiv(n_tiles, TILES), triton.cdiv(n_branches, BRANCHES))](
             embeddings.contiguous(), *(w.contiguous() for w in weights), logits,
             n_tiles, embed_dim, n_hidden, n_branches, *drop_arguments(dropout, key),
-            TILES, hidden_block(embeddings.dtype), EMBED, BRANCHES, dropout > 0, num_warps=WARPS,
+            TILES, hidden_block(dtype), embed_block(dtype, target), BRANCHES, dropout > 0, num_warps=WARPS,
         )  # fmt: skip
     return logits
 
@@ -152,6 +154,12 @@ def forward(
 def hidden_block(dtype: torch.dtype) -> int:
     """Return the block size in hidden units: half for float32, whose products need more registers."""
     return HIDDEN // 2 if dtype == torch.float32 else HIDDEN
+
+
+def embed_block(dtype: torch.dtype, target: str) -> int:
+    """Return the block size in embedding dimensions: half where the whole one spills registers."""
+    spilling = {"sm_75": torch.float16, "sm_89": torch.float32, "gfx1100": torch.float32}
+    return EMBED // 2 if spilling.get(target) == dtype else EMBED
 
 
 def backward(
@@ -199,7 +207,7 @@ def drop_options(dropout: bool) -> tuple[dict[str, str], dict[str, bool | None]]
     return ({"key": "*i32"}, {"DROPOUT": True}) if dropout else ({}, {"key": None, "DROPOUT": False})
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     for dtype, number in NUMBER.items():
         for dropout in (False, True):
@@ -207,7 +215,8 @@ def variants() -> Iterator[Variant]:
             key, options = drop_options(dropout)
             types |= {"n_tiles": "i32"} | SIZES | DROP | key
             blocks = {"TILES": TILES, "HIDDEN": HIDDEN} | options
-            wide = blocks | {"HIDDEN": hidden_block(dtype), "EMBED": EMBED, "BRANCHES": BRANCHES}
+            wide = blocks | {"HIDDEN": hidden_block(dtype), "BRANCHES": BRANCHES}
+            wide["EMBED"] = embed_block(dtype, target)
             yield Variant(forward_kernel, types, wide, WARPS, uses_tensor_cores=number != "*fp32")
             types = dict.fromkeys(("grad_logits", "hidden_sums", "gate_sums", "score_weight"), number)
             types |= {"partials": "*fp32", "n_tiles": "i32"} | SIZES | DROP | key

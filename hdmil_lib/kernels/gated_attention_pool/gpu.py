@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdmil_lib.kernels.blocks import target_of
 from hdmil_lib.kernels.gated_attention import gpu as attention
 from hdmil_lib.kernels.gated_attention.gpu import attention_logits
 from hdmil_lib.kernels.segment_softmax_pool import gpu as pooling
 from hdmil_lib.kernels.segment_softmax_pool.gpu import pool_chunk
 from hdmil_lib.kernels.variants import Variant
 
-TILES, EMBED, BRANCHES, WARPS = pooling.TILES, attention.EMBED, pooling.BRANCHES, attention.WARPS
+TILES, BRANCHES, WARPS = pooling.TILES, pooling.BRANCHES, attention.WARPS
 
 
 @triton.jit
@@ -74,13 +75,15 @@ def forward(
         embeddings, *(w.contiguous() for w in weights), mask.contiguous() if masked else logits,
         partials.table, logits, *partials.tensors, embed_dim, n_hidden, n_branches,
         *attention.drop_arguments(dropout, key), TILES,
-        attention.hidden_block(embeddings.dtype), EMBED, BRANCHES, dropout > 0, masked, num_warps=WARPS,
+        attention.hidden_block(embeddings.dtype),
+        attention.embed_block(embeddings.dtype, target_of(embeddings.device)),
+        BRANCHES, dropout > 0, masked, num_warps=WARPS,
     )  # fmt: skip
     pooled, *statistics = partials.combine(embeddings, masked)
     return pooled, logits, *statistics
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` can launch, in three types of numbers."""
     for dtype, number in attention.NUMBER.items():
         types = dict.fromkeys(("embeddings", *attention.WEIGHTS, "mask", "logits"), number)
@@ -88,7 +91,7 @@ def variants() -> Iterator[Variant]:
         blocks = {
             "TILES": TILES,
             "HIDDEN": attention.hidden_block(dtype),
-            "EMBED": EMBED,
+            "EMBED": attention.embed_block(dtype, target),
             "BRANCHES": BRANCHES,
         }
         for dropout in (False, True):

@@ -1,8 +1,8 @@
 """The impulse response of S4D on a GPU, without the (D, S, L) tensor of exponentials.
 
-With l = FINE q + r, exp(x l) = exp(x FINE q) exp(x r). A program computes two short tables, of 16 and 64
-positions, and their product, summed over the states, is a block of 1,024 values of the response. This takes a
-twelfth of the exponentials, sines and cosines of the formula, and a small matrix product. In the backward
+With l = FINE q + r, exp(x l) = exp(x FINE q) exp(x r). A program computes two short tables, of 32 positions
+each, and their product, summed over the states, is a block of 1,024 values of the response. This takes a
+sixteenth of the exponentials, sines and cosines of the formula, and a small matrix product. In the backward
 pass a program processes 16 states of a channel, block after block: the gradient times the fine table is a
 matrix product again, and the coarse table completes the sum. No two programs write to the same result.
 Everything is computed in float32, like the Fourier transform that follows.
@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdmil_lib.kernels.blocks import target_of
 from hdmil_lib.kernels.variants import Variant
 
 STATES = tl.constexpr(16)  # states that are summed at once, and states per program in the backward pass
-COARSE, FINE = tl.constexpr(16), tl.constexpr(64)  # a block of the response has COARSE x FINE positions
+COARSE, FINE = 32, 32  # a block of the response has COARSE x FINE positions
+BACKWARD_COARSE = 16  # in the backward pass, in which 32 spill registers on sm_75
 WARPS = 8  # warps per program; with 4 the tables spill registers
 SIZES = ("length", "n_states")  # arguments that differ from call to call and must not cause a recompilation
 
@@ -39,7 +41,9 @@ def powers(x, y, positions):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def response_kernel(amplitudes, exponents, response, length, n_states):
+def response_kernel(
+    amplitudes, exponents, response, length, n_states, COARSE: tl.constexpr, FINE: tl.constexpr
+):
     """Write a block of K[d, l] = 2 Re sum_n a[d, n] exp(l x[d, n])."""
     d = tl.program_id(0)
     q = (tl.program_id(1) * COARSE + tl.arange(0, COARSE)) * FINE
@@ -61,7 +65,8 @@ def response_kernel(amplitudes, exponents, response, length, n_states):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    grad_response, amplitudes, exponents, grad_amplitudes, grad_exponents, length, n_states
+    grad_response, amplitudes, exponents, grad_amplitudes, grad_exponents, length, n_states,
+    COARSE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of 16 states of a channel.
 
@@ -101,14 +106,20 @@ def backward_kernel(
     tl.store(grad_exponents + place + 1, -2 * (a * imaginary + b * real), inside)
 
 
+def backward_fine(target: str) -> int:
+    """Return the fine positions of a block in the backward pass: half on gfx1100, which has few registers."""
+    return 32 if target == "gfx1100" else 64
+
+
 def forward(amplitudes: Tensor, exponents: Tensor, length: int) -> Tensor:
     """Launch `response_kernel` and return K, float32 (D, L)."""
     channels, n_states, _ = amplitudes.shape
     response = torch.empty(channels, length, dtype=torch.float32, device=amplitudes.device)
     if response.numel():
-        response_kernel[(channels, triton.cdiv(length, COARSE.value * FINE.value))](
-            amplitudes.contiguous(), exponents.contiguous(), response, length, n_states, num_warps=WARPS
-        )
+        response_kernel[(channels, triton.cdiv(length, COARSE * FINE))](
+            amplitudes.contiguous(), exponents.contiguous(), response, length, n_states, COARSE, FINE,
+            num_warps=WARPS,
+        )  # fmt: skip
     return response
 
 
@@ -119,14 +130,17 @@ def backward(grad: Tensor, amplitudes: Tensor, exponents: Tensor) -> tuple[Tenso
     grads = torch.empty_like(amplitudes), torch.empty_like(exponents)
     if amplitudes.numel():
         backward_kernel[(channels, triton.cdiv(n_states, STATES.value))](
-            grad.contiguous(), amplitudes, exponents, *grads, grad.shape[1], n_states, num_warps=WARPS
-        )
+            grad.contiguous(), amplitudes, exponents, *grads, grad.shape[1], n_states,
+            BACKWARD_COARSE, backward_fine(target_of(grad.device)), num_warps=WARPS,
+        )  # fmt: skip
     return grads
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch."""
     types = dict.fromkeys(("amplitudes", "exponents"), "*fp32") | dict.fromkeys(SIZES, "i32")
-    yield Variant(response_kernel, types | {"response": "*fp32"}, num_warps=WARPS)
+    blocks = {"COARSE": COARSE, "FINE": FINE}
+    yield Variant(response_kernel, types | {"response": "*fp32"}, blocks, WARPS)
     grads = dict.fromkeys(("grad_response", "grad_amplitudes", "grad_exponents"), "*fp32")
-    yield Variant(backward_kernel, types | grads, num_warps=WARPS)
+    blocks = {"COARSE": BACKWARD_COARSE, "FINE": backward_fine(target)}
+    yield Variant(backward_kernel, types | grads, blocks, WARPS)

@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdmil_lib.kernels.blocks import target_of
 from hdmil_lib.kernels.segments import chunks
 from hdmil_lib.kernels.variants import Variant
 
 TILES, EMBED = 64, 64  # tiles per chunk and embedding dimensions per block
+WARPS = 8  # warps per program in the forward pass; 4 spill registers on sm_75 and gfx1100
+BACKWARD_EMBED = 32  # in the backward pass, which needs more registers per dimension
 BRANCHES = 16  # branches per program: the smallest width of a matrix product
 LOWEST = tl.constexpr(-3.0e38)  # stands for "no logit"; unlike with -inf, differences are not nan
 
@@ -188,9 +191,9 @@ def chunk_weights(
     return weights, kept
 
 
-def n_warps(dtype: torch.dtype) -> int:
-    """Return the warps per program: float32 products need more registers than four warps have."""
-    return 8 if dtype == torch.float32 else 4
+def backward_warps(target: str) -> int:
+    """Return the warps per program in the backward pass: 8 on gfx1100, where 4 spill registers."""
+    return 8 if target == "gfx1100" else 4
 
 
 class Partials:
@@ -247,7 +250,7 @@ def forward(
     grid = (len(partials.table), triton.cdiv(embed_dim, EMBED), triton.cdiv(n_branches, BRANCHES))
     chunk_kernel[grid](
         embeddings, logits.contiguous(), mask.contiguous() if masked else logits, partials.table,
-        *partials.tensors, embed_dim, n_branches, TILES, EMBED, BRANCHES, masked,
+        *partials.tensors, embed_dim, n_branches, TILES, EMBED, BRANCHES, masked, num_warps=WARPS,
     )  # fmt: skip
     return partials.combine(embeddings, masked)
 
@@ -278,7 +281,8 @@ def backward(
         grad_pooled.to(embeddings.dtype).contiguous(), inner, embeddings, logits,
         mask.contiguous() if masked else logits, table, largest, total, fallback,
         grad_embeddings, grad_logits, grad_mask if masked else grad_logits,
-        embed_dim, n_branches, TILES, EMBED, BRANCHES, masked, num_warps=n_warps(embeddings.dtype),
+        embed_dim, n_branches, TILES, BACKWARD_EMBED, BRANCHES, masked,
+        num_warps=backward_warps(target_of(embeddings.device)),
     )  # fmt: skip
     return grad_embeddings, grad_logits, grad_mask
 
@@ -288,18 +292,19 @@ SIZES = {"embed_dim": "i32:16", "n_branches": "i32"}
 PARTIALS = dict.fromkeys(("largest", "total", "best", "sums"), "*fp32") | {"best_tile": "*i32"}
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     blocks = {"TILES": TILES, "EMBED": EMBED, "BRANCHES": BRANCHES}
-    for dtype, number in NUMBER.items():
-        matrix, warps = {"uses_tensor_cores": number != "*fp32"}, n_warps(dtype)
+    for number in NUMBER.values():
+        matrix = {"uses_tensor_cores": number != "*fp32"}
         for masked in (False, True):
             tiles = dict.fromkeys(("embeddings", "logits", "mask"), number) | {"table": "*i32"} | SIZES
-            yield Variant(chunk_kernel, tiles | PARTIALS, blocks | {"MASKED": masked}, **matrix)
+            yield Variant(chunk_kernel, tiles | PARTIALS, blocks | {"MASKED": masked}, WARPS, **matrix)
             bag = {"first_chunk": "*i32", "pooled": number, "bag_largest": "*fp32", "bag_total": "*fp32"}
             bag |= {"embeddings": number, "fallback": "*i32"} | PARTIALS | SIZES
             yield Variant(combine_kernel, bag, {"EMBED": EMBED, "MASKED": masked})
             grads = ("grad_pooled", "grad_embeddings", "grad_logits", "grad_mask")
             bag = {"inner": "*fp32", "largest": "*fp32", "total": "*fp32", "fallback": "*i32"}
             types = tiles | dict.fromkeys(grads, number) | bag
-            yield Variant(backward_kernel, types, blocks | {"MASKED": masked}, warps, **matrix)
+            options = blocks | {"EMBED": BACKWARD_EMBED, "MASKED": masked}
+            yield Variant(backward_kernel, types, options, backward_warps(target), **matrix)

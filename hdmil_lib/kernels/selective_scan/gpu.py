@@ -303,7 +303,7 @@ def backward(
     return tuple(g.to(a.dtype).contiguous() for g, a in zip(grads, arguments, strict=True))
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` and `backward` can launch, in three types of numbers."""
     sizes = dict.fromkeys(SIZES, "i32") | {"channels": "i32:16"}
     for number in ("*fp32", "*bf16", "*fp16"):

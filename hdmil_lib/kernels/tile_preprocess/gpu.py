@@ -125,7 +125,7 @@ def forward(tiles: Tensor, numbers: tuple[float, ...], dtype: torch.dtype, chann
     return out
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` can launch: results of all types, sizes divisible by 16 and others."""
     for number in NUMBERS:
         types = {"out": number, "tiles": "*u8", "numbers": "*fp32"}

@@ -90,7 +90,7 @@ def forward(tiles: Tensor, bins: int, threshold: int) -> tuple[Tensor, Tensor]:
     return histograms.sum(1), tissue.sum(1)
 
 
-def variants() -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     """Return all that `forward` can launch: numbers of pixels divisible by 16 and others."""
     for padded in BINS:
         for size in ("i32:16", "i32"):
