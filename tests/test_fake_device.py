@@ -16,7 +16,7 @@ from hdmil_lib.models import LIPN, MODELS, create_model
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
 from hdmil_lib.training.fit import Classification, TrainSettings, make_optimizer, train_step
 from hdmil_lib.training.joint import JointLearning
-from hdmil_lib.training.lipn import LIPNLossWeights, Screening
+from hdmil_lib.training.lipn import LIPNLossWeights
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import fake_gpu
@@ -105,14 +105,7 @@ def test_a_step_of_lipn_and_a_joint_step_do_not_wait(joint, networks, gpu):
     if joint:
         objective = JointLearning(networks, None, LIPNLossWeights())
     else:
-        objective = Screening.__new__(Screening)
-        objective.learner = objective.lipn = networks.lipn
-        objective.dmin, objective.target, objective.weights = networks.dmin, "mask", LIPNLossWeights()
-        objective.augment = True
-        objective.targets = {
-            slide_id: torch.empty(n, 2, device=gpu)
-            for slide_id, n in zip(batch.slide_ids, LENGTHS, strict=True)
-        }
+        objective = fake_gpu.screening(networks, LENGTHS, gpu, augment=True)
     objective.learner.train()
     optimizer = make_optimizer(objective.param_groups(), SETTINGS)
     with fake_gpu.training():

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN
+from hdmil_lib.training.lipn import LIPNLossWeights, Screening
 
 
 class NoWaitingCopies(TorchDispatchMode):
@@ -45,11 +47,12 @@ def fake_gpu() -> Iterator[torch.device]:
 
 
 @contextmanager
-def training(before_node: Callable[[torch.autograd.graph.Node], None] | None = None) -> Iterator[None]:
+def training(before_node: Callable[[Node | None], None] = lambda node: None) -> Iterator[None]:
     """Make `train_step` work on a fake GPU, with autocast too, within a `with` block.
 
     Args:
-        before_node: Called with every node of the autograd graph before its gradients are computed.
+        before_node: Called with every node of the autograd graph before its gradients are computed, and with
+            `None` after the last.
     """
     with (
         patch.object(Tensor, "backward", lambda loss: backward(loss, before_node)),
@@ -59,7 +62,8 @@ def training(before_node: Callable[[torch.autograd.graph.Node], None] | None = N
         yield
 
 
-def backward(loss: Tensor, before_node: Callable[[torch.autograd.graph.Node], None] | None = None) -> None:
+@torch.no_grad()  # as in PyTorch's engine, where formulas of second derivatives are not needed
+def backward(loss: Tensor, before_node: Callable[[Node | None], None] = lambda node: None) -> None:
     """`loss.backward()` node by node: PyTorch's engine asks a fake GPU for its streams, which it has not."""
     users, seen, stack = Counter(), set(), [loss.grad_fn]
     while stack:
@@ -73,8 +77,7 @@ def backward(loss: Tensor, before_node: Callable[[torch.autograd.graph.Node], No
     grads[loss.grad_fn][0] = torch.ones_like(loss)
     while ready:
         node = ready.pop()
-        if before_node is not None:
-            before_node(node)
+        before_node(node)
         if hasattr(node, "variable"):
             node.variable.grad = grads[node].get(0)
             continue
@@ -91,9 +94,10 @@ def backward(loss: Tensor, before_node: Callable[[torch.autograd.graph.Node], No
             users[other] -= 1
             if not users[other]:
                 ready.append(other)
+    before_node(None)
 
 
-def grads_of_inputs(node: torch.autograd.graph.Node, grads: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
+def grads_of_inputs(node: Node, grads: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs of a node, given those of its outputs by place."""
     outputs = node._input_metadata
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -120,6 +124,20 @@ def assemble(dmin: DMIN, lipn: LIPN, device: torch.device) -> HDMIL:
     for name, buffer in model.named_buffers(recurse=False):
         setattr(model, name, torch.empty(buffer.shape, device=device))
     return model
+
+
+def screening(
+    networks: HDMIL, lengths: Sequence[int], device: torch.device, *, augment: bool = False
+) -> Screening:
+    """Training of LIPN on masks of DMIN for the slides of `fake_batch`, which are not computed."""
+    objective = Screening.__new__(Screening)
+    objective.learner = objective.lipn = networks.lipn
+    objective.dmin, objective.target, objective.weights = networks.dmin, "mask", LIPNLossWeights()
+    objective.augment = augment
+    objective.targets = {
+        f"s{i}": torch.empty(n, networks.n_classes, device=device) for i, n in enumerate(lengths)
+    }
+    return objective
 
 
 def fake_batch(
