@@ -139,6 +139,12 @@ def test_what_works_in_place_reads_unless_it_overwrites(gpu):
     assert counted(lambda: a.zero_()) == [("zero_", 4 * 32, 0)]
 
 
+def test_what_is_taken_for_its_type_is_not_read(gpu):
+    a = torch.ones(4, 8, device=gpu)
+    assert counted(lambda: a.new_zeros(2)) == [("new_zeros", 4 * 2, 0)]
+    assert counted(lambda: torch.ones_like(a)) == [("ones_like", 4 * 32, 0)]
+
+
 def test_chosen_rows_are_counted_and_not_the_whole(gpu):
     a, rows = torch.ones(100, 8, device=gpu), torch.ones(3, dtype=torch.int64, device=gpu)
     values = torch.ones(3, 8, device=gpu)
@@ -169,6 +175,14 @@ def test_a_step_has_three_phases_and_names_who_called(gpu):
     ]
     (product,) = (call for call in recorder.calls if call.name == "aten::mm")
     assert (product.where, product.result) == ("AddmmBackward0", "(2, 8) float32")
+
+
+def test_only_gradients_that_nobody_has_are_filled_with_zeros(gpu):
+    inputs, weights = torch.ones(4, 8, device=gpu, requires_grad=True), torch.ones(8, 2, 3, device=gpu)
+    output, recorder = kernels.chebyshev_kan(inputs, weights).sum(), Recorder()
+    with fake_gpu.training(recorder.enter_node), recorder:
+        output.backward()
+    assert [call.name for call in recorder.calls] == ["aten::ones_like", "hdmil::chebyshev_kan_backward"]
 
 
 # The table

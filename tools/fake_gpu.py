@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -103,9 +104,13 @@ def grads_of_inputs(node: Node, grads: dict[int, Tensor]) -> tuple[Tensor | None
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         found = node(*[grads.get(place) for place in range(len(outputs))])
     else:
-        zeros = [torch.zeros(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
-        found = node.apply(*[grads.get(place, zero) for place, zero in enumerate(zeros)])
+        found = node.apply(*[_or_zeros(grads.get(place), output) for place, output in enumerate(outputs)])
     return found if isinstance(found, tuple) else (found,)
+
+
+def _or_zeros(grad: Tensor | None, output: Any) -> Tensor:
+    """The gradient of an output, zeros if there is none."""
+    return torch.zeros(output.shape, dtype=output.dtype, device=output.device) if grad is None else grad
 
 
 def made_on(device: torch.device, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

@@ -56,6 +56,17 @@ TOP = 15  # rows of the table of DMIN
 # What an operator of PyTorch moves is what it takes and returns, except for these.
 FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+MAKE = {
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+}
+"""They take a tensor for its type or shape and do not read it."""
 OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
 """They do not read what they change."""
 GATHER = {"index", "index_select", "gather", "embedding"}
@@ -195,6 +206,8 @@ def bytes_of(
 ) -> int:
     """Bytes that an operator of PyTorch reads and writes on a GPU: its tensors, each once."""
     name = function.overloadpacket.__name__
+    if name in MAKE:
+        return _total([result])
     if name in GATHER:
         return 2 * _total([result]) + _total(arguments[1:])
     if name.removesuffix("_") in SCATTER:
@@ -468,8 +481,8 @@ twice, noise and dropout come from a seed, and weights and sums are small
 ([`cost.dmin_step`](../hdmil_lib/kernels/cost.py)).
 
 With N = {tiles:,}, D = {in_dim:,} and E = {embed_dim:,} this is {least:.2f} GB, {least_ms} ms at {rate:.1f}
-TB/s. **A step moves {moved:.2f} GB, {ratio:.2f} times as much.** Its operations take {arithmetic} ms on
-paper, and no step with these operations is faster, however little it moves.
+TB/s. **A step moves {moved:.2f} GB, {ratio:.2f} times as much.** Its matrix products alone take {products} ms
+on paper, and no step with these products is faster, however little it moves.
 """
 
 
@@ -497,7 +510,7 @@ def dmin_section(calls: list[Call]) -> str:
             rate=H100.bytes / 1e12,
             moved=whole.bytes / 1e9,
             ratio=whole.bytes / least,
-            arithmetic=_milliseconds(whole.arithmetic_seconds(H100)),
+            products=_milliseconds(whole.matrix_flops / H100.matrix_flops),
         )
     )
 
