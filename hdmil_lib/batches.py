@@ -53,10 +53,10 @@ class BagBatch:
 
     @cached_property
     def features(self) -> Tensor:
-        """Features, float32 (N, D)."""
+        """Features (N, D): float32, but on a GPU as stored, since its first kernel reads half precision."""
         features = self.rows_of("features")
         assert features is not None
-        return features.float()
+        return features if features.is_cuda else features.float()
 
     @cached_property
     def patches(self) -> Tensor | None:

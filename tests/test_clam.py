@@ -71,7 +71,7 @@ def test_bag_path_of_one_branch_agrees_with_torchmil():
     """
     model, features = make(n_classes=3), tiles(9)
     oracle = CLAM_SB((5,), att_dim=4, gated=True).double()
-    oracle.feat_ext = model.projection
+    oracle.feat_ext = torch.nn.Sequential(*model.projection)
     oracle.pool.fc1.module.load_state_dict(model.attention.tanh.state_dict())
     oracle.pool.fc_gated.module.load_state_dict(model.attention.gate.state_dict())
     oracle.pool.fc2.weight.data.copy_(model.attention.score.weight)

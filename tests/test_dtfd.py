@@ -80,7 +80,7 @@ def test_one_group_of_afs_agrees_with_torchmil(n):
     """
     model, features = make(n_classes=1, n_groups=1), tiles(n)
     oracle = DTFDMIL((5,), att_dim=4, n_groups=1, distill_mode="afs").double()
-    oracle.feat_ext = model.projection
+    oracle.feat_ext = torch.nn.Sequential(*model.projection)
     for name, attention in (("attention_pool", model.attention), ("u_attention_pool", model.bag_attention)):
         pool = AttentionPool(5, 4, gated=True).double()
         pool.fc1.module.load_state_dict(attention.tanh.state_dict())

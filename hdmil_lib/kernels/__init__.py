@@ -10,6 +10,7 @@ from hdmil_lib.kernels.segment_softmax_pool import segment_softmax_pool
 from hdmil_lib.kernels.selective_scan import selective_scan
 from hdmil_lib.kernels.self_distillation_pool import self_distillation_pool
 from hdmil_lib.kernels.tile_preprocess import tile_preprocess
+from hdmil_lib.kernels.tile_projection import tile_projection
 from hdmil_lib.kernels.tissue_statistics import tissue_statistics
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "selective_scan",
     "self_distillation_pool",
     "tile_preprocess",
+    "tile_projection",
     "tissue_statistics",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
-from hdmil_lib.models.layers import GatedAttention, projection
+from hdmil_lib.models.layers import GatedAttention, Projection
 
 
 class ABMIL(MILModel[MILOutput]):
@@ -33,7 +33,7 @@ class ABMIL(MILModel[MILOutput]):
         dropout: float = 0.0,
     ):
         super().__init__(in_dim, n_classes)
-        self.projection = projection(in_dim, embed_dim, dropout)
+        self.projection = Projection(in_dim, embed_dim, dropout)
         if gated:
             self.attention = GatedAttention(embed_dim, attention_dim, 1, dropout)
         else:
@@ -43,7 +43,7 @@ class ABMIL(MILModel[MILOutput]):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        embeddings = self.projection(features)
+        embeddings = self.projection(features, *self.scale)
         if isinstance(self.attention, GatedAttention):
             bag, attention = self.attention.pool(embeddings, segments)
         else:

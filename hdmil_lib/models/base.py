@@ -86,12 +86,15 @@ class MILModel(nn.Module, ABC, Generic[Output]):
             BagError: The features have another width, or a bag has no tiles.
             ValueError: The features are on another device than the model, or `segments` does not fit them.
         """
-        features = self.prepare(features)
+        self.check_features(features)
         return self.classify(features, bags_of(features, segments), **options)
 
     @abstractmethod
     def classify(self, features: Tensor, segments: Segments, *args: Any, **options: Any) -> Output:
-        """Classify B bags, given prepared features (N, in_dim); models may add keyword arguments."""
+        """Classify B bags, given features (N, in_dim) as they are stored; models may add keyword arguments.
+
+        Their first layer standardizes the features by `scale`, or `prepare` does.
+        """
 
     def loss(self, output: Output, labels: Tensor) -> LossTerms:
         """Compute the weighted terms of the loss, each a mean over the bags; the loss is their sum.
@@ -106,8 +109,17 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         """Parameter groups for an optimizer; the gradients of each group are clipped by their own norm."""
         return [{"params": list(self.parameters())}]
 
+    @property
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation by which features are standardized, (in_dim,)."""
+        return self.feature_mean, self.feature_std
+
     def prepare(self, features: Tensor) -> Tensor:
-        """Check features (N, in_dim) and standardize them.
+        """Standardize features (N, in_dim)."""
+        return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
+
+    def check_features(self, features: Tensor) -> None:
+        """Check that features (N, in_dim) fit the model.
 
         Raises:
             BagError: The features have another shape, or there are no tiles.
@@ -121,7 +133,6 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         if len(features) == 0:
             raise BagError("the bag has no tiles: a model needs at least one; check the tissue mask")
         check_device("features", features, self.feature_mean.device, "the model")
-        return (features - self.feature_mean) / self.feature_std
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:

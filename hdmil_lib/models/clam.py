@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
-from hdmil_lib.models.layers import GatedAttention, projection
+from hdmil_lib.models.layers import GatedAttention, Projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,13 @@ class CLAM(MILModel[CLAMOutput]):
             raise ValueError(f"bag_weight is {bag_weight}, expected a share between 0 and 1")
         super().__init__(in_dim, n_classes)
         self.k, self.subtyping, self.bag_weight = k, subtyping, bag_weight
-        self.projection = projection(in_dim, embed_dim, dropout)
+        self.projection = Projection(in_dim, embed_dim, dropout)
         self.attention = GatedAttention(embed_dim, attention_dim, n_classes if multi_branch else 1, dropout)
         self.classifier = nn.Linear(embed_dim, n_classes)
         self.instance_heads = nn.ModuleList(nn.Linear(embed_dim, 2) for _ in range(n_classes))
 
     def classify(self, features: Tensor, segments: Segments) -> CLAMOutput:
-        embeddings = self.projection(features)
+        embeddings = self.projection(features, *self.scale)
         bag, attention = self.attention.pool(embeddings, segments)
         bag = bag.expand(-1, self.n_classes, -1)  # a single branch is shared by all classes
         logits = torch.einsum("bce,ce->bc", bag, self.classifier.weight) + self.classifier.bias

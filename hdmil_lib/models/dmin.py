@@ -15,7 +15,7 @@ from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.kan import ChebyshevKAN
-from hdmil_lib.models.layers import GatedAttention, projection
+from hdmil_lib.models.layers import GatedAttention, Projection
 from hdmil_lib.models.ragged import bag_mean
 from hdmil_lib.schema import Schema, first_problem
 
@@ -154,7 +154,7 @@ class DMIN(MILModel[DMINOutput]):
             raise ValueError(first_problem(error)) from error
         super().__init__(in_dim, n_classes)
         self.settings = settings
-        self.projection = projection(in_dim, embed_dim, dropout)
+        self.projection = Projection(in_dim, embed_dim, dropout)
         self.attention = GatedAttention(embed_dim, attention_dim, n_classes, dropout)
         self.heads = nn.ModuleList(self._head(1) for _ in range(n_classes))
         self.instance_heads = nn.ModuleList(self._head(2) for _ in range(n_classes))
@@ -184,7 +184,7 @@ class DMIN(MILModel[DMINOutput]):
         Raises:
             BagError: The mask has another shape.
         """
-        embeddings = self.projection(features)
+        embeddings = self.projection(features, *self.scale)
         if mask is not None:
             attention = self.attention(embeddings)
             mask = self._given(mask, attention)

@@ -47,6 +47,7 @@ class DSMIL(MILModel[DSMILOutput]):
                 nn.init.zeros_(layer.bias)
 
     def classify(self, features: Tensor, segments: Segments) -> DSMILOutput:
+        features = self.prepare(features)
         scores = self.instance_classifier(features)
         critical = bag_argmax(scores, segments)
         query = self.query(features)

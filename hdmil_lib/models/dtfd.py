@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
-from hdmil_lib.models.layers import GatedAttention
+from hdmil_lib.models.layers import GatedAttention, Projection
 from hdmil_lib.models.ragged import bag_argmax, bag_mean, pad, unpad
 
 Distillation = Literal["afs", "maxs", "maxmins"]
@@ -73,7 +73,7 @@ class DTFD(MILModel[DTFDOutput]):
             raise ValueError(f"n_groups is {n_groups}, expected 1 or more")
         super().__init__(in_dim, n_classes)
         self.distill, self.n_groups = distill, n_groups
-        self.projection = nn.Sequential(nn.Linear(in_dim, embed_dim, bias=False), nn.ReLU())
+        self.projection = Projection(in_dim, embed_dim, bias=False)
         self.attention = GatedAttention(embed_dim, attention_dim, 1)
         self.classifier = nn.Linear(embed_dim, n_classes)
         self.bag_attention = GatedAttention(embed_dim, attention_dim, 1)
@@ -90,7 +90,7 @@ class DTFD(MILModel[DTFDOutput]):
             generator: CPU generator of the random splits in training; torch's global generator by default. It
                 draws one number per tile, so the splits do not depend on how bags are batched.
         """
-        embeddings = self.projection(features)
+        embeddings = self.projection(features, *self.scale)
         attention = self.attention(embeddings)
         if self.training:
             drawn = torch.rand(len(features), generator=generator, device="cpu")

@@ -1,17 +1,32 @@
 """Layers that several models share."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 
-from hdmil_lib.kernels import gated_attention, gated_attention_pool, self_distillation_pool
+from hdmil_lib.kernels import gated_attention, gated_attention_pool, self_distillation_pool, tile_projection
+from hdmil_lib.kernels.dispatch import use_triton
 from hdmil_lib.kernels.random import Seed, draw_seed
 from hdmil_lib.kernels.segments import Segments
 
 
-def projection(in_dim: int, embed_dim: int, dropout: float) -> nn.Sequential:
-    """Linear layer, ReLU and dropout that turn features (N, in_dim) into embeddings (N, embed_dim)."""
-    return nn.Sequential(nn.Linear(in_dim, embed_dim), nn.ReLU(), nn.Dropout(dropout))
+class Projection(nn.Sequential):
+    """Linear layer, ReLU and dropout that turn features (N, in_dim) into embeddings (N, embed_dim).
+
+    On a CPU the dropout draws from PyTorch's generator, on a GPU it is a function of a seed; see
+    `kernels.tile_projection`.
+    """
+
+    def __init__(self, in_dim: int, embed_dim: int, dropout: float = 0.0, bias: bool = True):
+        super().__init__(nn.Linear(in_dim, embed_dim, bias=bias), nn.ReLU(), nn.Dropout(dropout))
+
+    def forward(self, features: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+        """Embeddings of features, standardized if there are their mean and standard deviation, (in_dim,)."""
+        layer = cast(nn.Linear, self[0])
+        dropout = cast(nn.Dropout, self[2]).p if self.training else 0.0
+        seed = draw_seed() if dropout > 0 and use_triton("auto", features) else None
+        return tile_projection(features, layer.weight, layer.bias, mean, std, dropout=dropout, seed=seed)
 
 
 class GatedAttention(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn.functional import silu, softplus
 from hdmil_lib.kernels import segment_softmax_pool, selective_scan
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
-from hdmil_lib.models.layers import projection
+from hdmil_lib.models.layers import Projection
 from hdmil_lib.models.ragged import pad, unpad
 
 
@@ -50,7 +50,7 @@ class MambaMIL(MILModel[MILOutput]):
         if rate < 1:
             raise ValueError(f"rate is {rate}, expected a stride of at least 1")
         self.rate = rate
-        self.projection = projection(in_dim, embed_dim, dropout)
+        self.projection = Projection(in_dim, embed_dim, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(n_layers))
         self.mixers = nn.ModuleList(SRMamba(embed_dim, n_states, conv_size, expand) for _ in range(n_layers))
         self.norm = nn.LayerNorm(embed_dim)
@@ -60,7 +60,7 @@ class MambaMIL(MILModel[MILOutput]):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        tiles, order = self.projection(features), strided_order(segments, self.rate)
+        tiles, order = self.projection(features, *self.scale), strided_order(segments, self.rate)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
             tiles = tiles + mixer(norm(tiles), order, segments)
         tiles = self.norm(tiles)

@@ -9,7 +9,7 @@ from torch.nn.functional import gelu
 from hdmil_lib.kernels import s4d_convolution
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import MILModel, MILOutput
-from hdmil_lib.models.layers import projection
+from hdmil_lib.models.layers import Projection
 from hdmil_lib.models.ragged import pad, unpad
 
 
@@ -31,13 +31,13 @@ class S4MIL(MILModel[MILOutput]):
         self, in_dim: int, n_classes: int, *, embed_dim: int = 512, n_states: int = 32, dropout: float = 0.0
     ):
         super().__init__(in_dim, n_classes)
-        self.projection = projection(in_dim, embed_dim, dropout)
+        self.projection = Projection(in_dim, embed_dim, dropout)
         self.norm = nn.LayerNorm(embed_dim)
         self.sequence = S4DLayer(embed_dim, n_states, dropout)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        tiles = self.sequence(self.norm(self.projection(features)), segments)
+        tiles = self.sequence(self.norm(self.projection(features, *self.scale)), segments)
         bag = pad(tiles, segments, -torch.inf).amax(1)
         return MILOutput(logits=self.classifier(bag), segments=segments)
 

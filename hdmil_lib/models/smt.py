@@ -12,7 +12,7 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
-from hdmil_lib.models.layers import GatedAttention, projection
+from hdmil_lib.models.layers import GatedAttention, Projection
 from hdmil_lib.models.ragged import pad, unpad
 
 REGION_TILES = 4
@@ -90,7 +90,7 @@ class SMT(MILModel[SMTOutput]):
         self.regions, self.patches = (
             Stage(ImageTransformer(image_dim, heads), image_dim, n_classes, dropout) for _ in range(2)
         )
-        self.tiles = Stage(projection(in_dim, embed_dim, 0.0), embed_dim, n_classes, dropout)
+        self.tiles = Stage(Projection(in_dim, embed_dim), embed_dim, n_classes, dropout)
 
     def classify(
         self, features: Tensor, segments: Segments, *, patches: Tensor, rowcol: Tensor | np.ndarray
@@ -106,6 +106,7 @@ class SMT(MILModel[SMTOutput]):
         Raises:
             BagError: The patches or positions have another shape or type.
         """
+        features = self.prepare(features)
         _check(features, patches, rowcol := np.asarray(rowcol))
         region_images, region, slide_regions = regions(patches, rowcol, segments)
         zeros = features.new_zeros(len(region_images), 1)

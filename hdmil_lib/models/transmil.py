@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, pad
 
 from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models.base import MILModel, MILOutput
-from hdmil_lib.models.layers import projection
+from hdmil_lib.models.layers import Projection
 from hdmil_lib.models.nystrom import NystromAttention
 
 
@@ -49,7 +49,7 @@ class TransMIL(MILModel[MILOutput]):
     ):
         super().__init__(in_dim, n_classes)
         landmarks = max(embed_dim // 2, 1) if n_landmarks is None else n_landmarks
-        self.projection = projection(in_dim, embed_dim, projection_dropout)
+        self.projection = Projection(in_dim, embed_dim, projection_dropout)
         self.class_token = nn.Parameter(torch.randn(embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(2))
         self.attentions = nn.ModuleList(
@@ -61,7 +61,7 @@ class TransMIL(MILModel[MILOutput]):
 
     def classify(self, features: Tensor, segments: Segments) -> MILOutput:
         """Classify bags, all bags whose squares have the same size at once."""
-        embeddings = self.projection(features)
+        embeddings = self.projection(features, *self.scale)
         sides = [math.isqrt(length - 1) + 1 for length in segments.lengths]
         logits = embeddings.new_empty(len(sides), self.n_classes)
         attention = embeddings.new_zeros(len(embeddings))

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdmil_lib.kernels.blocks import target_of
 from hdmil_lib.kernels.elementary import tanh
 from hdmil_lib.kernels.gated_attention import gpu as attention
 from hdmil_lib.kernels.gated_attention.gpu import attention_logits, keep_scale
@@ -29,9 +30,8 @@ from hdmil_lib.kernels.segment_softmax_pool.gpu import pool_chunk
 from hdmil_lib.kernels.segments import chunks
 from hdmil_lib.kernels.variants import Variant
 
-TILES, EMBED, BRANCHES, WARPS = pooling.TILES, attention.EMBED, pooling.BRANCHES, attention.WARPS
-BACKWARD_TILES, BACKWARD_HIDDEN, BACKWARD_EMBED = 32, 64, 64
-BACKWARD_WARPS = 8
+TILES, BRANCHES, WARPS = pooling.TILES, pooling.BRANCHES, attention.WARPS
+BACKWARD_TILES, BACKWARD_WARPS = 32, 8  # tiles per block and warps per program in the backward pass
 
 
 @triton.jit
@@ -170,24 +170,22 @@ def backward_kernel(
     of_bag = bag * 2 * n_branches + column
     for start in range(0, embed_dim, EMBED):
         e = start + tl.arange(0, EMBED)
-        wanted = (column[:, None] < 2 * n_branches) & (e[None, :] < embed_dim)
-        of_pool = tl.load(grad_pooled + of_bag[:, None] * embed_dim + e[None, :], wanted, 0.0)
-        result = tl.dot(weights.to(number), of_pool, input_precision="ieee")
+        of_column = (column[:, None] < 2 * n_branches) & (e[None, :] < embed_dim)
+        pool_grad = tl.load(grad_pooled + of_bag[:, None] * embed_dim + e[None, :], of_column, 0.0)
+        result = tl.dot(weights.to(number), pool_grad, input_precision="ieee")
         for first in range(0, n_hidden, HIDDEN):
-            h = first + tl.arange(0, HIDDEN)
-            wanted = inside[:, None] & (h[None, :] < n_hidden)
-            place = h[:, None] * embed_dim + e[None, :]
-            there = (h[:, None] < n_hidden) & (e[None, :] < embed_dim)
-            hidden_grad = tl.load(hidden_row + h[None, :], wanted, 0.0)
-            result = tl.dot(
-                hidden_grad, tl.load(tanh_weight + place, there, 0.0), result, input_precision="ieee"
-            )
-            gate_grad = tl.load(hidden_row + n_hidden + h[None, :], wanted, 0.0)
-            result = tl.dot(
-                gate_grad, tl.load(gate_weight + place, there, 0.0), result, input_precision="ieee"
-            )
-        place = grad_embeddings + tile.to(tl.int64)[:, None] * embed_dim + e[None, :]
-        tl.store(place, result, inside[:, None] & (e[None, :] < embed_dim))
+            k = first + tl.arange(0, HIDDEN)
+            of_tile = inside[:, None] & (k[None, :] < n_hidden)
+            of_weight = (k[:, None] < n_hidden) & (e[None, :] < embed_dim)
+            square = k[:, None] * embed_dim + e[None, :]
+            of_hidden = tl.load(hidden_row + k[None, :], of_tile, 0.0)
+            weight = tl.load(tanh_weight + square, of_weight, 0.0)
+            result = tl.dot(of_hidden, weight, result, input_precision="ieee")
+            of_gate = tl.load(hidden_row + n_hidden + k[None, :], of_tile, 0.0)
+            weight = tl.load(gate_weight + square, of_weight, 0.0)
+            result = tl.dot(of_gate, weight, result, input_precision="ieee")
+        out = grad_embeddings + tile.to(tl.int64)[:, None] * embed_dim + e[None, :]
+        tl.store(out, result, inside[:, None] & (e[None, :] < embed_dim))
 
 
 def forward(
@@ -207,15 +205,15 @@ def forward(
         and `fallback` of `segment_softmax_pool`, (B, 2 C), for the backward pass.
     """
     (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, weights[4].shape
-    embeddings = embeddings.contiguous()
+    embeddings, target = embeddings.contiguous(), target_of(embeddings.device)
     partials = pooling.Partials(offsets, n_tiles, 2 * n_branches, embed_dim)
     logits, mask = (embeddings.new_empty(n_tiles, n_branches) for _ in range(2))
     forward_kernel[(len(partials.table),)](
         embeddings, *(w.contiguous() for w in weights), partials.table, logits, mask, *partials.tensors,
         embed_dim, n_hidden, n_branches, *attention.drop_arguments(dropout, key),
         noise_key, 1 / temperature, threshold, TILES,
-        attention.hidden_block(embeddings.dtype), EMBED, BRANCHES, dropout > 0, noise_key is not None,
-        num_warps=WARPS,
+        attention.hidden_block(embeddings.dtype), attention.embed_block(embeddings.dtype, target), BRANCHES,
+        dropout > 0, noise_key is not None, num_warps=WARPS,
     )  # fmt: skip
     pooled, *statistics = partials.combine(embeddings, True)
     return pooled, logits, mask, *statistics
@@ -256,7 +254,7 @@ def backward(
     grad_hidden = embeddings.new_empty(n_tiles, 2 * n_hidden)
     partials = torch.empty(len(table), 2 * n_branches + 2, n_hidden, device=embeddings.device)
     bias_partials = torch.empty(len(table), 2 * n_branches, device=embeddings.device)
-    hidden_block, embed_block = backward_blocks(number)
+    hidden_block, embed_block = backward_blocks(number, target_of(embeddings.device))
     backward_kernel[(len(table),)](
         grad_pooled.to(number).contiguous(), inner, grad_logits.contiguous(), grad_mask.contiguous(),
         embeddings, *(w.contiguous() for w in weights), logits, mask, table, *statistics,
@@ -279,10 +277,11 @@ def backward(
     )
 
 
-def backward_blocks(dtype: torch.dtype) -> tuple[int, int]:
-    """Return hidden units and embedding dimensions per block: fewer in float32 for want of registers."""
-    wide = dtype == torch.float32
-    return BACKWARD_HIDDEN // (2 if wide else 1), BACKWARD_EMBED // (2 if wide else 1)
+def backward_blocks(dtype: torch.dtype, target: str) -> tuple[int, int]:
+    """Return hidden units and embedding dimensions per block: the largest that spill no registers."""
+    if dtype == torch.float32:
+        return (16, 32) if target == "gfx1100" else (32, 32)
+    return (32, 32) if target == "sm_75" else (32, 64)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -294,13 +293,14 @@ def variants(target: str) -> Iterator[Variant]:
         grads = ("grad_pooled", "grad_logits", "grad_mask", "grad_embeddings", "grad_hidden")
         sums = ("inner", "largest", "total", "partials", "bias_partials")
         back = dict.fromkeys(grads, number) | dict.fromkeys(sums, "*fp32") | {"fallback": "*i32"}
-        hidden, embed = backward_blocks(dtype)
+        hidden, embed = backward_blocks(dtype, target)
         for dropout in (False, True):
             for noisy in (False, True):
                 key, options = attention.drop_options(dropout)
                 key |= {"noise_key": "*i32"} if noisy else {}
                 options |= {"NOISY": noisy, "BRANCHES": BRANCHES} | ({} if noisy else {"noise_key": None})
-                blocks = {"TILES": TILES, "HIDDEN": attention.hidden_block(dtype), "EMBED": EMBED}
+                blocks = {"TILES": TILES, "HIDDEN": attention.hidden_block(dtype)}
+                blocks["EMBED"] = attention.embed_block(dtype, target)
                 types = shared | {"threshold": "fp32"} | pooling.PARTIALS | key
                 yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)
                 blocks = {"TILES": BACKWARD_TILES, "HIDDEN": hidden, "EMBED": embed}
