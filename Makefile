@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.hdmil-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tables test lab bench samples api clean
+.PHONY: help tutorial tables test lab bench gpu samples api clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,7 +37,13 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 	@HDMIL_FAST=$(FAST) $(BIN)/jupyter lab notebooks
 
 bench: $(INSTALLED) ## run the benchmarks, one after the other, into benchmarks/results
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; gpu=$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available())'); \
+	for script in benchmarks/*.py; do echo "== $$script"; \
+		if [ $$script = benchmarks/bench_gpu.py ] && [ $$gpu = False ]; then echo "skipped: no GPU here"; \
+		else $(BIN)/python $$script; fi; done
+
+gpu: $(INSTALLED) ## on a machine with a GPU: its tests, operators, training, prediction, and the README's table (8 minutes)
+	@status=0; $(BIN)/python benchmarks/bench_gpu.py || status=$$?; $(BIN)/python tools/publish_gpu.py; exit $$status
 
 samples: $(INSTALLED) ## remake data_samples/ from the code (makes the full cohorts)
 	@$(BIN)/python tools/make_samples.py
