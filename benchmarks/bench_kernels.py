@@ -1,14 +1,13 @@
-"""Time every operator against the formula that it replaces, forward and backward.
+"""Time every operator on a CPU against the formula that it replaces, forward and backward.
 
     python benchmarks/bench_kernels.py [--repeats N]
 
 Each operator and its textbook form are timed in turns, both also with `torch.compile`, after a check that
-their results and gradients agree. On a GPU the operator is the Triton kernel, and the floor is the time that
-its bytes and operations need at the rates that this device reaches for a copy and a matrix product. Medians
-in milliseconds are written to `benchmarks/results/kernels.json` with the name of the device.
+their results and gradients agree. Medians in milliseconds are written to `benchmarks/results/kernels.json`
+with the name of the device. `bench_gpu.py` times the kernels on a GPU.
 
 The ratio has a 95 % interval of the median over turns. If the interval contains 1, the two forms are equal
-within the noise of the run: a CPU runs the same matrix products for both. No operator should be `slower`.
+within the noise of the run: both run the same matrix products. No operator should be `slower`.
 """
 
 import argparse
@@ -29,10 +28,8 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.config import setup
-from hdmil_lib.devices import resolve
 from hdmil_lib.kernels import (
     chebyshev_kan,
-    cost,
     gated_attention,
     gated_attention_pool,
     gumbel_mask,
@@ -61,7 +58,6 @@ class Case:
         arguments: Function that makes the tensors on a device; floating ones get gradients.
         textbook: Textbook form of the formula.
         operator: Operator of the library.
-        cost: Cost of the forward pass.
         checked: Both forms without random numbers, which are compared instead of the timed ones.
     """
 
@@ -69,7 +65,6 @@ class Case:
     arguments: Callable[[torch.device], Sequence[Tensor]]
     textbook: Callable[..., Tensor]
     operator: Callable[..., Tensor]
-    cost: cost.Cost
     checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
 
 
@@ -89,22 +84,21 @@ STAIN = StainTransform(textbook.IDENTITY, textbook.MIX, (0.0, 0.0, 0.0), textboo
 
 def tile_cases(n: int) -> list[Case]:
     """Tiles for an encoder, with and without stain normalization, and their color statistics."""
-    plain, stained = (cost.tile_preprocess(n, width=4, stain=stain) for stain in (False, True))
     operator = partial(tile_preprocess, mean=textbook.MEAN, std=textbook.STD)
     return [
-        Case(f"tile_preprocess, B = {n}", random_tiles(n), textbook.normalize, operator, plain),
+        Case(f"tile_preprocess, B = {n}", random_tiles(n), textbook.normalize, operator),
         Case(
             f"tile_preprocess, channels last, B = {n}", random_tiles(n),
             lambda tiles: textbook.normalize(tiles).contiguous(memory_format=torch.channels_last),
-            partial(operator, channels_last=True), plain,
+            partial(operator, channels_last=True),
         ),
         Case(
             f"tile_preprocess, Macenko, B = {n}", random_tiles(n), textbook.macenko,
-            partial(operator, stain=STAIN), stained,
+            partial(operator, stain=STAIN),
         ),
         Case(
             f"tissue_statistics, N = {n}", random_tiles(n), textbook.histogram,
-            lambda tiles: tissue_statistics(tiles).histogram, cost.tissue_statistics(n * 256 * 256),
+            lambda tiles: tissue_statistics(tiles).histogram,
         ),
     ]  # fmt: skip
 
@@ -130,7 +124,6 @@ def scan_cases(length: int = 300, channels: int = 1024, states: int = 16) -> lis
             random_scan(length, channels, states),
             torch.compiler.disable(textbook.scan),
             torch.compiler.disable(selective_scan),
-            cost.selective_scan(1, length, channels, states, width=4),
         )
     ]
 
@@ -140,23 +133,21 @@ def random_bags(bag: Sequence[int], logits: Sequence[int]) -> Callable[[torch.de
     return lambda device: [*normal(bag, logits)(device), torch.rand(*logits, device=device) < 0.5]
 
 
-def bags_case(bag: Sequence[int], logits: Sequence[int], n_bags: int, pool_cost: cost.Cost) -> Case:
+def bags_case(bag: Sequence[int], logits: Sequence[int], n_bags: int) -> Case:
     """Masked pooling of bags of equal lengths."""
     lengths = [bag[0] // n_bags] * n_bags
-    segments = Segments(lengths, resolve())
+    segments = Segments(lengths, torch.device("cpu"))
     return Case(
         f"segment_softmax_pool, {n_bags} masked bags, N = {bag[0]}",
         random_bags(bag, logits),
         partial(textbook.pool_bags, lengths=lengths),
         partial(segment_softmax_pool, segments=segments),
-        pool_cost,
     )
 
 
 def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branches: int = 2) -> list[Case]:
     """The attention of DMIN with its pooling in one pass, with dropout, its pooling, and its selection."""
     bag, logits = (n_tiles, embed_dim), (n_tiles, branches)
-    pool_cost = cost.segment_softmax_pool(n_tiles, embed_dim, branches, width=4)
     weights = [
         (hidden, embed_dim),
         (hidden,),
@@ -169,26 +160,23 @@ def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branc
         Case(
             f"gated_attention_pool, N = {n_tiles}", normal(bag, *weights), textbook.attention_pool,
             lambda *tensors: gated_attention_pool(*tensors)[0],
-            cost.gated_attention_pool(n_tiles, embed_dim, hidden, branches, width=4),
         ),
         Case(
             f"gated_attention, dropout, N = {n_tiles}", normal(bag, *weights),
             partial(textbook.attention, p=0.25), partial(gated_attention, dropout=0.25, seed=0),
-            cost.gated_attention(n_tiles, embed_dim, hidden, branches, width=4),
             checked=(textbook.attention, gated_attention),
         ),
         Case(
             f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), textbook.pool, segment_softmax_pool,
-            pool_cost,
         ),
-        bags_case(bag, logits, 4, pool_cost),
+        bags_case(bag, logits, 4),
         Case(
             f"gumbel_mask, N = {n_tiles}", normal(logits), textbook.mask,
-            partial(gumbel_mask, temperature=0.7), cost.gumbel_mask(n_tiles, branches),
+            partial(gumbel_mask, temperature=0.7),
         ),
         Case(
             f"gumbel_mask, noise, N = {n_tiles}", normal(logits), textbook.mask_with_noise,
-            partial(gumbel_mask, seed=0, temperature=0.7), cost.gumbel_mask(n_tiles, branches),
+            partial(gumbel_mask, seed=0, temperature=0.7),
             checked=(textbook.mask, partial(gumbel_mask, temperature=0.7)),
         ),
     ]  # fmt: skip
@@ -215,7 +203,6 @@ def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[
             random_s4d(length, channels, states),
             textbook.s4d,
             s4d_convolution,
-            cost.s4d_convolution(1, length, channels, states),
         )
     ]
 
@@ -223,14 +210,12 @@ def s4d_cases(length: int = 300, channels: int = 512, states: int = 16) -> list[
 def lipn_case(n_patches: int) -> Case:
     """The frozen pre-screening network, layer by layer and as matrix products."""
     network = LIPN().eval().requires_grad_(False)
-    kind = torch.float16 if torch.cuda.is_available() else torch.float32
-    packed = network.packed(kind)
+    packed = network.packed(torch.float32)
     return Case(
         f"lipn_forward, N = {n_patches}",
         random_tiles(n_patches, 16),
-        lambda patches: network.to(patches.device)(patches),
-        lambda patches: lipn_forward(patches, [w.to(patches.device) for w in packed]),
-        cost.lipn_forward(n_patches),
+        network,
+        lambda patches: lipn_forward(patches, packed),
     )
 
 
@@ -243,7 +228,6 @@ def cases() -> list[Case]:
                 normal((rows, 512), (512, 1, 13)),
                 formula,
                 chebyshev_kan,
-                cost.chebyshev_kan(rows, 512, 1, 12, width=4),
             )
             for rows in (64, 2_000)
             for note, formula in (
@@ -281,15 +265,12 @@ def times_ms(
     contenders: dict[str, Callable], arguments: Sequence[Tensor], repeats: int
 ) -> dict[str, list[float]]:
     """Time the contenders in turns, each after an untimed call that fills the caches again."""
-    synchronize = torch.cuda.synchronize if arguments[0].is_cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 2):
         for name, function in contenders.items():
             run(function, arguments)
-            synchronize()
             start = time.perf_counter()
             run(function, arguments)
-            synchronize()
             if repeat >= 2:  # the first two turns warm up and compile
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
@@ -309,33 +290,14 @@ def judge(textbook: list[float], library: list[float]) -> dict[str, float | str]
     }
 
 
-def this_device() -> cost.Device:
-    """Measure the rates that this GPU reaches for a copy of 1 GB and for matrix products."""
-    large = torch.empty(2**28, device="cuda")
-    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    wide = matrix.float()
-    rates = {}
-    work = {
-        "copy": (lambda: large.clone(), 2 * large.numel() * 4),
-        "matrix": (lambda: matrix @ matrix, 2 * 8192**3),
-        "vector": (lambda: wide @ wide, 2 * 8192**3),
-    }
-    for name, (function, amount) in work.items():
-        ms = times_ms({name: lambda _, f=function: f()}, [torch.empty(0, device="cuda")], 20)[name]
-        rates[name] = amount / statistics.median(ms) * 1000
-    return cost.Device(torch.cuda.get_device_name(), rates["copy"], rates["matrix"], rates["vector"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
     setup()
-    device = resolve()
-    gpu = this_device() if device.type == "cuda" else None
     rows = {}
     for case in cases():
-        arguments = [a.requires_grad_(a.is_floating_point()) for a in case.arguments(device)]
+        arguments = [a.requires_grad_(a.is_floating_point()) for a in case.arguments(torch.device("cpu"))]
         check_agreement(case, arguments)
         contenders = {
             "textbook": case.textbook,
@@ -348,17 +310,14 @@ def main() -> None:
         row = {name: statistics.median(values) for name, values in times.items()}
         row |= judge(times["textbook"], times["library"])
         row["ratio, compiled"] = row["textbook"] / row["library, compiled"]
-        if gpu:
-            row["floor, forward"] = 1000 * case.cost.seconds(gpu)
         rows[case.name] = {k: v if isinstance(v, str) else round(v, 4) for k, v in row.items()}
         print(case.name, rows[case.name], flush=True)
     result = {
-        "device": gpu.name if gpu else f"{platform.machine()} CPU, 1 thread",
-        "triton": "measured" if gpu else "not measured: no GPU",
+        "device": f"{platform.machine()} CPU, 1 thread",
         "torch": torch.__version__,
         "repeats": repeats,
         "load_average": round(os.getloadavg()[0], 1),
-        "unit": "ms, forward and backward; floor: forward",
+        "unit": "ms, forward and backward",
         "operators": rows,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
