@@ -186,6 +186,60 @@ def _chebyshev_kan_backward(grad: Tensor, inputs: Tensor, coefficients: Tensor) 
     return Work(moved + _copies(grad, inputs, coefficients), 0, flops)
 
 
+@_work_of("hdmil::tile_projection")
+def _tile_projection(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dropout: float,
+    key: Tensor | None,
+) -> Work:
+    """Features are read as they are stored, embeddings written; each block of a weight standardizes them.
+
+    Programs of the same tiles follow each other, so that all but the first find the features in the cache.
+    """
+    from hdmil_lib.kernels.tile_projection import gpu
+
+    arguments = (features, weight, bias, mean, std)
+    (tiles, in_dim), embed_dim = features.shape, len(weight)
+    moved = _size(*arguments) + tiles * embed_dim * weight.element_size() + _copies(*arguments)
+    _, embed, _, _ = gpu.blocks(weight.dtype, features.dtype, "sm_90")
+    scaling = 2 * tiles * in_dim * -(-embed_dim // embed) if mean is not None else 0
+    others = scaling + (3 + 12 * (dropout > 0)) * tiles * embed_dim
+    return _products(2 * tiles * in_dim * embed_dim, weight, moved, others)
+
+
+@_work_of("hdmil::tile_projection_backward")
+def _tile_projection_backward(
+    grad: Tensor,
+    embeddings: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dropout: float,
+) -> Work:
+    """Features, embeddings and their gradient are read; sums over shares of the tiles are written and read.
+
+    The programs of a share, one per block of the weight, go through its tiles side by side, so that all but
+    the first find them in the cache.
+    """
+    from hdmil_lib.kernels.tile_projection import gpu
+
+    (tiles, in_dim), embed_dim = features.shape, len(weight)
+    rows, embed, columns, _ = gpu.backward_blocks(weight.dtype, "sm_90")
+    down, across = -(-embed_dim // embed), -(-in_dim // columns)
+    shares = max(1, min(gpu.PROGRAMS // (down * across), -(-tiles // rows)))
+    sums = 4 * shares * embed_dim * (in_dim + 1)
+    result = weight.element_size() * embed_dim * (in_dim + 1)
+    moved = _size(grad, embeddings, features, mean, std) + 2 * sums + result + _copies(grad, features)
+    scaling = 2 * tiles * in_dim * down if mean is not None else 0
+    others = scaling + 3 * tiles * embed_dim * across
+    return _products(2 * tiles * in_dim * embed_dim, weight, moved, others)
+
+
 def gated_attention(tiles: int, embed_dim: int, hidden: int, branches: int, width: int = 2) -> Cost:
     """Count [tanh(F V) * sigmoid(F U)] W."""
     f, h, a = tiles * embed_dim, tiles * hidden, tiles * branches

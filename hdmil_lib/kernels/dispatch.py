@@ -212,9 +212,9 @@ def in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _autocasting(values: tuple[Any, ...]) -> str | None:
     """Return the device type of the tensors among these values if autocast is on for it, else `None`."""
     kinds = {value.device.type for value in values if isinstance(value, Tensor)}
-    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+    if len(kinds) != 1 or not torch.amp.is_autocast_available(kind := kinds.pop()):
         return None
-    return kind
+    return kind if torch.is_autocast_enabled(kind) else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -64,31 +64,34 @@ def instance_clustering_loss(
     everyone = subtyping or labels.device.type != "cpu"
     present = range(len(heads)) if everyone else set(labels.tolist())
     labels = to_device(labels, embeddings.device)
-    bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k)  # both ends
-    number = torch.promote_types(embeddings.dtype, torch.float32)
-    total = embeddings.new_zeros(len(labels), dtype=number)
-    for branch, head in enumerate(heads):
-        if branch not in present:
-            continue
+    bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k).flatten()
+    rows, marks = [], []
+    taking_part = [branch for branch in range(len(heads)) if branch in present]
+    for branch in taking_part:
         # The lowest tiles are used in bags of this class only, with `subtyping` the highest in all bags.
         of_class = labels == branch
         low = ends & of_class.unsqueeze(1)
         high = ends if subtyping else low
         scores = attention[:, branch].detach()
-        tiles = torch.stack((_top_k(scores, segments, k), _top_k(-scores, segments, k)))
-        used = torch.stack((high, low))
+        tiles = torch.stack((_top_k(scores, segments, k), _top_k(-scores, segments, k))).flatten()
+        used = torch.stack((high, low)).flatten()
         # Label 1 is for the tiles of highest attention in bags of this class.
-        targets = torch.stack((of_class, torch.zeros_like(of_class))).unsqueeze(2).expand_as(used)
+        targets = torch.stack((of_class, torch.zeros_like(of_class))).unsqueeze(2).expand(-1, -1, k).flatten()
         # Each bag counts the mean over its tiles: both ends in bags of this class, one end in others.
-        n_tiles = torch.where(of_class, 2 * n_ends, n_ends)
+        counts = torch.where(of_class, 2 * n_ends, n_ends)
         if used.device.type == "cpu":  # the unused ones are left out
-            chosen = used.flatten().nonzero()[:, 0]
+            chosen = used.nonzero()[:, 0]
         else:  # a GPU would have to be waited for; it is fast enough to compute all of them
-            chosen = torch.arange(used.numel(), device=used.device)
-        bag = bags.flatten()[chosen]
-        losses = smooth_top1_svm(head(embeddings[tiles.flatten()[chosen]]), targets.flatten()[chosen].long())
-        losses = (losses.to(number) / n_tiles[bag]).masked_fill(~used.flatten()[chosen], 0)
-        total = total.index_add(0, bag, losses)
+            chosen = torch.arange(len(used), device=used.device)
+        rows.append(tiles[chosen])
+        marks.append((used[chosen], targets[chosen].long(), bags[chosen], counts))
+    number = torch.promote_types(embeddings.dtype, torch.float32)
+    total = embeddings.new_zeros(len(labels), dtype=number)
+    # All branches pick their tiles at once: the gradient of a pick is as large as the embeddings.
+    picked = embeddings[torch.cat(rows)].split([len(tiles) for tiles in rows])
+    for branch, tiles, (used, targets, bag, counts) in zip(taking_part, picked, marks, strict=True):
+        losses = smooth_top1_svm(heads[branch](tiles), targets).to(number) / counts[bag]
+        total = total.index_add(0, bag, losses.masked_fill(~used, 0))
     return total.mean() / (len(heads) if subtyping else 1)
 
 
