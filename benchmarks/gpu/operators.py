@@ -67,7 +67,7 @@ def wall_clock(
 def bench_for(interpret: bool, quick: bool) -> Bench:
     """What measures here."""
     if interpret:
-        return Bench(torch.device("cpu"), wall_clock, 0, 0, "aot_eager", "float16")
+        return Bench(torch.device("cpu"), wall_clock, 0, 0, "eager", "float16")
     from triton.testing import do_bench
 
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)

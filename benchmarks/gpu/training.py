@@ -16,7 +16,7 @@ from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.kernels.dispatch import default_backend
 from hdmil_lib.models import MODELS, create_model
 from hdmil_lib.training.fit import Classification, TrainSettings, make_optimizer, train_step
-from hdmil_lib.training.recipes import recipe_for
+from hdmil_lib.training.recipes import Recipe, published_recipe, recipe_for, small_recipe
 
 BACKENDS, PRECISIONS = ("triton", "torch"), ("bf16", "fp32")
 
@@ -31,7 +31,7 @@ class Cohort:
         tiles: Tiles per bag; lengths lie up to a fifth above and below.
         dim: Width of the features.
         batch_size: Bags per step.
-        slides: Number of slides for which `recipe_for` chooses the settings.
+        recipe: Settings of the models and of their training.
     """
 
     name: str
@@ -39,12 +39,13 @@ class Cohort:
     tiles: int
     dim: int
     batch_size: int
-    slides: int
+    recipe: Recipe
 
 
-PAPER = Cohort("paper", bags=64, tiles=10_000, dim=1024, batch_size=1, slides=1000)
-SMALL = Cohort("small", bags=8, tiles=150, dim=320, batch_size=8, slides=200)
-TINY = Cohort("tiny", bags=2, tiles=6, dim=8, batch_size=1, slides=200)
+PAPER = Cohort("paper", bags=64, tiles=10_000, dim=1024, batch_size=1, recipe=recipe_for(1000, 1024))
+SMALL = Cohort("small", bags=8, tiles=150, dim=320, batch_size=8, recipe=recipe_for(200, 320))
+NARROW = small_recipe(published_recipe(), embed_dim=16)
+TINY = Cohort("tiny", bags=2, tiles=6, dim=8, batch_size=1, recipe=NARROW)
 """Bags for Triton's interpreter."""
 
 
@@ -104,9 +105,8 @@ def rate(cohort: Cohort, data: BagDataset, name: str, precision: Any, seconds: f
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     torch.manual_seed(0)
-    recipe = recipe_for(cohort.slides, cohort.dim)
-    model = create_model(name, cohort.dim, 2, **recipe.models.get(name, {})).to(data.device)
-    settings = replace(recipe.training_of(name), precision=precision, batch_size=cohort.batch_size)
+    model = create_model(name, cohort.dim, 2, **cohort.recipe.models.get(name, {})).to(data.device)
+    settings = replace(cohort.recipe.training_of(name), precision=precision, batch_size=cohort.batch_size)
     if settings.standardize:
         model.standardize([data.batch(data.slide_ids[:1]).features])
     objective = Classification(model.train(), data)
