@@ -16,6 +16,10 @@ from hdmil_lib.slides.stored_tiles import StoredTiles
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
+    from torch import Tensor
+
+    from hdmil_lib.slides.device_tiles import TilesOnDevice
+    from hdmil_lib.slides.gpu_decoding import NvImageCodec
 
 Reader = Literal["auto", "openslide", "stored"]
 
@@ -99,6 +103,7 @@ class Slide:
         self._stored = (
             None if reader == "openslide" else StoredTiles.open(self.path, self._slide.level_dimensions)
         )
+        self._on_device: dict[NvImageCodec, TilesOnDevice] = {}
         if reader == "stored" and self._stored is None:
             self.close()
             raise SlideError(f"{self.path}: stores no JPEG tiles that can be read; use reader='auto'")
@@ -120,6 +125,7 @@ class Slide:
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
+        self._on_device.clear()
         if self._stored:
             self._stored.close()
 
@@ -161,6 +167,61 @@ class Slide:
         )
         box = (left - u, top - v, right - u, bottom - v)
         return _into(out, Image.fromarray(region).resize(size, Image.Resampling.BICUBIC, box=box))
+
+    def can_decode(self, mpp: float, decoder: "NvImageCodec") -> bool:
+        """Whether `read_fields` can read fields of this scale with this decoder.
+
+        Their level must store JPEG tiles, which the decoder gives the same colors as libjpeg-turbo.
+        """
+        tiles = self._tiles_on(decoder)
+        return tiles is not None and tiles.can_read(self._level_for(mpp, 1.0)[0])
+
+    def read_fields(
+        self, corners: np.ndarray, size: tuple[int, int], mpp: float, decoder: "NvImageCodec"
+    ) -> "tuple[Tensor, dict[int, SlideError]]":
+        """Read many rectangles of one size and scale on a GPU; see `read_field`.
+
+        The tiles of the file are decoded there, all those that are missing in one call, and resampled there.
+
+        Args:
+            corners: (x, y) of the rectangles in level-0 pixels, (n, 2).
+            size: (width, height) of the results in pixels.
+            mpp: Scale of the results in um/px.
+            decoder: A decoder for which `can_decode` is true.
+
+        Returns:
+            RGB pixels on the GPU, uint8 (n, height, width, 3), and the errors of those rectangles in which
+            the file is damaged, by their row.
+        """
+        from hdmil_lib.slides.resampling import margin, resample  # imports PyTorch
+
+        tiles = self._tiles_on(decoder)
+        assert tiles is not None
+        index, scale = self._level_for(mpp, 1.0)
+        level = self.levels[index]
+        places = corners / np.array([level.downsample_x, level.downsample_y])
+        if all(abs(s - 1) < 1e-5 for s in scale):
+            scale, nearest = (1.0, 1.0), np.rint(places)
+            places = np.where(np.abs(places - nearest) < 1e-3, nearest, places)
+        with decoder.running():
+            if scale == (1.0, 1.0) and (places == np.rint(places)).all():
+                return tiles.read(index, places.astype(np.int64), size)
+            around = [margin(s) for s in scale]
+            starts = np.floor(places).astype(np.int64) - around
+            width, height = (
+                math.ceil(n * s) + 1 + 2 * a for n, s, a in zip(size, scale, around, strict=True)
+            )
+            regions, errors = tiles.read(index, starts, (width, height))
+            return resample(regions, places - starts, scale, size), errors
+
+    def _tiles_on(self, decoder: "NvImageCodec") -> "TilesOnDevice | None":
+        if self._stored is None:
+            return None
+        if decoder not in self._on_device:
+            from hdmil_lib.slides.device_tiles import TilesOnDevice  # imports PyTorch
+
+            self._on_device.setdefault(decoder, TilesOnDevice(self._stored, decoder))
+        return self._on_device[decoder]
 
     def thumbnail(self, mpp: float = 8.0) -> np.ndarray:
         """Make a picture of the bounds; each pixel is the mean over its square of `mpp` x `mpp` um.

@@ -30,22 +30,54 @@ MOST_THREADS = 64
 
 
 @dataclass(frozen=True)
-class _StoredLevel:
-    """One level: positions of its tiles in the file, and the function that decodes them."""
+class StoredLevel:
+    """One level of a file.
+
+    Attributes:
+        page: Its directory in the TIFF file.
+        offsets: Position of each tile in the file, in bytes.
+        sizes: Number of bytes of each tile; 0 if the file has no such tile.
+        decode: Function that decodes the bytes of a tile on the CPU.
+        is_jpeg: Whether the tiles are JPEG, not JPEG 2000.
+        stores_rgb: Whether the JPEG tiles store red, green and blue, as Aperio's do, though nothing in them
+            says so.
+    """
 
     page: tifffile.TiffPage
     offsets: np.ndarray
     sizes: np.ndarray
     decode: Callable[..., np.ndarray]
+    is_jpeg: bool
+    stores_rgb: bool
 
     @property
     def columns(self) -> int:
+        """Number of columns of tiles."""
         return -(-self.page.imagewidth // self.page.tilewidth)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of tiles."""
+        return -(-self.page.imagelength // self.page.tilelength)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of a decoded tile."""
         return self.page.tilelength, self.page.tilewidth, 3
+
+    @property
+    def n_held(self) -> int:
+        """Number of decoded tiles that are kept in memory."""
+        return ROWS_HELD * (self.columns + 1) + MOST_THREADS
+
+    def under(self, left: int, top: int, width: int, height: int) -> list[tuple[int, int]]:
+        """(row, column) of the tiles under a rectangle of the level, which may reach beyond the level."""
+        right, bottom = (min(left + width, self.page.imagewidth), min(top + height, self.page.imagelength))
+        if right <= left or bottom <= top:
+            return []
+        rows = range(max(top, 0) // self.page.tilelength, -(-bottom // self.page.tilelength))
+        columns = range(max(left, 0) // self.page.tilewidth, -(-right // self.page.tilewidth))
+        return [(row, column) for row in rows for column in columns]
 
 
 class _DecodedTiles:
@@ -90,15 +122,17 @@ class StoredTiles:
     """Levels of a TIFF slide that stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB variant.
 
     Usable from several threads. The pixels equal those of OpenSlide, which uses the same decoders,
-    libjpeg-turbo and OpenJPEG.
+    libjpeg-turbo and OpenJPEG. `gpu_decoding.TilesOnDevice` decodes the same tiles on a GPU.
+
+    Attributes:
+        path: Path of the file.
+        levels: Layout of the levels in the file, finest first.
     """
 
-    def __init__(self, path: Path, levels: Sequence[_StoredLevel]):
-        self.path, self._levels = path, levels
+    def __init__(self, path: Path, levels: Sequence[StoredLevel]):
+        self.path, self.levels = path, levels
         self._file = os.open(path, os.O_RDONLY)
-        self._decoded = [
-            _DecodedTiles(ROWS_HELD * (level.columns + 1) + MOST_THREADS, level.shape) for level in levels
-        ]
+        self._decoded = [_DecodedTiles(level.n_held, level.shape) for level in levels]
         self._lock = Lock()
 
     @classmethod
@@ -140,24 +174,39 @@ class StoredTiles:
         Raises:
             SlideError: A tile is damaged; the message names its position. Other tiles can still be read.
         """
-        stored = self._levels[level]
+        stored = self.levels[level]
         tile_w, tile_h = stored.page.tilewidth, stored.page.tilelength
         right = min(left + width, stored.page.imagewidth)
         bottom = min(top + height, stored.page.imagelength)
         region = np.empty((height, width, 3), np.uint8) if out is None else out
         if left < 0 or top < 0 or right < left + width or bottom < top + height:
             region.fill(255)
-        if right <= left or bottom <= top:
-            return region
-        for row in range(max(top, 0) // tile_h, -(-bottom // tile_h)):
-            for column in range(max(left, 0) // tile_w, -(-right // tile_w)):
-                x, y = column * tile_w, row * tile_h
-                x0, x1 = max(left, x), min(right, x + tile_w)
-                y0, y1 = max(top, y), min(bottom, y + tile_h)
-                part = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
-                to = region[y0 - top : y1 - top, x0 - left : x1 - left]
-                self._copy(level, row * stored.columns + column, part, to)
+        for row, column in stored.under(left, top, width, height):
+            x, y = column * tile_w, row * tile_h
+            x0, x1 = max(left, x), min(right, x + tile_w)
+            y0, y1 = max(top, y), min(bottom, y + tile_h)
+            part = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+            to = region[y0 - top : y1 - top, x0 - left : x1 - left]
+            self._copy(level, row * stored.columns + column, part, to)
         return region
+
+    def compressed(self, level: int, index: int) -> bytes:
+        """Bytes of a stored tile as they are in the file; none if the file has no such tile."""
+        stored = self.levels[level]
+        return os.pread(self._file, int(stored.sizes[index]), int(stored.offsets[index]))
+
+    def decode(self, level: int, index: int) -> np.ndarray:
+        """Decode a stored tile on the CPU, without keeping it.
+
+        Returns:
+            RGB pixels, uint8 (h, w, 3); white if the file has no such tile.
+
+        Raises:
+            SlideError: The tile is damaged; the message names its position.
+        """
+        memory = np.full(self.levels[level].shape, 255, np.uint8)
+        self._decode(level, index, memory)
+        return memory
 
     def _copy(self, level: int, index: int, part: tuple[slice, slice], to: np.ndarray) -> None:
         """Copy a part of a stored tile, decoding it if necessary; white if the file has no such tile.
@@ -186,19 +235,17 @@ class StoredTiles:
 
     def _decode(self, level: int, index: int, memory: np.ndarray) -> bool:
         """Decode a stored tile into `memory`, uint8 (h, w, 3); False if the file has no such tile."""
-        stored = self._levels[level]
-        size = int(stored.sizes[index])
-        if size == 0:
+        data = self.compressed(level, index)
+        if int(self.levels[level].sizes[index]) == 0:
             return False
-        data = os.pread(self._file, size, int(stored.offsets[index]))
         try:
-            stored.decode(data, out=memory)
+            self.levels[level].decode(data, out=memory)
         except Exception as error:  # each codec raises its own types of errors
             raise self._damaged(level, index, str(error)) from error
         return True
 
     def _damaged(self, level: int, index: int, why: str) -> SlideError:
-        stored = self._levels[level]
+        stored = self.levels[level]
         row, column = divmod(index, stored.columns)
         where = f"({column * stored.page.tilewidth}, {row * stored.page.tilelength})"
         return SlideError(
@@ -219,14 +266,17 @@ def _is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tiff
     )
 
 
-def _level(page: tifffile.TiffPage) -> _StoredLevel:
+def _level(page: tifffile.TiffPage) -> StoredLevel:
     """Collect what is needed to read the tiles of a page, while the file is open."""
-    decode = imagecodecs.jpeg2k_decode
-    if page.compression == tifffile.COMPRESSION.JPEG:
+    decode, stored = imagecodecs.jpeg2k_decode, None
+    is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
+    if is_jpeg:
         stored, decoded = jpeg_decode_colorspace(
             page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
         )
         decode = partial(
             imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
         )
-    return _StoredLevel(page, np.array(page.dataoffsets), np.array(page.databytecounts), decode)
+    stores_rgb = stored == tifffile.PHOTOMETRIC.RGB
+    places = np.array(page.dataoffsets), np.array(page.databytecounts)
+    return StoredLevel(page, *places, decode, is_jpeg, stores_rgb)

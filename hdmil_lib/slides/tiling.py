@@ -1,12 +1,19 @@
 """The grid of tiles of a slide, each paired with the low-resolution patch of the same tissue."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hdmil_lib.slides.gpu_decoding import NvImageCodec
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,18 @@ class TileGrid:
         """
         x, y = self.coords[i].tolist()
         return slide.read_field(x, y, (self.tile_size, self.tile_size), self.mpp, out)
+
+    def read_tiles(
+        self, slide: Slide, rows: Sequence[int] | np.ndarray, decoder: "NvImageCodec"
+    ) -> "tuple[Tensor, dict[int, SlideError]]":
+        """Read many tiles at full resolution on a GPU; see `Slide.read_fields`.
+
+        Returns:
+            RGB pixels on the GPU, uint8 (n, tile_size, tile_size, 3), in the order of `rows`, and the errors
+            of damaged tiles by their position in `rows`.
+        """
+        size = (self.tile_size, self.tile_size)
+        return slide.read_fields(self.coords[np.asarray(rows)], size, self.mpp, decoder)
 
     def to_map(self, values: np.ndarray, fill: float = np.nan) -> np.ndarray:
         """Put one value per tile back on the grid.
