@@ -4,9 +4,13 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import sys
 import sysconfig
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import cv2
 import huggingface_hub.constants
@@ -14,14 +18,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import REPOSITORY
 from torch import nn
 
 from hdmil_lib.config import cache_dir
 from hdmil_lib.encoders import loading, networks
-from hdmil_lib.encoders.engines import has_nncf, has_openvino
+from hdmil_lib.encoders.engines import TorchEngine, has_nncf, has_openvino
 from hdmil_lib.encoders.loading import ENCODERS, EncoderSpec, load_encoder
 from hdmil_lib.encoders.networks import TileNetwork, build_network, fuse_batch_norms, weights_hash
 from hdmil_lib.errors import HDMILError
+from hdmil_lib.kernels.tile_preprocess import fit_reinhard, tile_preprocess
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import fake_gpu
 
 ENGINES = [
     "torch",
@@ -171,6 +180,188 @@ def test_int8_says_what_it_needs(options, remedy):
         load_encoder(device="cpu", precision="int8", **options)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("side", [256, 128])
+def test_a_tensor_on_the_encoders_device_is_taken_as_an_array(loaded, engine, side):
+    tiles = make_tiles(2, side)
+    features = loaded[engine](torch.from_numpy(tiles))
+    assert isinstance(features, np.ndarray)
+    # 1e-5: OpenVINO may sum in another order from call to call
+    difference = np.abs(features - loaded[engine](tiles)).max()
+    # Tiles that are resized on their device have some colors rounded to the next level.
+    assert difference <= (1e-5 if side == 256 else 1e-2)
+    assert loaded[engine](torch.empty(0, side, side, 3, dtype=torch.uint8)).shape == (0, 320)
+
+
+def test_a_tensor_elsewhere_or_of_another_kind_is_refused(loaded):
+    with pytest.raises(ValueError, match="tiles are on meta, the encoder is on cpu"):
+        loaded["torch"](torch.empty(1, 256, 256, 3, dtype=torch.uint8, device="meta"))
+    with pytest.raises(ValueError, match=r"got torch.float32 \(1, 256, 256, 3\)"):
+        loaded["torch"](torch.zeros(1, 256, 256, 3))
+
+
+@pytest.mark.parametrize(("resize", "input_size"), [(256, 256), (256, 224), (224, 224), (248, 224)])
+def test_tiles_are_fitted_on_their_device_as_on_the_host(resize, input_size):
+    tiles = make_tiles(2)
+    mine = loading._fit_on_device(torch.from_numpy(tiles), resize, input_size)
+    expected = loading._fit(tiles, resize, input_size)
+    assert mine.is_contiguous()
+    assert np.abs(mine.numpy().astype(int) - expected).max() <= (0 if resize == 256 else 1)
+
+
+class Limited(nn.Module):
+    """The mean color; the memory is enough for a number of tiles."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.seen = most, []
+
+    def forward(self, tiles):
+        self.seen.append(len(tiles))
+        if len(tiles) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tiles.float().mean((1, 2))
+
+
+def test_too_little_memory_halves_the_tiles_at_a_time_once():
+    network = Limited(16)
+    engine, tiles = TorchEngine(network, torch.device("cpu"), "fp32"), make_tiles(70, 16)
+    with pytest.warns(RuntimeWarning, match="not enough for 32 tiles at a time; from now on 16 are") as said:
+        features = engine(tiles)
+    assert len(said) == 1
+    np.testing.assert_allclose(features, tiles.mean((1, 2)), rtol=1e-5)
+    assert network.seen == [32, 16, 16, 16, 16, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine(tiles)
+    assert network.seen[6:] == [16, 16, 16, 16, 6]
+    network.most = 8
+    with pytest.raises(
+        HDMILError, match="16 tiles at a time of a batch of 70; pass a batch_size of 8 or less"
+    ):
+        engine(tiles)
+
+
+@pytest.mark.parametrize(("most", "n", "tried"), [(8, 70, 16), (0, 1, 1), (2, 10, 5)])
+def test_too_little_memory_says_what_to_lower(most, n, tried):
+    engine = TorchEngine(Limited(most), torch.device("cpu"), "fp32")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(
+            HDMILError, match=f"memory of cpu is not enough for {tried} tiles .* batch of {n}; .*batch_size"
+        ),
+    ):
+        engine(make_tiles(n, 16))
+
+
+def test_a_copy_has_a_network_of_its_own(loaded):
+    copy = loaded["torch"].to("cpu")
+    tiles = make_tiles(2)
+    expected = loaded["torch"](tiles)
+    np.testing.assert_array_equal(copy(tiles), expected)
+    assert (copy.name, copy.weights_hash, copy.precision, copy.device) == (
+        "efficientnet_lite0",
+        loaded["torch"].weights_hash,
+        "fp32",
+        torch.device("cpu"),
+    )
+    copy._run._network.backbone.conv_stem.weight.mul_(2)
+    np.testing.assert_array_equal(loaded["torch"](tiles), expected)
+    assert not np.array_equal(copy(tiles), expected)
+    with pytest.raises(HDMILError, match="no device 'cuda:77'"):
+        copy.to("cuda:77")
+
+
+def test_a_copy_of_a_compiled_encoder_is_compiled(loaded, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: compiled.append(network) or network)
+    first = load_encoder("efficientnet_lite0_random", device="cpu", engine="torch", compiled=True)
+    assert first.to("cpu")._run.compiled
+    assert not loaded["torch"].to("cpu")._run.compiled
+    assert len(set(map(id, compiled))) == 2
+
+
+@pytest.mark.skipif(not has_openvino(), reason="no openvino")
+def test_openvino_has_no_copies(loaded):
+    with pytest.raises(HDMILError, match="'openvino' runs on the CPU alone.*engine='torch'"):
+        loaded["openvino"].to("cpu")
+
+
+@pytest.fixture(scope="module")
+def stain():
+    source, target = make_tiles(2, seed=3), make_tiles(2, seed=4)
+    return fit_reinhard(source, target)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_stain_is_normalized_before_the_network(loaded, cache, monkeypatch, stain, engine):
+    monkeypatch.setenv("HDMIL_CACHE", str(cache))
+    tiles = make_tiles(2)
+    encoder = load_encoder(device="cpu", engine=engine, precision="fp32", stain=stain)
+    again = load_encoder(device="cpu", engine=engine, precision="fp32", stain=stain)
+    spec = encoder.spec
+    pixels = tile_preprocess(torch.from_numpy(tiles), spec.mean, spec.std, stain=stain)
+    with torch.inference_mode():
+        expected = build_network(spec).backbone(pixels).mean((2, 3)).numpy()
+    # as test_every_engine_gives_the_features_of_plain_pytorch, and logarithms differ in their last digits
+    np.testing.assert_allclose(encoder(tiles), expected, atol=2e-4)
+    np.testing.assert_allclose(again(tiles), expected, atol=2e-4)
+    assert least_cosine(expected, loaded[engine](tiles)) < 0.999, "the stain must matter to be tested"
+
+
+def test_the_stain_is_part_of_the_hash(loaded, stain):
+    spec = ENCODERS["efficientnet_lite0"]
+    other = fit_reinhard(make_tiles(2, seed=4), make_tiles(2, seed=3))
+    hashes = [weights_hash(build_network(spec, s)) for s in (None, stain, other, stain)]
+    assert len(set(hashes)) == 3
+    assert hashes[0] == loaded["torch"].weights_hash
+    assert hashes[1] == hashes[3]
+
+
+@pytest.mark.skipif(not has_openvino(), reason="no openvino")
+def test_each_stain_is_converted_once(stain, built):
+    name = "efficientnet_lite0_random"
+    digests = [load_encoder(name, device="cpu", stain=s).weights_hash for s in (None, stain, None, stain)]
+    assert built == [name, name]
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_encoder_of_colors_takes_no_stain(engine, stain):
+    with pytest.raises(HDMILError, match="'color' describes colors as they are"):
+        load_encoder("color", device="cpu", engine=engine, stain=stain)
+
+
+def test_features_on_a_gpu_are_computed_without_waiting():
+    """On a fake GPU, where a copy from the host that waits is an error and so is a number that is read."""
+    with fake_gpu.fake_gpu() as gpu:
+        network = fake_gpu.made_on(gpu, lambda: nn.Sequential(Halves(), nn.Flatten(), nn.Linear(48, 4)))
+        with patch.object(nn.Module, "to", lambda network, *arguments, **named: network):  # it is there
+            engine = TorchEngine(network, gpu, "fp32")
+        pinned, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+        with (
+            patch.object(torch.cuda, "current_stream", lambda device: stream),
+            patch.object(torch.cuda, "Stream", lambda device: stream),
+            patch.object(torch.cuda, "stream", lambda stream: nullcontext()),
+            patch.object(torch.cuda, "device", lambda device: nullcontext()),
+            patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
+            patch.object(torch.Tensor, "pin_memory", lambda tensor: pinned.append(len(tensor)) or tensor),
+        ):
+            for tiles in (torch.zeros(150, 4, 4, 3, dtype=torch.uint8), torch.zeros(3, 4, 4, 3, device=gpu)):
+                features = engine.features(tiles)
+                assert (features.device, features.shape, features.dtype) == (
+                    gpu,
+                    (len(tiles), 4),
+                    torch.float32,
+                )
+    assert pinned == [64, 64, 22], "tiles of the host, and those alone"
+
+
+class Halves(nn.Module):
+    def forward(self, tiles):
+        return tiles.float() / 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("chunk", [1, 3, 64])
@@ -181,12 +372,13 @@ def test_copies_beside_the_computation_change_nothing(loaded, monkeypatch, chunk
     assert on_gpu.batch_size == 256
     for _ in range(3):  # memory that was released too early would be filled again
         assert least_cosine(on_gpu(tiles), loaded["torch"](tiles)) > 0.9999
+        assert least_cosine(on_gpu(torch.from_numpy(tiles).cuda()), loaded["torch"](tiles)) > 0.9999
 
 
 def test_one_size_is_compiled(loaded, monkeypatch):
     seen = []
 
-    def spy(network):
+    def spy(network, dynamic):
         return lambda tiles: (seen.append(tuple(tiles.shape)), network(tiles))[1]
 
     monkeypatch.setattr(torch, "compile", spy)
@@ -224,7 +416,7 @@ def test_without_a_compiler(monkeypatch):
     def fail(network):
         raise torch._dynamo.exc.TorchDynamoException("no g++")
 
-    monkeypatch.setattr(torch, "compile", lambda network: fail)
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
     with pytest.raises(HDMILError, match="g\\+\\+"):
         load_encoder(device="cpu", engine="torch", precision="fp32", compiled=True)
 
@@ -292,7 +484,12 @@ def test_the_converted_model_is_kept_and_a_damaged_copy_is_named():
 def built(monkeypatch):
     """Names of the encoders whose network was built, in order."""
     names = []
-    monkeypatch.setattr(loading, "build_network", lambda spec: names.append(spec.name) or build_network(spec))
+
+    def build(spec, stain=None):
+        names.append(spec.name)
+        return build_network(spec, stain)
+
+    monkeypatch.setattr(loading, "build_network", build)
     return names
 
 

@@ -13,13 +13,16 @@ from types import SimpleNamespace
 import cv2
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from slide_factory import INK, write_slide
 
 from hdmil_lib.bags import EncoderIdentity, bag_info, read_bag, read_tile_labels
 from hdmil_lib.encoders.extraction import encode_tiles, extract, extract_slide, slide_files, spread_tiles
 from hdmil_lib.encoders.loading import load_encoder
-from hdmil_lib.errors import BagError, CohortError, SlideError
+from hdmil_lib.errors import BagError, CohortError, HDMILError, SlideError
+from hdmil_lib.kernels.tile_preprocess import fit_reinhard
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.synthetic.truth import tile_labels
 
@@ -122,6 +125,11 @@ def test_reading_ahead_is_bounded():
     assert max(ahead) <= 4 * (2 + 2)  # the batch being encoded, and n_readers + 1 read or waiting
 
 
+def threads_that_work():
+    """All threads but those that end with the process, such as that of progress bars."""
+    return {thread for thread in threading.enumerate() if not thread.daemon}
+
+
 @pytest.mark.parametrize("signal_", [KeyboardInterrupt, MemoryError])
 def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
     """The error is held, as notebooks do; readers must be gone before the slide is closed."""
@@ -130,7 +138,7 @@ def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
         def __call__(self, tiles):
             raise signal_
 
-    before, read = set(threading.enumerate()), []
+    before, read = threads_that_work(), []
 
     class Slow(TileGrid):
         def read_tile(self, slide, i, out):
@@ -142,7 +150,7 @@ def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
         grid = Slow(**vars(TileGrid.from_slide(slide)))
         with pytest.raises(signal_) as caught:
             encode_tiles(slide, grid, range(12), Interrupted(), batch_size=1, n_readers=2)
-        assert set(threading.enumerate()) == before
+        assert threads_that_work() == before
         n_read = len(read)
     time.sleep(0.05)
     assert len(read) == n_read <= 4
@@ -340,6 +348,103 @@ def test_an_interrupt_is_no_failure_of_a_slide(slide_path, tmp_path, ending):
 
     with pytest.raises(ending):
         extract([slide_path], Ending(), tmp_path / "bags", progress=False)
+
+
+def test_several_encoders_share_the_slides_and_change_nothing(slide_path, tmp_path):
+    """Two engines of PyTorch, each in a thread; a slide that fails stays the only one."""
+    folder = slide_path.parent
+    for i in range(5):
+        make_slide(folder / f"b{i}.tif", 1 + i % 2, 2)
+    (folder / "text.svs").write_text("no slide")
+    first = load_encoder("efficientnet_lite0_random", device="cpu", engine="torch")
+    encoders = [first, first.to("cpu")]
+    used, threads = [[], []], torch.get_num_threads()
+    for encoder, calls in zip(encoders, used, strict=True):
+        encoder._run = CountedEngine(encoder._run, calls)
+    table = extract(folder, encoders, tmp_path / "two", progress=False)
+    assert all(used), "both had slides"
+    assert len({thread for calls in used for thread in calls}) == 2
+    assert torch.get_num_threads() == threads
+    alone = extract(folder, first, tmp_path / "one", progress=False)
+    pd.testing.assert_frame_equal(table.drop(columns="seconds"), alone.drop(columns="seconds"))
+    assert table.slide_id.tolist() == ["a", "b0", "b1", "b2", "b3", "b4", "text"]
+    assert table.status.tolist() == ["done"] * 6 + ["failed"]
+    for name in table.slide_id[:6]:
+        bags = [read_bag(tmp_path / out / f"{name}.h5") for out in ("one", "two")]
+        np.testing.assert_array_equal(bags[0].features, bags[1].features)
+        assert bags[0].attrs == bags[1].attrs
+    again = extract(folder, encoders, tmp_path / "two", progress=False)
+    assert again.status.tolist() == ["skipped"] * 6 + ["failed"]
+
+
+class CountedEngine:
+    """An engine that notes the threads of its calls, slow enough that another one gets slides too."""
+
+    def __init__(self, engine, calls):
+        self.engine, self.calls = engine, calls
+
+    def __call__(self, tiles):
+        self.calls.append(threading.get_ident())
+        time.sleep(0.1)
+        return self.engine(tiles)
+
+
+def test_an_interrupt_ends_all_encoders(slide_path, tmp_path):
+    """One is interrupted; the other ends with its slide."""
+    paths = [slide_path, *(make_slide(slide_path.with_name(f"b{i}.tif"), 1, 2) for i in range(20))]
+
+    class Interrupted(MeanColor):
+        def __call__(self, tiles):
+            raise KeyboardInterrupt
+
+    class Slow(MeanColor):
+        def __call__(self, tiles):
+            time.sleep(0.05)
+            return super().__call__(tiles)
+
+    before = threads_that_work()
+    with pytest.raises(KeyboardInterrupt):
+        extract(paths, [Slow(), Interrupted()], tmp_path / "bags", progress=False)
+    assert threads_that_work() == before
+    assert len(list((tmp_path / "bags").iterdir())) < 15
+
+
+def test_several_encoders_must_be_copies_of_one(slide_path, tmp_path):
+    other = MeanColor()
+    other.weights_hash = "f" * 12
+    with pytest.raises(HDMILError, match=r"2 encoders of 2 kinds; .*Encoder\.to"):
+        extract([slide_path], [MeanColor(), other], tmp_path, progress=False)
+    with pytest.raises(HDMILError, match="2 encoders of 1 kinds"):
+        extract([slide_path], [other, other], tmp_path, progress=False)
+    with pytest.raises(HDMILError, match="0 encoders"):
+        extract([slide_path], [], tmp_path, progress=False)
+
+
+def test_bags_with_and_without_a_stain_are_not_mixed(slide_path, tmp_path):
+    rng = np.random.default_rng(0)
+    stain = fit_reinhard(*rng.integers(60, 250, (2, 16, 16, 3), np.uint8))
+    plain, normalized = (
+        load_encoder("efficientnet_lite0_random", device="cpu", engine="torch", stain=s)
+        for s in (None, stain)
+    )
+    for encoder, other in ((plain, normalized), (normalized, plain)):
+        out = tmp_path / encoder.weights_hash
+        for status in ("done", "skipped"):
+            assert extract([slide_path], encoder, out, progress=False).status[0] == status
+        row = extract([slide_path], other, out, progress=False).iloc[0]
+        assert row.status == "failed"
+        assert "made with weights_hash" in row.error
+
+
+def test_bags_of_earlier_versions_were_decoded_by_the_cpu(slide_path, tmp_path):
+    """They do not say so."""
+    extract([slide_path], MeanColor(), tmp_path, progress=False)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        del file.attrs["decoder"], file.attrs["decoded_by"]
+    assert extract([slide_path], MeanColor(), tmp_path, progress=False).status[0] == "skipped"
+    other = MeanColor()
+    other.decoder = "nvjpeg"
+    assert "made with decoder 'cpu'" in extract([slide_path], other, tmp_path, progress=False).error[0]
 
 
 def test_an_output_that_is_a_file_fails_before_anything_is_encoded(slide_path, tmp_path):

@@ -1,10 +1,12 @@
 """Fast execution of a frozen network on uint8 tiles: OpenVINO on the CPU, PyTorch on any device."""
 
+import copy
 import importlib.util
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hdmil_lib import devices
 from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
 
@@ -27,12 +30,17 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, network: nn.Module, device: torch.device, precision: Precision):
-        self._network: Callable[[Tensor], Tensor]
         self._network = network.to(device).to(memory_format=torch.channels_last)
-        self._device = device
+        self._run: Callable[[Tensor], Tensor] = self._network
         self._chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
-        self._compiled = False
+        self._halved = False
+        self.device = device
+        self.compiled = False
         self.precision = precision
+
+    def to(self, device: torch.device) -> "TorchEngine":
+        """A copy on another device with a network of its own, which is not compiled."""
+        return TorchEngine(copy.deepcopy(self._network), device, self.precision)
 
     def compile(self, side: int) -> None:
         """Compile the network by `torch.compile`, now, for tiles of one size.
@@ -45,8 +53,8 @@ class TorchEngine:
         Raises:
             HDMILError: There is no compiler that it can use.
         """
-        self._network = torch.compile(self._network)
-        self._compiled = True
+        self._run = torch.compile(self._network, dynamic=False)
+        self.compiled = True
         try:
             self(np.zeros((1, side, side, 3), np.uint8))
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -55,27 +63,59 @@ class TorchEngine:
                 "`apt-get install g++ python3-dev`). Without compiled=True the encoder needs neither."
             ) from error
 
-    def __call__(self, tiles: np.ndarray) -> np.ndarray:
-        n = len(tiles)
-        if self._compiled:
-            tiles = np.pad(tiles, ((0, -n % self._chunk), (0, 0), (0, 0), (0, 0)))
+    def __call__(self, tiles: np.ndarray | Tensor) -> np.ndarray:
+        """Encode tiles, the first time that the memory of the GPU is not enough with half as many at a time.
+
+        Raises:
+            HDMILError: The memory is not enough for those either.
+        """
+        given = torch.from_numpy(tiles) if isinstance(tiles, np.ndarray) else tiles
+        while True:
+            try:
+                return self.features(given).cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                tried = min(self._chunk, len(given))
+                if self._halved or tried == 1:
+                    raise HDMILError(
+                        f"The memory of {self.device} is not enough for {tried} tiles at a time of a batch "
+                        f"of {len(given)}; pass a batch_size of {max(1, tried // 2)} or less, or use another "
+                        "device."
+                    ) from error
+            self._use_less(tried)  # after the error and what it holds are gone
+
+    def features(self, tiles: Tensor) -> Tensor:
+        """Features of uint8 tiles (B, H, W, 3), float32 (B, D), on the device; a GPU is not waited for."""
+        n, on_gpu = len(tiles), self.device.type == "cuda"
+        if self.compiled:
+            tiles = nn.functional.pad(tiles, (0, 0) * 3 + (0, -n % self._chunk))
         with (
             torch.inference_mode(),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             torch_threads(n_threads()),
+            torch.cuda.device(self.device) if on_gpu else nullcontext(),
         ):
-            chunks = torch.from_numpy(tiles).split(self._chunk)
-            if self._device.type == "cuda":
+            chunks: Iterable[Tensor] = tiles.split(self._chunk)
+            if on_gpu and not tiles.is_cuda:
                 chunks = self._copies(chunks)
-            features = [self._network(chunk.to(self._device)) for chunk in chunks]
-            return torch.cat(features)[:n].float().cpu().numpy()
+            return torch.cat([self._run(chunk.to(self.device)) for chunk in chunks])[:n].float()
+
+    def _use_less(self, tried: int) -> None:
+        self._chunk, self._halved = tried // 2, True
+        warnings.warn(
+            f"The memory of {self.device} is not enough for {tried} tiles at a time; from now on "
+            f"{self._chunk} are encoded at a time.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _copies(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks on the GPU: while it computes one, the next is copied from pinned memory."""
-        computing, copying = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        computing, copying = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         for chunk in chunks:
             with torch.cuda.stream(copying):
-                on_gpu = chunk.pin_memory().to(self._device, non_blocking=True)
+                on_gpu = devices.pinned(chunk).to(self.device, non_blocking=True)
             computing.wait_stream(copying)
             on_gpu.record_stream(computing)
             yield on_gpu
@@ -89,6 +129,7 @@ class OpenVINOEngine:
     """
 
     name = "openvino"
+    device = torch.device("cpu")
 
     def __init__(self, model_path: Path, precision: Precision):
         """Compile a model for this CPU.

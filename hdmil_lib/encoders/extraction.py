@@ -6,20 +6,24 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
-from hdmil_lib.errors import BagError, CohortError, SlideError
+from hdmil_lib.config import torch_threads
+from hdmil_lib.errors import BagError, CohortError, HDMILError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from hdmil_lib.encoders.loading import Encoder
+    from hdmil_lib.slides.gpu_decoding import NvImageCodec
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
 """Suffixes of the files in a folder that are slides."""
@@ -131,8 +135,9 @@ def encode_blocks(
     """
     seconds = {} if seconds is None else seconds
     batch_size = batch_size or encoder.batch_size
+    decoder = _gpu_decoder(slide, grid, encoder)
     # After an error or Ctrl-C the readers must end before the slide is closed, hence the `closing`.
-    with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict)) as batches:
+    with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict, decoder)) as batches:
         for tiles, whole, crop_seconds in batches:
             start = time.perf_counter()
             if whole.all():
@@ -182,6 +187,7 @@ def extract_slide(
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
         attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(
             slide_id=readable(slide.name),
@@ -199,7 +205,7 @@ def extract_slide(
 
 def extract(
     slides: str | Path | Sequence[str | Path],
-    encoder: "Encoder",
+    encoder: "Encoder | Sequence[Encoder]",
     out: str | Path,
     *,
     mpp: float | tuple[float, float] | None = None,
@@ -216,24 +222,28 @@ def extract(
 
     Args:
         slides: A folder, a CSV file with a column `path`, slide files, or several of these.
-        encoder: Encoder from `load_encoder`.
+        encoder: Encoder from `load_encoder`; or several copies of one, from `Encoder.to`, which take the
+            slides in turn, each in a thread of its own. `tile_labels` is then called from these threads.
         out: Folder of the bags.
         mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
-        progress: Whether bars over slides and tiles are shown.
+        progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
 
     Returns:
-        One row per slide: slide_id, status ("done", "skipped" or "failed"), n_tiles, seconds, error.
+        One row per slide, in the order of the slides: slide_id, status ("done", "skipped" or "failed"),
+            n_tiles, seconds, error.
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
         BagError: Two slides have the same name, or `out` cannot be a folder.
+        HDMILError: The encoders are not copies of one.
     """
     import pandas as pd
 
+    encoders = _copies_of_one(encoder)
     paths, out = slide_files(slides), Path(out)
     twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
     if twice:
@@ -245,33 +255,61 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def run(path: Path) -> tuple[str, int]:
+    def run(path: Path, own: "Encoder") -> tuple[str, int]:
         out_path = out / f"{path.stem}.h5"
         if out_path.is_file() and not overwrite:
-            return "skipped", _check_made_by(out_path, _settings(encoder, min_tissue) | _given_scale(mpp))
+            return "skipped", _check_made_by(out_path, _settings(own, min_tissue) | _given_scale(mpp))
         bag = extract_slide(
             path,
-            encoder,
+            own,
             out_path,
             mpp=mpp,
             batch_size=batch_size,
             min_tissue=min_tissue,
             tile_labels=tile_labels,
-            progress=progress,
+            progress=progress and len(encoders) == 1,
         )
         return "done", len(bag)
 
-    records = []
-    bar = tqdm(paths, desc="slides", unit="slide", disable=not progress)
-    for path in bar:
-        start, message = time.perf_counter(), ""
-        try:
-            status, n_tiles = run(path)
-        except Exception as error:  # any error concerns this slide only
-            status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
-        records.append((readable(path.stem), status, n_tiles, time.perf_counter() - start, message))
-        _show_rate(bar, records)
-    return pd.DataFrame(records, columns=["slide_id", "status", "n_tiles", "seconds", "error"])
+    todo, records = deque(paths), dict[Path, tuple]()
+    bar = tqdm(total=len(paths), desc="slides", unit="slide", disable=not progress)
+    showing = Lock()
+
+    def work(own: "Encoder") -> None:
+        """Extract slides until none is left."""
+        while True:
+            try:
+                path = todo.popleft()
+            except IndexError:
+                return
+            start, message = time.perf_counter(), ""
+            try:
+                status, n_tiles = run(path, own)
+            except Exception as error:  # any error concerns this slide only
+                status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
+            except BaseException:
+                todo.clear()  # the other encoders end with their slide
+                raise
+            with showing:
+                records[path] = (readable(path.stem), status, n_tiles, time.perf_counter() - start, message)
+                _show_rate(bar, list(records.values()))
+                bar.update()
+
+    with bar:
+        if len(encoders) == 1:
+            work(encoders[0])
+        else:
+            import torch
+
+            # The threads set PyTorch's number of threads for themselves, and at last it is as it was.
+            with torch_threads(torch.get_num_threads()), ThreadPoolExecutor(len(encoders)) as pool:
+                try:
+                    list(pool.map(work, encoders))
+                except BaseException:  # Ctrl-C reaches this thread
+                    todo.clear()
+                    raise
+    columns = ["slide_id", "status", "n_tiles", "seconds", "error"]
+    return pd.DataFrame([records[path] for path in paths], columns=columns)
 
 
 def slide_files(sources: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -319,10 +357,12 @@ def _read_batches(
     batch_size: int,
     n_readers: int,
     strict: bool,
-) -> Generator[tuple[np.ndarray, np.ndarray, float], None, None]:
+    decoder: "NvImageCodec | None",
+) -> "Generator[tuple[np.ndarray | Tensor, np.ndarray, float], None, None]":
     """Batches of tiles in order, a mask of the tiles that could be read, and the seconds of reading.
 
-    A batch must be used before the next one is taken, since its memory is reused.
+    A batch must be used before the next one is taken, since its memory is reused. With a decoder it is on the
+    decoder's GPU, in memory of its own.
     """
 
     def read_tile(row: int, out: np.ndarray) -> bool:
@@ -334,13 +374,22 @@ def _read_batches(
             return False
         return True
 
-    def read(batch: Sequence[int] | np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    def read(
+        batch: Sequence[int] | np.ndarray, out: np.ndarray
+    ) -> "tuple[np.ndarray | Tensor, np.ndarray, float]":
         start = time.perf_counter()
-        whole = [read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)]
-        return out[: len(batch)], np.array(whole), time.perf_counter() - start
+        if decoder is not None:
+            tiles, errors = grid.read_tiles(slide, batch, decoder)
+            if errors and strict:
+                raise min(errors.items())[1]
+            whole = np.isin(np.arange(len(batch)), list(errors), invert=True)
+            return tiles, whole, time.perf_counter() - start
+        whole = np.array([read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)])
+        return out[: len(batch)], whole, time.perf_counter() - start
 
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    shape = (min(batch_size, len(rows)), grid.tile_size, grid.tile_size, 3)
+    n_on_host = 0 if decoder is not None else min(batch_size, len(rows))
+    shape = (n_on_host, grid.tile_size, grid.tile_size, 3)
     memory = deque(np.empty((n_readers + 1, *shape), np.uint8))
     if n_readers == 0:
         for batch in batches:
@@ -361,11 +410,38 @@ def _read_batches(
                 future.cancel()
 
 
+def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
+    """The encoders as a list, checked to give the same features."""
+    encoders = list(encoder) if isinstance(encoder, Sequence) else [encoder]
+    kinds = {(e.name, e.weights_hash, e.engine, e.precision, _wanted_decoder(e)) for e in encoders}
+    if len(kinds) != 1 or len(set(map(id, encoders))) < len(encoders):
+        raise HDMILError(
+            f"{len(encoders)} encoders of {len(kinds)} kinds; give one, or copies of one from Encoder.to."
+        )
+    return encoders
+
+
+def _wanted_decoder(encoder: "Encoder") -> str:
+    """The decoder of an encoder; one of the user's own need not name any."""
+    return getattr(encoder, "decoder", "cpu")
+
+
+def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCodec | None":
+    """The decoder of the encoder's GPU if the encoder asks for it and the slide allows it, else None."""
+    if _wanted_decoder(encoder) != "nvjpeg":
+        return None
+    from hdmil_lib.slides.gpu_decoding import nvjpeg
+
+    decoder = nvjpeg(encoder.device)
+    return decoder if slide.can_decode(grid.mpp, decoder) else None
+
+
 def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
     """Attributes that an existing bag must have to be skipped."""
     return {
         "encoder": encoder.name,
         "weights_hash": encoder.weights_hash,
+        "decoder": _wanted_decoder(encoder),
         "patch_size": TILE_SIZE,
         "tile_mpp": TILE_MPP,
         "min_tissue": min_tissue,
@@ -394,7 +470,7 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
 
 def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
     """Number of tiles of a bag; raises a BagError unless it was made with the wanted settings."""
-    info = bag_info(path)
+    info = {"decoder": "cpu"} | bag_info(path)  # bags of version 0.2.0 do not say so
     for key, value in wanted.items():
         if info.get(key) != value:
             raise BagError(

