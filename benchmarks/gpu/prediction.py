@@ -33,12 +33,16 @@ def measure(
     slide = large_slides("camelyon-mini", 1, side, mpp=0.5)[0]
     slide.read_bytes()  # so that the system holds it in memory
     for precision in PRECISIONS:
-        encoder = load_encoder(device=device, engine="torch", precision=precision)
-        yield partial(encoder_row, encoder, precision, batches)
-        model = HDMIL.from_pretrained(MODEL).to(device)
-        model.encoder = encoder
-        for all_tiles in (True, False):
-            yield partial(slide_row, model, slide, precision, all_tiles, repeats)
+        for decoder in ("cpu", "auto"):
+            encoder = load_encoder(device=device, engine="torch", precision=precision, decoder=decoder)
+            if decoder == "cpu":
+                yield partial(encoder_row, encoder, precision, batches)
+            elif encoder.decoder == "cpu":
+                continue  # no other decoder is installed
+            model = HDMIL.from_pretrained(MODEL).to(device)
+            model.encoder = encoder
+            for all_tiles in (True, False):
+                yield partial(slide_row, model, slide, precision, all_tiles, repeats)
 
 
 def encoder_row(encoder: Encoder, precision: str, batches: int) -> list[dict[str, Any]]:
@@ -65,7 +69,7 @@ def slide_row(
     found: dict[str, Any] = {
         "what": "HDMIL†" if all_tiles else "HDMIL",
         "precision": precision,
-        "decoder": "cpu",
+        "decoder": model.encoder.decoder,
     }
     try:
         predict = partial(model.predict, slide, all_tiles=all_tiles, device=model.device)
