@@ -496,3 +496,24 @@ def test_all_terms_are_finite_on_a_bag_of_one_tile():
     assert all(t.isfinite() for t in terms.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert terms["embedding"] == 0  # one tile: teacher and student pool the same
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_loss_and_backward_compile_without_a_break(training):
+    """In evaluation nothing is random, and values and gradients are those of eager mode."""
+    torch.manual_seed(0)
+    settings = {"embed_dim": 16, "attention_dim": 8, "degree": 4}
+    model, segments = create_model("dmin", 12, 2, **settings).train(training), Segments((9, 5))
+    features, labels = torch.randn(14, 12), torch.tensor([0, 1])
+
+    def step(features):
+        return sum(model.loss(model(features, segments), labels).values())
+
+    def results(function):
+        loss = function(features)
+        return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+
+    compiled, eager = results(torch.compile(step, fullgraph=True)), results(step)
+    assert all(t.isfinite().all() for t in compiled)
+    if not training:
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)

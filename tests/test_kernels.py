@@ -16,6 +16,8 @@ from hdmil_lib.kernels import (
     gated_attention_pool,
     gumbel_mask,
     segment_softmax_pool,
+    self_distillation_pool,
+    tile_projection,
 )
 from hdmil_lib.kernels.random import bits, draw_seed, logistic
 from hdmil_lib.kernels.segments import Segments
@@ -344,7 +346,7 @@ def test_segments_describe_bags_of_these_lengths(lengths):
 F, A = torch.randn(5, 3), torch.randn(5, 2)
 WEIGHTS = [torch.randn(s) for s in ((4, 3), (4,), (4, 3), (4,), (2, 4), (2,))]
 BAGS = Segments((2, 0, 3))
-assert BAGS.n_tiles == len(F)  # cached here: in Python 3.11 the lock of `cached_property` breaks a graph
+assert BAGS.n_tiles == len(F)
 
 
 @pytest.mark.parametrize(
@@ -384,10 +386,17 @@ def test_bad_input_is_refused_by_name(message, call):
         (segment_softmax_pool, (F, A), {"segments": BAGS}),
         (gated_attention_pool, (F, *WEIGHTS), {}),
         (gated_attention_pool, (F, *WEIGHTS), {"segments": BAGS}),
+        (
+            self_distillation_pool,
+            (F, *WEIGHTS),
+            {"segments": BAGS, "dropout": 0.25, "seed": 3, "noise_seed": 4},
+        ),
+        (tile_projection, (F, *WEIGHTS[:2], F[0].detach(), F[1].detach().abs()), {"dropout": 0.5, "seed": 1}),
     ],
 )
 def test_compiled_without_a_break(operator, arguments, options):
     """Outputs and gradients equal those of eager mode."""
+    torch.compiler.reset()  # more cases than PyTorch compiles of one function
     leaves = [a.clone().requires_grad_() for a in arguments]
     compiled = torch.compile(lambda *a: operator(*a, **options), fullgraph=True)(*leaves)
     eager = operator(*leaves, **options)

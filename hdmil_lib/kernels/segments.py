@@ -2,12 +2,24 @@
 
 from collections.abc import Iterable
 from copy import copy
-from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class derived(property):
+    """A property that is computed once: `functools.cached_property` without a lock, so that it compiles."""
+
+    def __get__(self, segments: Any, owner: type | None = None) -> Any:
+        """Return the kept value, computed at the first access."""
+        assert self.fget is not None
+        kept, name = segments.__dict__["_derived"], self.fget.__name__
+        if name not in kept:
+            kept[name] = self.fget(segments)
+        return kept[name]
 
 
 class Segments:
@@ -40,6 +52,7 @@ class Segments:
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths is {self.lengths}, expected one bag or more, of 0 or more tiles each")
         self.n_tiles, self.longest, self.exact = sum(self.lengths), max(self.lengths), True
+        self._derived: dict[str, Tensor] = {}
         self.offsets = to_device(torch.tensor([0, *accumulate(self.lengths)], device="cpu"), device)
 
     @classmethod
@@ -62,7 +75,7 @@ class Segments:
 
         Args:
             kept: Tiles to choose, bool (N,); none of them is in no bag.
-            wait: Whether to wait for the number of tiles that are kept. By default a GPU is not waited for.
+            wait: Whether to wait for the number of tiles that are kept, by default as `may_wait` says.
 
         Returns:
             rows: Rows of the kept tiles, bag after bag, int64 (n,). Without waiting, the rows of all N tiles,
@@ -71,12 +84,10 @@ class Segments:
         """
         ends = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
         offsets = ends[self.offsets]
-        if offsets.device.type != "cuda" if wait is None else wait:
+        if may_wait(offsets.device) if wait is None else wait:
             return kept.nonzero()[:, 0], Segments.from_offsets(offsets)
         chosen = copy(self)
-        for derived in ("covering", "sizes", "bag", "place", "inside"):
-            chosen.__dict__.pop(derived, None)
-        chosen.offsets, chosen.exact = offsets, False
+        chosen.offsets, chosen.exact, chosen._derived = offsets, False, {}
         return kept.logical_not().byte().argsort(stable=True), chosen
 
     def read_lengths(self) -> list[int]:
@@ -88,19 +99,19 @@ class Segments:
         """Number of bags, B."""
         return len(self.lengths)
 
-    @cached_property
+    @derived
     def covering(self) -> Tensor:
         """Offsets such that every tile is in a bag: if not `exact`, with one more bag of the other tiles."""
         if self.exact:
             return self.offsets
         return torch.nn.functional.pad(self.offsets, (0, 1), value=self.n_tiles)
 
-    @cached_property
+    @derived
     def sizes(self) -> Tensor:
         """Tiles of each bag on the device, int64 (B,)."""
         return self.offsets.diff()
 
-    @cached_property
+    @derived
     def bag(self) -> Tensor:
         """Number of the bag that each tile is in, int64 (N,); B for a tile that is in no bag."""
         if self.exact:
@@ -108,12 +119,12 @@ class Segments:
             return torch.repeat_interleave(bags, self.sizes, output_size=self.n_tiles)
         return torch.searchsorted(self.offsets[1:], self._tiles(), right=True)
 
-    @cached_property
+    @derived
     def place(self) -> Tensor:
         """Place of each tile in its bag, from 0, int64 (N,)."""
         return self._tiles() - self.covering[self.bag]
 
-    @cached_property
+    @derived
     def inside(self) -> Tensor:
         """Whether each tile is in a bag, bool (N,)."""
         return self._tiles() < self.offsets[-1]
@@ -127,6 +138,11 @@ class Segments:
     def __repr__(self) -> str:
         n_tiles = f"{self.n_tiles} tiles" if self.exact else f"at most {self.n_tiles} tiles"
         return f"Segments({self.n_bags} bags, {n_tiles}, {self.offsets.device})"
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may read a tensor of a device: nothing waits for a GPU, nor in a compiled graph."""
+    return device.type != "cuda" and not torch.compiler.is_compiling()
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

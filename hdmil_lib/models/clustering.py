@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from hdmil_lib.kernels.segments import Segments, to_device
+from hdmil_lib.kernels.segments import Segments, may_wait, to_device
 from hdmil_lib.models.ragged import pad
 
 
@@ -61,8 +61,8 @@ def instance_clustering_loss(
     n_ends = (segments.sizes // 2).clamp(1, k)
     k = min(max(segments.longest // 2, 1), k)
     ends = torch.arange(k, device=n_ends.device) < n_ends.unsqueeze(1)
-    everyone = subtyping or labels.device.type != "cpu"
-    present = range(len(heads)) if everyone else set(labels.tolist())
+    readable = may_wait(labels.device) and not subtyping
+    present = set(labels.tolist()) if readable else range(len(heads))
     labels = to_device(labels, embeddings.device)
     bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k).flatten()
     rows, marks = [], []
@@ -79,9 +79,9 @@ def instance_clustering_loss(
         targets = torch.stack((of_class, torch.zeros_like(of_class))).unsqueeze(2).expand(-1, -1, k).flatten()
         # Each bag counts the mean over its tiles: both ends in bags of this class, one end in others.
         counts = torch.where(of_class, 2 * n_ends, n_ends)
-        if used.device.type == "cpu":  # the unused ones are left out
+        if may_wait(used.device):  # the unused ones are left out
             chosen = used.nonzero()[:, 0]
-        else:  # a GPU would have to be waited for; it is fast enough to compute all of them
+        else:
             chosen = torch.arange(len(used), device=used.device)
         rows.append(tiles[chosen])
         marks.append((used[chosen], targets[chosen].long(), bags[chosen], counts))
