@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hdmil_lib.training.recipes import Recipe
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Decoder = Annotated[
+    Literal["cpu", "auto", "nvjpeg"],
+    typer.Option(help="What decodes JPEG tiles; auto is the GPU, where `pip install hdmil[gpu]` was done."),
+]
 Devices = Annotated[str, typer.Option(help="auto (all GPUs), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")]
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -87,7 +91,7 @@ def extract(
     encoder: Annotated[
         str, typer.Option(help="Name of an encoder; see `hdmil encoders`.")
     ] = "efficientnet_lite0",
-    device: Device = "auto",
+    device: Devices = "auto",
     mpp: Annotated[
         float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
@@ -103,19 +107,22 @@ def extract(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Tiles per encoder call; by default chosen for the device.")
     ] = None,
+    decoder: Decoder = "cpu",
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
     from hdmil_lib.config import setup
+    from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders import extraction
     from hdmil_lib.encoders.loading import load_encoder
 
     setup()
-    paths = extraction.slide_files(slides)
-    options: dict[str, Any] = {"device": device, "precision": precision, "compiled": compiled}
+    paths, gpus = extraction.slide_files(slides), resolve_all(device)
+    options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(paths[:8], mpp=mpp)
-    loaded = load_encoder(encoder, **options)
-    report = extraction.extract(paths, loaded, out, mpp=mpp, batch_size=batch_size)
+    loaded = load_encoder(encoder, device=gpus[0], **options)
+    copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
+    report = extraction.extract(paths, copies, out, mpp=mpp, batch_size=batch_size)
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
@@ -258,6 +265,7 @@ def predict(
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Largest number of tiles to read.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds after which reading stops.")] = None,
     device: Devices = "auto",
+    decoder: Decoder = "cpu",
     mpp: Annotated[
         float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
     ] = None,
@@ -287,6 +295,7 @@ def predict(
     paths = slide_files(slides)
     gpus = resolve_all(device)
     loaded = HDMIL.from_pretrained(model).to(gpus[0])
+    loaded.decoder = decoder
     if out is not None or len(paths) > 1:
         if out is None or by_tiles or pictures:
             raise HDMILError(

@@ -44,7 +44,7 @@ def color_encoder():
         yield
 
 
-def load_color_encoder(name, device="auto", precision="auto", int8_tiles=None, compiled=False):
+def load_color_encoder(name, device="auto", precision="auto", int8_tiles=None, compiled=False, decoder="cpu"):
     assert not compiled
     encoder = ColorEncoder()
     if precision == "int8":

@@ -31,7 +31,7 @@ def tiny(monkeypatch):
     """The preset camelyon-mini with few and small slides."""
     preset = replace(presets.PRESETS["camelyon-mini"], tiles=(12, 14), n_slides=4)
     monkeypatch.setitem(presets.PRESETS, "camelyon-mini", preset)
-    monkeypatch.setattr("hdmil_lib.encoders.loading.load_encoder", lambda name: FakeEncoder())
+    monkeypatch.setattr("hdmil_lib.encoders.loading.load_encoder", lambda name, device: FakeEncoder())
     return preset
 
 

@@ -1,5 +1,7 @@
 """The operators against independent float64 implementations: loops, NumPy, SciPy, acos and cos."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.autograd import gradcheck
 
 from hdmil_lib.kernels import (
     chebyshev_kan,
+    dispatch,
     gated_attention,
     gated_attention_pool,
     gumbel_mask,
@@ -415,3 +418,118 @@ def test_operators_follow_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         pooled, logits = gated_attention_pool(F, *[w.bfloat16() for w in WEIGHTS])
     assert pooled.dtype == logits.dtype == torch.bfloat16
+
+
+def test_the_first_layer_standardizes_projects_and_rectifies_tile_by_tile():
+    rng = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(7, 5, generator=rng).double(), torch.randn(4, 5, generator=rng).double()
+    bias, mean, std = torch.randn(4, generator=rng).double(), features.mean(0), features.std(0)
+    embeddings = tile_projection(features, weight, bias, mean, std)
+    for i in range(7):
+        for e in range(4):
+            total = bias[e] + sum((features[i, d] - mean[d]) / std[d] * weight[e, d] for d in range(5))
+            assert embeddings[i, e] == pytest.approx(max(float(total), 0.0), abs=1e-12)
+    plain = tile_projection(features, weight)
+    torch.testing.assert_close(plain, (features @ weight.T).relu())
+
+
+def test_dropout_of_the_first_layer_is_that_of_pytorch_or_of_a_seed():
+    features, weight = torch.ones(2000, 3), torch.ones(8, 3)
+    torch.manual_seed(3)
+    ours = tile_projection(features, weight, dropout=0.25)
+    torch.manual_seed(3)
+    assert torch.equal(ours, torch.nn.functional.dropout(torch.full((2000, 8), 3.0), 0.25))
+    seeded = tile_projection(features, weight, dropout=0.25, seed=5)
+    assert torch.equal(seeded, tile_projection(features, weight, dropout=0.25, seed=5))
+    assert set(seeded.unique().tolist()) == {0.0, 4.0}
+    # 0.25 +- 4 standard errors of 16,000 fair draws
+    assert float((seeded == 0).float().mean()) == pytest.approx(0.25, abs=4 * (0.1875 / 16_000) ** 0.5)
+
+
+def test_student_and_teacher_are_those_of_the_three_operators():
+    """With noise and dropout, for bags side by side and for one bag, values and gradients."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(9, 3), *(torch.randn_like(w) for w in WEIGHTS)]
+    for segments in (Segments((5, 4)), None):
+        results = []
+        for fused in (True, False):
+            leaves = [t.double().requires_grad_() for t in tensors]
+            options = {"dropout": 0.25, "seed": 3}
+            if fused:
+                student, teacher, logits, mask = self_distillation_pool(
+                    *leaves, segments=segments, noise_seed=4, temperature=0.7, threshold=0.4, **options
+                )
+            else:
+                logits = gated_attention(*leaves, **options)
+                mask = gumbel_mask(logits, seed=4, temperature=0.7, threshold=0.4)
+                student = segment_softmax_pool(leaves[0], logits, mask, segments)
+                teacher = segment_softmax_pool(leaves[0], logits, None, segments)
+            total = student.square().sum() + (teacher * mask.sum()).sum()
+            results.append((student, teacher, logits, mask, *torch.autograd.grad(total, leaves)))
+        for ours, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        r"features is torch.float32 of shape \(5, 3\), expected .* \(N, 4\)": lambda: tile_projection(
+            F, torch.ones(2, 4)
+        ),
+        "features is torch.int64": lambda: tile_projection(F.long(), torch.ones(2, 3)),
+        "features is on meta, but weight is on cpu": lambda: tile_projection(F.to("meta"), torch.ones(2, 3)),
+        "mean and std come together": lambda: tile_projection(F, torch.ones(2, 3), mean=torch.ones(3)),
+        "dropout is 1.5": lambda: tile_projection(F, torch.ones(2, 3), dropout=1.5),
+        "temperature is -1": lambda: self_distillation_pool(F, *WEIGHTS, temperature=-1),
+        "seed is None": lambda: self_distillation_pool(F, *WEIGHTS, dropout=0.5),
+        "segments covers 5 tiles, embeddings has 4": lambda: self_distillation_pool(
+            F[:4], *WEIGHTS, segments=BAGS
+        ),
+    }.items(),
+)
+def test_bad_input_of_the_fused_operators_is_refused_by_name(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """Pretend that all tensors lie on a GPU of this compute capability, which warns anew."""
+
+    def pretend(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-up GPU")
+        dispatch._runs_kernels.cache_clear()
+
+    yield pretend
+    dispatch._runs_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "narrow", "reason"),
+    [
+        ((7, 0), False, "Made-up GPU has compute capability 7.0, Triton needs 7.5"),
+        ((7, 5), True, "Made-up GPU has compute capability 7.5, bfloat16 needs 8.0"),
+        ((7, 5), False, None),
+        ((9, 0), True, None),
+    ],
+)
+def test_a_gpu_that_is_too_old_runs_the_references_which_is_said_once(old_gpu, capability, narrow, reason):
+    old_gpu(capability)
+    gpu = torch.device("cuda", 0)
+    if reason is None:
+        assert dispatch._runs_kernels(gpu, narrow)
+        return
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert not dispatch._runs_kernels(gpu, narrow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch._runs_kernels(gpu, narrow)
+
+
+def test_a_gpu_without_triton_runs_the_references(old_gpu, monkeypatch):
+    old_gpu((9, 0))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="Triton is not installed: the operators run as formulas"):
+        assert not dispatch._runs_kernels(torch.device("cuda", 0), False)

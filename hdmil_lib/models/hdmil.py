@@ -71,6 +71,7 @@ class HDMIL(nn.Module):
 
     Attributes:
         inputs: Fields of a `BagBatch` that `forward` takes.
+        decoder: What decodes the tiles of slides for an encoder that is loaded on a GPU; see `load_encoder`.
 
     Raises:
         ValueError: The networks have different numbers of classes, or a threshold, the margin, `pooling` or
@@ -109,6 +110,7 @@ class HDMIL(nn.Module):
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
         self.register_buffer("margin", torch.tensor(float(margin)))
         self._packed: tuple[list[tuple[int, int]], list[Tensor]] | None = None
+        self.decoder = "cpu"
         self._encoder: Encoder | None = None
         self._loaded: dict[torch.device, Encoder] = {}
         self.eval()
@@ -215,7 +217,7 @@ class HDMIL(nn.Module):
             trained_thresholds=self.trained_thresholds,
             info=self.info,
         )
-        other._encoder, other._loaded = self._encoder, self._loaded
+        other.decoder, other._encoder, other._loaded = self.decoder, self._encoder, self._loaded
         return other.to(self.device)
 
     def replica(self) -> "HDMIL":
@@ -293,7 +295,8 @@ class HDMIL(nn.Module):
         if self.device not in self._loaded:
             from hdmil_lib.encoders.loading import load_encoder
 
-            encoder = load_encoder(self.known_info.encoder, device=self.device)
+            options: dict[str, Any] = {} if self.decoder == "cpu" else {"decoder": self.decoder}
+            encoder = load_encoder(self.known_info.encoder, device=self.device, **options)
             self._check_encoder(encoder)
             self._loaded[self.device] = encoder
         return self._loaded[self.device]

@@ -45,7 +45,7 @@ def gumbel_mask(
 def check_selection(n_tiles: int, temperature: float, threshold: float) -> None:
     """Raise a ValueError unless tiles can be selected with these values."""
     if n_tiles == 0:
-        raise ValueError("there are no tiles: a mask needs at least one")
+        raise ValueError("there are no tiles: a mask needs at least one tile")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0")
     if not 0 < threshold < 1:
