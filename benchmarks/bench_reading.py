@@ -6,8 +6,11 @@ The times are CPU time of one thread in milliseconds per tile of 256 x 256 pixel
 on the same tiles of a slide: `read_region` of OpenSlide; `Slide.read_field` from stored tiles, none of which
 was decoded before; and the decoder alone, once on each stored tile under these fields, which is the limit of
 any reader. The fields have the scale of the slide; they lie once on the grid of stored tiles and once off it.
-First it is checked that both readers give equal pixels. By default a synthetic slide is read. The results are
-written to `benchmarks/results/reading.json`.
+A fourth time is what the host does where a GPU decodes (`TilesOnDevice`): finding and reading the stored
+tiles, in blocks of 256 fields. The decoder is one whose tiles have no pixels. Not in it are nvImageCodec's
+own part on the host, and the launches of some twenty operators per 64 fields, which put these together.
+First it is checked that both readers give equal pixels. By default a synthetic slide is read. The results
+are written to `benchmarks/results/reading.json`.
 """
 
 import argparse
@@ -16,20 +19,35 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import openslide
+import torch
 
 from hdmil_lib.config import setup
-from hdmil_lib.slides import Slide
+from hdmil_lib.slides import Slide, device_tiles
+from hdmil_lib.slides.device_tiles import TilesOnDevice
 from hdmil_lib.slides.stored_tiles import StoredTiles
 from hdmil_lib.synthetic.cohorts import large_slides
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reading.json"
-TILE, MOST = 256, 1_000
+TILE, MOST, BLOCK = 256, 1_000, 256
+
+
+class NoGPU:
+    """A decoder whose tiles have a shape and no pixels."""
+
+    device = torch.device("meta")
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def decode(self, streams: Sequence[bytes]) -> list[torch.Tensor]:
+        return [torch.empty(self.shape, dtype=torch.uint8, device=self.device) for _ in streams]
 
 
 def cpu_ms(read: Callable[[], Iterable], n_tiles: int) -> float:
@@ -49,7 +67,7 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
     with Slide(path, reader="stored") as slide:
         width, height = slide.dimensions
         mpp = slide.mpp[0]
-        page = slide._stored._levels[0].page
+        page = slide._stored.levels[0].page
         side = page.tilewidth
     xs, ys = range(offset, width - TILE, TILE), range(offset, height - TILE, TILE)
     n_rows = min(len(ys), max(1, MOST // len(xs)))
@@ -69,7 +87,7 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
     def by_decoder():
         tiles = StoredTiles.open(path, [(width, height)])
         under = {
-            row * tiles._levels[0].columns + column
+            row * tiles.levels[0].columns + column
             for x, y in corners
             for row in range(y // side, -(-(y + TILE) // side))
             for column in range(x // side, -(-(x + TILE) // side))
@@ -78,10 +96,19 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
             yield tiles._decode(0, index, memory)
         tiles.close()
 
+    def by_gpu_host():
+        stored = StoredTiles.open(path, [(width, height)])
+        reader = TilesOnDevice(stored, NoGPU(stored.levels[0].shape))
+        nothing = torch.empty(0, device=NoGPU.device)
+        with patch.object(device_tiles, "_put_together", lambda *_: nothing):
+            for first in range(0, len(corners), BLOCK):
+                yield reader.read(0, np.array(corners[first : first + BLOCK]), (TILE, TILE))
+        stored.close()
+
     for mine, reference in zip(by_stored(), by_openslide(), strict=True):
         if not (mine == reference).all():
             raise SystemExit(f"{path}: the readers give different pixels")
-    ways = {"openslide": by_openslide, "stored": by_stored, "decoder": by_decoder}
+    ways = {"openslide": by_openslide, "stored": by_stored, "decoder": by_decoder, "gpu's host": by_gpu_host}
     times = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
