@@ -339,6 +339,8 @@ def _run(
     with tqdm(total=n_jobs, initial=n_jobs - n_todo, disable=not progress, desc="cross-validation") as bar:
         if n_todo:
             data = data.to(targets[0])
+            if data.device.type == "cuda" and progress:
+                bar.write(data.placement)
         if helpers < 1:
             for job in chain(*todo):
                 _run_job(job, data)
