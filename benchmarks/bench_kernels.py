@@ -37,7 +37,9 @@ from hdmil_lib.kernels import (
     s4d_convolution,
     segment_softmax_pool,
     selective_scan,
+    self_distillation_pool,
     tile_preprocess,
+    tile_projection,
     tissue_statistics,
 )
 from hdmil_lib.kernels.segments import Segments
@@ -147,7 +149,7 @@ def bags_case(bag: Sequence[int], logits: Sequence[int], n_bags: int) -> Case:
 
 def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branches: int = 2) -> list[Case]:
     """The attention of DMIN with its pooling in one pass, with dropout, its pooling, and its selection."""
-    bag, logits = (n_tiles, embed_dim), (n_tiles, branches)
+    bag, logits, width = (n_tiles, embed_dim), (n_tiles, branches), 2 * embed_dim
     weights = [
         (hidden, embed_dim),
         (hidden,),
@@ -170,6 +172,16 @@ def attention_cases(n_tiles: int, embed_dim: int = 512, hidden: int = 256, branc
             f"segment_softmax_pool, N = {n_tiles}", normal(bag, logits), textbook.pool, segment_softmax_pool,
         ),
         bags_case(bag, logits, 4),
+        Case(
+            f"self_distillation_pool, N = {n_tiles}", normal(bag, *weights), textbook.distilled,
+            lambda *tensors: torch.cat(self_distillation_pool(*tensors, temperature=0.7)[:2]),
+        ),
+        Case(
+            f"tile_projection, N = {n_tiles}",
+            normal((n_tiles, width), (embed_dim, width), (embed_dim,), (width,), (width,)),
+            textbook.projection,
+            lambda f, weight, bias, mean, d: tile_projection(f, weight, bias, mean, 1 + d.square()),
+        ),
         Case(
             f"gumbel_mask, N = {n_tiles}", normal(logits), textbook.mask,
             partial(gumbel_mask, temperature=0.7),
@@ -293,10 +305,12 @@ def judge(textbook: list[float], library: list[float]) -> dict[str, float | str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", nargs="+", default=[""], help="operators to time; the other rows stay")
+    parsed = parser.parse_args()
+    repeats, only = parsed.repeats, tuple(parsed.only)
     setup()
-    rows = {}
-    for case in cases():
+    rows = {} if "" in only else json.loads(RESULTS.read_text())["operators"]
+    for case in [case for case in cases() if case.name.startswith(only)]:
         arguments = [a.requires_grad_(a.is_floating_point()) for a in case.arguments(torch.device("cpu"))]
         check_agreement(case, arguments)
         contenders = {

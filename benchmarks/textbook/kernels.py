@@ -76,6 +76,18 @@ def attention_pool(embeddings: Tensor, *weights: Tensor) -> Tensor:
     return pool(embeddings, attention(embeddings, *weights))
 
 
+def projection(features: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Standardize, project, rectify; the deviation is any number, of which 1 + the square is taken."""
+    return linear((features - mean) / (1 + deviation.square()), weight, bias).relu()
+
+
+def distilled(embeddings: Tensor, *weights: Tensor) -> Tensor:
+    """Student and teacher, one after the other."""
+    logits = attention(embeddings, *weights)
+    kept = (logits - logits.amax(0)).exp() * mask(logits)
+    return torch.cat(((kept / kept.sum(0)).T @ embeddings, pool(embeddings, logits)))
+
+
 def pool(embeddings: Tensor, logits: Tensor) -> Tensor:
     return torch.softmax(logits, 0).T @ embeddings
 

@@ -146,8 +146,9 @@ def may_wait(device: torch.device) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor of the host to a device, without waiting for the device."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+    """Copy a tensor to a device, from pinned memory of the host, without waiting for the device."""
+    pins = torch.device(device).type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
+    if pins and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

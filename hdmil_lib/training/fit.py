@@ -129,7 +129,7 @@ def fit(
     Bags are drawn with replacement so that every class is equally likely. The best epoch has the lowest
     cross entropy on `split.val`. `config.json`, the best weights as `model.safetensors`, and at the end
     `history.csv` are written to `out`. An interrupted run resumes after its last complete epoch with the same
-    result, to the bit on the same device; a finished run is only loaded.
+    result, on a CPU to the bit; a finished run is only loaded.
 
     Args:
         model: The network, with its initial weights; after training it is on the device where it was before.
@@ -153,9 +153,9 @@ def fit(
     """
     settings = settings or TrainSettings()
     config = describe_run(model, data, split, settings)
+    if settings.standardize:  # on the host, which has the memory for it
+        model.standardize([data.to("cpu").batch(split.train).features])
     with on_device(data, device, model) as data:
-        if settings.standardize:
-            model.standardize([data.batch(split.train).features])
         objective = Classification(model, data)
         return optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
 
