@@ -80,7 +80,8 @@ def test_a_run_on_the_gpu_resumes_with_its_random_numbers(bags, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "resumed")
     resumed, whole = run(tmp_path / "resumed"), run(tmp_path / "whole")
-    pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)  # PyTorch adds in any order; other noise is far off
+    # PyTorch adds in any order on a GPU; other noise would be far off.
+    pd.testing.assert_frame_equal(resumed, whole, rtol=1e-4)
 
 
 def test_methods_are_cross_validated_on_the_gpu(bags, tmp_path):
