@@ -4,13 +4,16 @@
 
 A variant fails if it spills registers, if it needs more shared memory than the target has, if a `tl.dot`
 did not become a matrix instruction, or if the compiler printed an error (it does not raise all of them).
-Targets are compiled in parallel, each in a process of its own. Triton caches compiled kernels, so a second
-run takes seconds; kernels with an error are removed from the cache, which does not store messages.
+Targets are compiled in parallel, each in a process of its own. Triton caches compiled kernels, and this
+script the report of NVIDIA's assembler beside them, so that a second run takes seconds; kernels with an error
+are removed from the cache, which does not store messages.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import pkgutil
 import re
@@ -62,6 +65,9 @@ TARGETS = {
 }
 
 
+PTXAS_LOG = "ptxas.log"
+
+
 @dataclass(frozen=True)
 class Report:
     """Result of the compilation of a variant: registers per thread, bytes spilled and shared, and faults."""
@@ -94,7 +100,11 @@ def variants(modules: list[str], target: str) -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, target: Target):
-    """Return Triton's compiled kernel, and what the compiler wrote to stderr."""
+    """Return Triton's compiled kernel, and what the compiler wrote to stderr.
+
+    The report of NVIDIA's assembler, which Triton can print, is put into Triton's cache.
+    """
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -110,31 +120,44 @@ def compile_variant(variant: Variant, target: Target):
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    knobs.nvidia.dump_ptxas_log = True
+    printed = io.StringIO()
     stderr = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         os.dup2(said.fileno(), 2)  # the compiler is not Python and does not use sys.stderr
         try:
-            kernel = compile(source, target=gpu, options={"num_warps": variant.num_warps})
+            with contextlib.redirect_stdout(printed):
+                kernel = compile(source, target=gpu, options={"num_warps": variant.num_warps})
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
             said.seek(0)
             words = said.read()
             sys.stderr.write(words)
+    if printed.getvalue():
+        cache_of(kernel).put(printed.getvalue(), PTXAS_LOG, binary=False)
     return kernel, words
+
+
+def cache_of(kernel):
+    """Return the part of Triton's cache that belongs to a compiled kernel."""
+    from triton.runtime.cache import get_cache_manager
+
+    return get_cache_manager(kernel.hash)
 
 
 def forget(kernel) -> None:
     """Remove a compiled kernel from Triton's cache."""
-    from triton.runtime.cache import get_cache_manager
-
-    shutil.rmtree(get_cache_manager(kernel.hash).cache_dir)
+    shutil.rmtree(cache_of(kernel).cache_dir)
 
 
 def inspect(variant: Variant, target: Target) -> Report:
     """Compile a variant and judge the result."""
     kernel, said = compile_variant(variant, target)
-    registers, spills = (_amd_usage if target.backend == "hip" else _nvidia_usage)(kernel, target)
+    if target.backend == "cuda" and not cache_of(kernel).has_file(PTXAS_LOG):
+        forget(kernel)  # it was compiled by other means
+        kernel, said = compile_variant(variant, target)
+    registers, spills = (_amd_usage if target.backend == "hip" else _nvidia_usage)(kernel)
     shared = kernel.metadata.shared
     faults = []
     if spills:
@@ -151,23 +174,16 @@ def inspect(variant: Variant, target: Target) -> Report:
     return Report(variant.name, registers, spills, shared, tuple(faults))
 
 
-def _amd_usage(kernel, _target: Target) -> tuple[int, int]:
+def _amd_usage(kernel) -> tuple[int, int]:
     fields = dict(
         re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"])
     )
     return int(fields["vgpr_count"]), int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
 
 
-def _nvidia_usage(kernel, target: Target) -> tuple[int, int]:
-    """Return the registers per thread and the bytes of spill stores and loads that ptxas reports."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    arch = re.search(r"\.target (\S+)", kernel.asm["ptx"]).group(1).split(",")[0]
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", source, "-o", binary]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _nvidia_usage(kernel) -> tuple[int, int]:
+    """Return the registers per thread and the bytes of spill stores and loads that the assembler reports."""
+    said = Path(cache_of(kernel).get_file(PTXAS_LOG)).read_text()
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return int(re.search(r"Used (\d+) registers", said).group(1)), spills
 
