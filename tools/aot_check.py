@@ -39,8 +39,7 @@ class Target:
         backend: "cuda" or "hip".
         arch: Compute capability as a number, or AMD's name.
         warp_size: Threads per warp.
-        shared_limit: Largest shared memory of a program in bytes, from the table of technical specifications
-            per compute capability in NVIDIA's CUDA programming guide, and from AMD's instruction set guides.
+        shared_limit: Largest shared memory of a program in bytes.
         matrix_instruction: Regex of its matrix instructions, or None where Triton emits none: since 2024 it
             multiplies element by element before compute capability 8.0 (triton-lang/triton, #5066).
         bfloat16: Whether it computes in bfloat16.

@@ -31,11 +31,12 @@ def default_backend(backend: Backend) -> Iterator[None]:
         _automatic = before
 
 
-def use_triton(backend: Backend, inputs: Tensor) -> bool:
+def use_triton(backend: Backend, inputs: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return whether to run the Triton kernel.
 
     On a GPU "auto" does so unless the inputs are float64, Triton is absent, or the GPU is too old for it, or
-    for bfloat16; the last three are said once.
+    for bfloat16; the last three are said once. `dtype` is the type of the numbers if it is not that of the
+    inputs.
 
     Raises:
         ValueError: The backend does not exist, or Triton cannot run here.
@@ -44,11 +45,12 @@ def use_triton(backend: Backend, inputs: Tensor) -> bool:
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
     if backend == "auto":
         backend = _automatic
-    double = inputs.dtype == torch.float64
+    dtype = dtype or inputs.dtype
+    double, narrow = dtype == torch.float64, dtype == torch.bfloat16
     if backend == "torch" or (backend == "auto" and (double or not inputs.is_cuda)):
         return False
     if backend == "auto":
-        return _runs_kernels(inputs.device, inputs.dtype == torch.bfloat16)
+        return _runs_kernels(inputs.device, narrow)
     installed = importlib.util.find_spec("triton") is not None
     if not installed:
         raise ValueError("backend='triton', but Triton is not installed: use 'auto', or pip install triton")
@@ -57,6 +59,8 @@ def use_triton(backend: Backend, inputs: Tensor) -> bool:
             f"backend='triton' needs tensors on a GPU, these are on {inputs.device}: move them there, use "
             "backend='auto', or start Python with TRITON_INTERPRET=1 to run the kernel, slowly, on the CPU"
         )
+    if inputs.is_cuda and (reason := _hindrance(inputs.device, narrow)):
+        raise ValueError(f"backend='triton': {reason}; use backend='auto'")
     if double:
         raise ValueError("backend='triton' computes in float32, these are torch.float64: use backend='auto'")
     return True

@@ -34,7 +34,7 @@ def lipn_forward(patches: Tensor, weights: Sequence[Tensor], *, backend: Backend
     narrow = weights[0].dtype.itemsize == 2
     if backend == "triton" and patches.is_cuda and not narrow:
         raise ValueError(f"weights is {weights[0].dtype}: pack it in torch.float16 for the kernel")
-    if use_triton(backend, patches) and (narrow or not patches.is_cuda):
+    if use_triton(backend, patches, weights[0].dtype) and (narrow or not patches.is_cuda):
         return _forward(patches, list(weights))
     return reference.lipn_forward(patches, weights)
 

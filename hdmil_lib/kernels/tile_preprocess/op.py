@@ -56,7 +56,7 @@ def tile_preprocess(
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     numbers = [] if stain is None else stain.numbers()
-    if use_triton(backend, tiles):
+    if use_triton(backend, tiles, dtype):
         return _forward(tiles, scale, shift, numbers, dtype, channels_last)
     return reference.tile_preprocess(tiles, scale, shift, numbers, dtype, channels_last)
 
