@@ -33,11 +33,20 @@ def mix(words: Tensor) -> Tensor:
 
 def key(seed: Seed, device: torch.device | str = "cpu") -> Tensor:
     """Return the word that represents a seed, int32 (): its two halves, hashed one after the other."""
-    if isinstance(seed, int):
-        signed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
-        seed = torch.tensor(signed, device="cpu")
+    if type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        seed = int(seed)
+    if isinstance(seed, int):  # much faster than operators on tensors with one number
+        word = mix_number(mix_number(seed & WORD) ^ (seed >> 32 & WORD))
+        return torch.tensor(word - (word >> 31 << 32), dtype=torch.int32).to(device, non_blocking=True)
     low, high = ((half & WORD).to(torch.int32) for half in (seed, seed >> 32))
     return mix(mix(low) ^ high).to(device, non_blocking=True)
+
+
+def mix_number(word: int) -> int:
+    """Hash one number of 32 bits, as `mix` does."""
+    word = (word ^ (word >> 16)) * FIRST & WORD
+    word = (word ^ (word >> 15)) * SECOND & WORD
+    return word ^ (word >> 15)
 
 
 def bits(seed: Seed, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
