@@ -7,7 +7,7 @@ import torch
 from conftest import REPOSITORY
 
 from hdmil_lib import kernels
-from hdmil_lib.kernels import cost
+from hdmil_lib.kernels import cost, work
 
 pytest.importorskip("triton", reason="formulas read the sizes of blocks from the kernels")
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -43,13 +43,13 @@ def test_every_operator_has_a_formula():
         getattr(kernels, name)
     registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     ours = {name for name in registered if name.startswith("hdmil::")}
-    assert ours - set(cost.WORK) == set(), "add formulas to hdmil_lib/kernels/cost.py"
-    assert set(cost.WORK) - ours == set()
+    assert ours - set(work.WORK) == set(), "add formulas to hdmil_lib/kernels/work.py"
+    assert set(work.WORK) - ours == set()
 
 
 def test_an_operator_without_a_formula_is_named():
     with pytest.raises(ValueError, match="hdmil::unknown has no formula"):
-        cost.work("hdmil::unknown", torch.ones(3))
+        work.work("hdmil::unknown", torch.ones(3))
 
 
 def test_attention_is_counted_by_hand():
@@ -58,16 +58,16 @@ def test_attention_is_counted_by_hand():
     embeddings, score = torch.ones(tiles, embed_dim, **half), torch.ones(branches, hidden, **half)
     square, bias = torch.ones(hidden, embed_dim, **half), torch.ones(hidden, **half)
     arguments = (square, bias, square, bias, score, torch.ones(branches, **half), 0.0, None)
-    done = cost.work("hdmil::gated_attention", embeddings, *arguments)
+    done = work.work("hdmil::gated_attention", embeddings, *arguments)
     numbers = 12 + (20 + 5 + 20 + 5 + 10 + 2) + 6
     assert (done.bytes, done.matrix_flops, done.vector_flops) == (2 * numbers, 2 * 3 * (2 * 4 * 5 + 5 * 2), 0)
-    turned = cost.work("hdmil::gated_attention", torch.ones(4, 3, **half).T, *arguments)
+    turned = work.work("hdmil::gated_attention", torch.ones(4, 3, **half).T, *arguments)
     assert turned.bytes == done.bytes + 2 * 2 * 12  # copied to be contiguous
 
 
 def test_float32_products_do_not_run_on_matrix_units():
     patches, weights = torch.zeros(7, 16, 16, 3, dtype=torch.uint8), [torch.ones(5, 3), torch.ones(3)]
-    done = cost.work("hdmil::lipn_forward", patches, weights)
+    done = work.work("hdmil::lipn_forward", patches, weights)
     assert done.bytes == 7 * 768 + 4 * (15 + 3) + 7 * 3 * 4
     assert (done.matrix_flops, done.vector_flops) == (0, 2 * cost.LIPN_MULTIPLY_ADDS * 7)
 
@@ -75,7 +75,7 @@ def test_float32_products_do_not_run_on_matrix_units():
 def test_pooling_writes_and_reads_its_partial_sums():
     tiles, embed_dim, branches, bags = 130, 8, 2, 2
     embeddings, logits = torch.ones(tiles, embed_dim), torch.ones(tiles, branches)
-    done = cost.work("hdmil::segment_softmax_pool", embeddings, logits, None, torch.tensor([0, 3, 130]))
+    done = work.work("hdmil::segment_softmax_pool", embeddings, logits, None, torch.tensor([0, 3, 130]))
     chunks = 130 // 64 + 2
     partial_sums = chunks * branches * (embed_dim + 4)
     assert done.bytes == 4 * (130 * 8 + 130 * 2 + 2 * partial_sums + bags * branches * (embed_dim + 3))
@@ -109,7 +109,7 @@ def test_no_formula_is_below_what_the_operator_must_move():
         "chebyshev_kan": ((embeddings, torch.ones(64, 2, 13, **half)), cost.chebyshev_kan(tiles, 64, 2, 12)),
     }
     for name, (arguments, bound) in least.items():
-        assert bound.fused_bytes <= cost.work(f"hdmil::{name}", *arguments).bytes < bound.eager_bytes, name
+        assert bound.fused_bytes <= work.work(f"hdmil::{name}", *arguments).bytes < bound.eager_bytes, name
 
 
 # Operators of PyTorch
@@ -194,7 +194,7 @@ def test_what_a_step_of_dmin_must_move():
 
 def test_alike_calls_share_a_row_and_the_last_rows_have_the_rest_and_all():
     def call(name: str, moved: float) -> operator_table.Call:
-        return operator_table.Call(name, "forward", "f", "(2,) float32", cost.Work(moved))
+        return operator_table.Call(name, "forward", "f", "(2,) float32", work.Work(moved))
 
     calls = [call("aten::add", 1e9), call("aten::mul", 3e9), call("aten::add", 1e9), call("aten::div", 1e9)]
     rows = operator_table.breakdown(calls, top=2).splitlines()[2:]

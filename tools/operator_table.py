@@ -31,8 +31,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hdmil_lib.batches import BagBatch
-from hdmil_lib.kernels import cost, dispatch
-from hdmil_lib.kernels.cost import H100, Work
+from hdmil_lib.kernels import cost, dispatch, work
+from hdmil_lib.kernels.cost import H100
+from hdmil_lib.kernels.work import Work
 from hdmil_lib.models import LIPN, MODELS, create_model
 from hdmil_lib.training.fit import (
     Classification,
@@ -173,7 +174,7 @@ def work_of(
         derived: Whether it was called in a backward pass.
 
     Raises:
-        ValueError: It is one of our operators, and hdmil_lib/kernels/cost.py has no formula for it.
+        ValueError: It is one of our operators, and hdmil_lib/kernels/work.py has no formula for it.
     """
     name = function.overloadpacket.__name__
     idle = function.is_view or torch.Tag.inplace_view in function.tags or name in FREE
@@ -181,7 +182,7 @@ def work_of(
         return None
     if function.namespace == "hdmil":
         assert not named
-        return cost.work(f"hdmil::{name}", *arguments)
+        return work.work(f"hdmil::{name}", *arguments)
     moved = bytes_of(function, arguments, named, result, derived)
     products, others = 0, 0
     if function.overloadpacket in flop_registry:
@@ -367,7 +368,7 @@ backward and in the optimizer. What the host does, views and allocations count n
 - *Bytes of PyTorch's operators:* every tensor that is read or written, once. An operator that chooses rows
   reads only those. Sorting, batch normalization and softmax over long rows pass over their input more than
   once, so for them this is a lower bound.
-- *Bytes of our kernels:* the formulas of [kernels/cost.py](../hdmil_lib/kernels/cost.py), read off each
+- *Bytes of our kernels:* the formulas of [kernels/work.py](../hdmil_lib/kernels/work.py), read off each
   kernel: all that it moves, partial sums included, and PyTorch's operators within a backward pass.
 - *Operations:* those of matrix products, convolutions, Fourier transforms, and our kernels. PyTorch's other
   operators are limited by memory alone.
