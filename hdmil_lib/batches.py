@@ -15,7 +15,7 @@ from torch import Tensor
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
 from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.kernels.segments import Segments, to_device
 
 HOST_FIELDS = ("rowcol",)
 """Fields of a batch that stay on the host."""
@@ -37,19 +37,23 @@ class BagBatch:
     """B bags with N tiles in total; row i is the same tile in every tensor.
 
     Features and patches are on the device of the data set, labels and positions on the host. A field is
-    copied when it is first used: most models take features alone.
+    copied when it is first used: most models take features alone, and read those that lie on a GPU there.
 
     Attributes:
         slide_ids: Names of the B slides.
         segments: The bags.
         labels: Class indices, int64 (B,), on the host; `None` unless all are known.
         rows_of: Copies the rows of these bags of one of the data set's matrices.
+        starts: Where each bag starts in `cohort`, int64 (B,), on the host.
+        cohort: Features of the whole data set, (M, D), if they lie on a GPU.
     """
 
     slide_ids: tuple[str, ...]
     segments: Segments
     labels: Tensor | None
     rows_of: Callable[[str], Tensor | None]
+    starts: Tensor | None = None
+    cohort: Tensor | None = None
 
     @cached_property
     def features(self) -> Tensor:
@@ -57,6 +61,16 @@ class BagBatch:
         features = self.rows_of("features")
         assert features is not None
         return features if features.is_cuda else features.float()
+
+    @cached_property
+    def rows(self) -> Tensor | None:
+        """Rows of these tiles in `cohort`, int64 (N,), if there is one."""
+        if self.cohort is None:
+            return None
+        assert self.starts is not None
+        device = self.cohort.device
+        ahead = to_device(self.starts, device) - self.segments.offsets[:-1]
+        return torch.arange(self.segments.n_tiles, device=device) + ahead[self.segments.bag]
 
     @cached_property
     def patches(self) -> Tensor | None:
@@ -86,10 +100,16 @@ class BagBatch:
     def inputs_for(self, model: TakesBags) -> dict[str, Any]:
         """Keyword arguments of `model.forward`: `model(**batch.inputs_for(model))`.
 
+        A model that takes `rows` gets the features of the cohort if they lie on a GPU.
+
         Raises:
             BagError: The model needs patches, which the bags do not have.
         """
-        inputs = {name: getattr(self, name) for name in model.inputs}
+        reads = "rows" in model.inputs and self.cohort is not None
+        inputs = {
+            name: self.cohort if name == "features" and reads else getattr(self, name)
+            for name in model.inputs
+        }
         if "patches" in inputs and self.patches is None:
             raise BagError(
                 f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide "
@@ -208,6 +228,8 @@ class BagDataset:
             segments=Segments([end - first for first, end in spans], self.device),
             labels=torch.tensor(labels) if len(labels) == len(spans) else None,
             rows_of=partial(self._take, spans),
+            starts=torch.tensor([first for first, _ in spans]),
+            cohort=self.resident.get("features"),
         )
 
     def batches_of(

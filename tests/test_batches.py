@@ -13,7 +13,7 @@ from hdmil_lib import devices
 from hdmil_lib.bags import EncoderIdentity
 from hdmil_lib.batches import MAX_TILES, BagDataset
 from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.models import ABMIL, HDMIL, LIPN, SMT, create_model
+from hdmil_lib.models import ABMIL, DSMIL, HDMIL, LIPN, SMT, create_model
 
 SIZES = (5, 1, 9, 12)
 
@@ -92,9 +92,10 @@ def test_labels_are_given_where_all_are_known(bags):
 def test_inputs_are_those_that_the_model_takes(bags):
     batch = BagDataset(bags, LABELS).batch(["s1", "s2"])
     for model, names in (
-        (ABMIL, {"features"}),
+        (ABMIL, {"features", "rows"}),
+        (DSMIL, {"features"}),
         (SMT, {"features", "patches", "rowcol"}),
-        (HDMIL, {"features", "patches"}),
+        (HDMIL, {"features", "rows", "patches"}),
     ):
         inputs = batch.inputs_for(model)
         assert set(inputs) == names | {"segments"}
@@ -138,6 +139,21 @@ def test_batches_hold_as_many_bags_as_fit_in_order(lengths, max_tiles):
 
 def test_no_slides_make_no_batches():
     assert list(make_data(4).batches([])) == []
+
+
+def test_rows_point_to_the_tiles_of_a_cohort_that_lies_on_a_gpu(bags):
+    data = BagDataset(bags, LABELS)
+    assert data.batch(["s1"]).rows is None
+    data.resident["features"] = data.batch(list(bags)).features  # as on a GPU
+    batch = data.batch(["s2", "s0", "s2"])
+    assert torch.equal(batch.cohort[batch.rows], batch.features)
+    inputs = batch.inputs_for(ABMIL)
+    assert inputs["features"] is batch.cohort
+    assert inputs["rows"] is batch.rows
+    model = create_model("abmil", batch.features.shape[1], 2).eval()
+    wanted = model(batch.features, batch.segments).logits
+    assert torch.equal(model(**inputs).logits, wanted)
+    assert batch.inputs_for(DSMIL)["features"] is batch.features
 
 
 def test_one_batch_holds_a_small_cohort():

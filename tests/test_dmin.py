@@ -321,7 +321,7 @@ def test_svm_is_one_loss_per_instance():
 
 
 def clustering(model, output, label, k=32, subtyping=False):
-    args = output.embeddings, output.attention, torch.tensor([label]), output.segments
+    args = output.embeddings.__getitem__, output.attention, torch.tensor([label]), output.segments
     return instance_clustering_loss(model.instance_heads, *args, k=k, subtyping=subtyping)
 
 

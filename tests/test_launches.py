@@ -21,6 +21,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 FOLDERS = [folder.name for folder in pkgutil.iter_modules(hdmil_lib.kernels.__path__) if folder.ispkg]
@@ -135,9 +136,12 @@ def tile_projection(operator, dtype):
     weight, bias, mean = torch.randn(H, E, dtype=dtype), torch.randn(H, dtype=dtype), torch.randn(E)
     for stored in (torch.float16, torch.float32):
         features = torch.randn(N, E).to(stored)
-        run(operator, features, weight, None, mean, mean.exp())
-        run(operator, features, weight, bias, mean, mean.exp())
-        run(operator, features, weight, bias, mean, mean.exp(), dropout=0.5, seed=1)
+        for where in ({}, {"rows": torch.arange(N)}):
+            run(operator, features, weight, None, mean, mean.exp(), **where)
+            run(operator, features, weight, bias, mean, mean.exp(), **where)
+            run(operator, features, weight, bias, mean, mean.exp(), dropout=0.5, seed=1, **where)
+        again = {"rows": torch.arange(N), "positions": torch.arange(N)}
+        run(operator, features, weight, bias, mean, mean.exp(), dropout=0.5, seed=1, **again)
 
 
 def tissue_statistics(operator, dtype):

@@ -45,7 +45,7 @@ def ask(model, features, order=None):
         "rowcol": torch.stack((torch.arange(n) // 6, torch.arange(n) % 6), 1),
     }
     order = torch.arange(n) if order is None else order
-    return model(features[order], **{name: fields[name][order] for name in model.inputs[1:]})
+    return model(features[order], **{name: fields[name][order] for name in model.inputs if name in fields})
 
 
 def total_loss(model, output, *labels):

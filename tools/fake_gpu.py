@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,12 +163,16 @@ def fake_batch(
         "patches": torch.empty(n, 16, 16, 3, dtype=torch.uint8, device=device),
     }
     data = SimpleNamespace(resident=resident, _host={}, device=device)
+    with unset_fake_temporarily():  # they lie on the host
+        starts = torch.tensor(ends - np.array(lengths))
     spans = [(int(end) - length, int(end)) for length, end in zip(lengths, ends, strict=True)]
     batch = BagBatch(
         slide_ids=tuple(f"s{i}" for i in range(len(lengths))),
         segments=Segments(lengths, device),
         labels=labels,
         rows_of=partial(BagDataset._take, data, spans),
+        starts=starts,
+        cohort=resident["features"],
     )
     batch.__dict__["rowcol"] = rowcol
     return batch

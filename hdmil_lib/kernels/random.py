@@ -55,6 +55,12 @@ def bits(seed: Seed, shape: tuple[int, ...], device: torch.device | str = "cpu")
     return mix(places ^ key(seed, device)).view(shape)
 
 
+def bits_at(seed: Seed, rows: Tensor, width: int) -> Tensor:
+    """Return the rows of `bits(seed, (..., width))` with these numbers, int32 (n, width)."""
+    places = (rows[:, None] * width + torch.arange(width, device=rows.device)).int()
+    return mix(places ^ key(seed, rows.device))
+
+
 def logistic(seed: Seed, like: Tensor) -> Tensor:
     """Return samples of G1 - G2 for two standard Gumbel variables, which has a logistic distribution.
 

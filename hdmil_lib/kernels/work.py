@@ -135,18 +135,24 @@ def _tile_projection(
     bias: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
+    rows: Tensor | None,
     dropout: float,
     key: Tensor | None,
+    positions: Tensor | None,
 ) -> Work:
-    """Features are read as they are stored, embeddings written; each block of a weight standardizes them.
+    """Features are read as they are stored, embeddings and one bit of each written.
+
+    Each block of a weight standardizes the features.
 
     Programs of the same tiles follow each other, so that all but the first find the features in the cache.
     """
     from hdmil_lib.kernels.tile_projection import gpu
 
-    arguments = (features, weight, bias, mean, std)
-    (tiles, in_dim), embed_dim = features.shape, len(weight)
-    moved = _size(*arguments) + tiles * embed_dim * weight.element_size() + _copies(*arguments)
+    tiles, (embed_dim, in_dim) = gpu.count(features, rows), weight.shape
+    others_read = (rows, weight, bias, mean, std, positions)
+    moved = tiles * in_dim * features.element_size() + _size(*others_read)
+    moved += tiles * (embed_dim * weight.element_size() + 4 * gpu.n_words(embed_dim))
+    moved += _copies(features, *others_read)
     _, embed, _, _ = gpu.blocks(weight.dtype, features.dtype, "sm_90")
     scaling = 2 * tiles * in_dim * -(-embed_dim // embed) if mean is not None else 0
     others = scaling + (3 + 12 * (dropout > 0)) * tiles * embed_dim
@@ -156,27 +162,30 @@ def _tile_projection(
 @_work_of("hdmil::tile_projection_backward")
 def _tile_projection_backward(
     grad: Tensor,
-    embeddings: Tensor,
+    active: Tensor,
     features: Tensor,
     weight: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
+    rows: Tensor | None,
     dropout: float,
 ) -> Work:
-    """Features, embeddings and their gradient are read; sums over shares of the tiles are written and read.
+    """Features, and gradients and bits of the embeddings, are read.
 
+    Sums over shares of the tiles are written and read.
     The programs of a share, one per block of the weight, go through its tiles side by side, so that all but
     the first find them in the cache.
     """
     from hdmil_lib.kernels.tile_projection import gpu
 
-    (tiles, in_dim), embed_dim = features.shape, len(weight)
-    rows, embed, columns, _ = gpu.backward_blocks(weight.dtype, "sm_90")
+    tiles, (embed_dim, in_dim) = len(grad), weight.shape
+    block, embed, columns, _ = gpu.backward_blocks(weight.dtype, "sm_90")
     down, across = -(-embed_dim // embed), -(-in_dim // columns)
-    shares = max(1, min(gpu.PROGRAMS // (down * across), -(-tiles // rows)))
+    shares = max(1, min(gpu.PROGRAMS // (down * across), -(-tiles // block)))
     sums = 4 * shares * embed_dim * (in_dim + 1)
     result = weight.element_size() * embed_dim * (in_dim + 1)
-    moved = _size(grad, embeddings, features, mean, std) + 2 * sums + result + _copies(grad, features)
+    moved = tiles * in_dim * features.element_size() + _size(grad, active, rows, mean, std)
+    moved += 2 * sums + result + _copies(grad, features)
     scaling = 2 * tiles * in_dim * down if mean is not None else 0
     others = scaling + 3 * tiles * embed_dim * across
     return _products(2 * tiles * in_dim * embed_dim, weight, moved, others)

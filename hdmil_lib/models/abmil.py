@@ -42,8 +42,8 @@ class ABMIL(MILModel[MILOutput]):
             )
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        embeddings = self.projection(features, *self.scale)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
+        embeddings = self.projection(features, *self.scale, rows=rows)
         if isinstance(self.attention, GatedAttention):
             bag, attention = self.attention.pool(embeddings, segments)
         else:

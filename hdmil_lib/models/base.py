@@ -48,14 +48,15 @@ class MILModel(nn.Module, ABC, Generic[Output]):
     the features are used as they are, as in the paper.
 
     Attributes:
-        inputs: Fields of a `BagBatch` that `forward` takes.
+        inputs: Fields of a `BagBatch` that `forward` takes. A model whose first layer is not a `Projection`
+            has no "rows".
         reads_all: Whether the model needs the features of every tile. If not, its output has a `keep_ratio`,
             the share of tiles that it needs.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("features",)
+    inputs: ClassVar[tuple[str, ...]] = ("features", "rows")
     reads_all: ClassVar[bool] = True
     feature_mean: Tensor
     feature_std: Tensor
@@ -74,12 +75,21 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         self.feature_mean.copy_(tiles.mean(0))
         self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
 
-    def forward(self, features: Tensor, segments: Segments | None = None, **options: Any) -> Output:
+    def forward(
+        self,
+        features: Tensor,
+        segments: Segments | None = None,
+        *,
+        rows: Tensor | None = None,
+        **options: Any,
+    ) -> Output:
         """Classify bags of any length.
 
         Args:
             features: Features of the tiles, bag after bag, (N, in_dim).
             segments: The B bags; `None` for one bag, B = 1.
+            rows: Rows of the features of these tiles, int64 (N,), if there are more features than those of
+                these bags, (M, in_dim).
             **options: Further keyword arguments of the model's `classify`.
 
         Raises:
@@ -87,13 +97,17 @@ class MILModel(nn.Module, ABC, Generic[Output]):
             ValueError: The features are on another device than the model, or `segments` does not fit them.
         """
         self.check_features(features)
-        return self.classify(features, bags_of(features, segments), **options)
+        if rows is not None:
+            check_device("rows", rows, features.device, "features")
+            options["rows"] = rows
+        return self.classify(features, bags_of(features if rows is None else rows, segments), **options)
 
     @abstractmethod
     def classify(self, features: Tensor, segments: Segments, *args: Any, **options: Any) -> Output:
         """Classify B bags, given features (N, in_dim) as they are stored; models may add keyword arguments.
 
-        Their first layer standardizes the features by `scale`, or `prepare` does.
+        Their first layer standardizes the features by `scale`, or `prepare` does. Where `inputs` has "rows",
+        features may be (M, in_dim), with the rows of these tiles as `rows`.
         """
 
     def loss(self, output: Output, labels: Tensor) -> LossTerms:
@@ -141,7 +155,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
 
 
 def bags_of(features: Tensor, segments: Segments | None) -> Segments:
-    """Segments of features (N, D), checked: one bag if there are none.
+    """Segments of the features (N, D) or rows (N,) of tiles, checked: one bag if there are none.
 
     Raises:
         BagError: A bag has no tiles.

@@ -1,6 +1,7 @@
 """CLAM: attention MIL whose attention also selects tiles for instance classifiers."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
-from hdmil_lib.models.layers import GatedAttention, Projection
+from hdmil_lib.models.layers import GatedAttention, Projected, Projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +17,11 @@ class CLAMOutput(MILOutput):
     """Output of CLAM; `attention` is (N, 1) with a single branch, (N, C) with several.
 
     Attributes:
-        embeddings: Projected features, (N, E), the inputs of the instance classifiers.
+        projected: Embeddings (N, E), the inputs of the instance classifiers, and where they come from.
     """
 
     attention: Tensor
-    embeddings: Tensor
+    projected: Projected
 
 
 class CLAM(MILModel[CLAMOutput]):
@@ -68,18 +69,18 @@ class CLAM(MILModel[CLAMOutput]):
         self.classifier = nn.Linear(embed_dim, n_classes)
         self.instance_heads = nn.ModuleList(nn.Linear(embed_dim, 2) for _ in range(n_classes))
 
-    def classify(self, features: Tensor, segments: Segments) -> CLAMOutput:
-        embeddings = self.projection(features, *self.scale)
-        bag, attention = self.attention.pool(embeddings, segments)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> CLAMOutput:
+        projected = self.projection.project(features, *self.scale, rows=rows)
+        bag, attention = self.attention.pool(projected.embeddings, segments)
         bag = bag.expand(-1, self.n_classes, -1)  # a single branch is shared by all classes
         logits = torch.einsum("bce,ce->bc", bag, self.classifier.weight) + self.classifier.bias
-        return CLAMOutput(logits=logits, segments=segments, attention=attention, embeddings=embeddings)
+        return CLAMOutput(logits=logits, segments=segments, attention=attention, projected=projected)
 
     def loss(self, output: CLAMOutput, labels: Tensor) -> LossTerms:
         """Compute the cross entropy of the bags and the clustering loss of their tiles."""
         clustering = instance_clustering_loss(
             self.instance_heads,
-            output.embeddings,
+            partial(self.projection.pick, output.projected),
             output.attention.expand(-1, self.n_classes),
             labels,
             output.segments,

@@ -1,7 +1,7 @@
 """Instance clustering: instance classifiers learn from the tiles of highest and of lowest attention."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def smooth_top1_svm(logits: Tensor, labels: Tensor) -> Tensor:
 
 def instance_clustering_loss(
     heads: Sequence[nn.Module] | nn.ModuleList,
-    embeddings: Tensor,
+    pick: Callable[[Tensor], Tensor],
     attention: Tensor,
     labels: Tensor,
     segments: Segments,
@@ -46,9 +46,10 @@ def instance_clustering_loss(
 
     Args:
         heads: One instance classifier per branch, (n, E) to (n, 2).
-        embeddings: F, (N, E).
+        pick: Returns the embeddings (n, E) of tiles, given their numbers, int64 (n,); `Projection.pick` for
+            instance.
         attention: A, (N, C).
-        labels: Class of each bag, (B,), on the host or with the embeddings. Without `subtyping`, the head of
+        labels: Class of each bag, (B,), on the host or with the attention. Without `subtyping`, the head of
             an absent class gets no gradient if they are on the host, else zeros.
         segments: The B bags.
         k: Largest number of tiles at each end.
@@ -63,7 +64,7 @@ def instance_clustering_loss(
     ends = torch.arange(k, device=n_ends.device) < n_ends.unsqueeze(1)
     readable = may_wait(labels.device) and not subtyping
     present = set(labels.tolist()) if readable else range(len(heads))
-    labels = to_device(labels, embeddings.device)
+    labels = to_device(labels, attention.device)
     bags = torch.arange(len(labels), device=n_ends.device)[None, :, None].expand(2, -1, k).flatten()
     rows, marks = [], []
     taking_part = [branch for branch in range(len(heads)) if branch in present]
@@ -85,10 +86,10 @@ def instance_clustering_loss(
             chosen = torch.arange(len(used), device=used.device)
         rows.append(tiles[chosen])
         marks.append((used[chosen], targets[chosen].long(), bags[chosen], counts))
-    number = torch.promote_types(embeddings.dtype, torch.float32)
-    total = embeddings.new_zeros(len(labels), dtype=number)
-    # All branches pick their tiles at once: the gradient of a pick is as large as the embeddings.
-    picked = embeddings[torch.cat(rows)].split([len(tiles) for tiles in rows])
+    number = torch.promote_types(attention.dtype, torch.float32)
+    total = attention.new_zeros(len(labels), dtype=number)
+    # All branches pick their tiles at once: the gradient of an index is as large as all embeddings.
+    picked = pick(torch.cat(rows)).split([len(tiles) for tiles in rows])
     for branch, tiles, (used, targets, bag, counts) in zip(taking_part, picked, marks, strict=True):
         losses = smooth_top1_svm(heads[branch](tiles), targets).to(number) / counts[bag]
         total = total.index_add(0, bag, losses.masked_fill(~used, 0))

@@ -1,6 +1,7 @@
 """DMIN: attention MIL that learns by self-distillation which tiles it needs (paper: DMIN)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -15,7 +16,7 @@ from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.kan import ChebyshevKAN
-from hdmil_lib.models.layers import GatedAttention, Projection
+from hdmil_lib.models.layers import GatedAttention, Projected, Projection
 from hdmil_lib.models.ragged import bag_mean
 from hdmil_lib.schema import Schema, first_problem
 
@@ -65,7 +66,7 @@ class DMINOutput(MILOutput):
         teacher_logits: Class scores of the teacher, (B, C).
         bag_student: Embedding of the selected tiles of each branch, (B, C, E).
         bag_teacher: Embedding of all tiles of each branch, (B, C, E).
-        embeddings: F, (N, E).
+        projected: Embeddings F, (N, E), and what they were computed from.
     """
 
     attention: Tensor
@@ -74,7 +75,12 @@ class DMINOutput(MILOutput):
     teacher_logits: Tensor
     bag_student: Tensor
     bag_teacher: Tensor
-    embeddings: Tensor
+    projected: Projected
+
+    @property
+    def embeddings(self) -> Tensor:
+        """F, (N, E)."""
+        return self.projected.embeddings
 
 
 class DMIN(MILModel[DMINOutput]):
@@ -169,6 +175,7 @@ class DMIN(MILModel[DMINOutput]):
         self,
         features: Tensor,
         segments: Segments,
+        rows: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -176,15 +183,17 @@ class DMIN(MILModel[DMINOutput]):
         """Classify bags.
 
         Args:
-            features: I, (N, in_dim).
+            features: I, (N, in_dim), or (M, in_dim) with `rows`.
             segments: The B bags.
+            rows: Rows of the features of the tiles of these bags, (N,).
             mask: Tiles that LIPN selected for each branch, (N, C), in place of DMIN's own selection.
             generator: Generator of the Gumbel noise in training; torch's global generator by default.
 
         Raises:
             BagError: The mask has another shape.
         """
-        embeddings = self.projection(features, *self.scale)
+        projected = self.projection.project(features, *self.scale, rows=rows)
+        embeddings = projected.embeddings
         if mask is not None:
             attention = self.attention(embeddings)
             mask = self._given(mask, attention)
@@ -214,7 +223,7 @@ class DMIN(MILModel[DMINOutput]):
             teacher_logits=teacher_logits,
             bag_student=student,
             bag_teacher=teacher,
-            embeddings=embeddings,
+            projected=projected,
         )
 
     def loss(self, output: DMINOutput, labels: Tensor) -> LossTerms:
@@ -234,7 +243,7 @@ class DMIN(MILModel[DMINOutput]):
             "teacher": cross_entropy(output.teacher_logits, labels),
             "clustering": instance_clustering_loss(
                 self.instance_heads,
-                output.embeddings,
+                partial(self.projection.pick, output.projected),
                 output.attention,
                 labels,
                 output.segments,

@@ -34,6 +34,8 @@ class DSMIL(MILModel[DSMILOutput]):
         attention_dim: Width of the queries q and of their hidden layer.
     """
 
+    inputs = ("features",)
+
     def __init__(self, in_dim: int, n_classes: int, *, attention_dim: int = 128):
         super().__init__(in_dim, n_classes)
         self.instance_classifier = nn.Linear(in_dim, n_classes)

@@ -80,20 +80,26 @@ class DTFD(MILModel[DTFDOutput]):
         self.bag_classifier = nn.Linear(embed_dim, n_classes)
 
     def classify(
-        self, features: Tensor, segments: Segments, *, generator: torch.Generator | None = None
+        self,
+        features: Tensor,
+        segments: Segments,
+        rows: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> DTFDOutput:
         """Classify bags.
 
         Args:
-            features: (N, in_dim).
+            features: (N, in_dim), or (M, in_dim) with `rows`.
             segments: The B bags.
+            rows: Rows of the features of the tiles of these bags, (N,).
             generator: CPU generator of the random splits in training; torch's global generator by default. It
                 draws one number per tile, so the splits do not depend on how bags are batched.
         """
-        embeddings = self.projection(features, *self.scale)
+        embeddings = self.projection(features, *self.scale, rows=rows)
         attention = self.attention(embeddings)
         if self.training:
-            drawn = torch.rand(len(features), generator=generator, device="cpu")
+            drawn = torch.rand(segments.n_tiles, generator=generator, device="cpu")
             order = to_device(drawn, features.device)
         else:
             order = -attention[:, 0]

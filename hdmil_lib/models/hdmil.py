@@ -78,7 +78,7 @@ class HDMIL(nn.Module):
             `info` does not fit.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("features", "patches")
+    inputs: ClassVar[tuple[str, ...]] = ("features", "rows", "patches")
     thresholds: Tensor
     trained_thresholds: Tensor
     margin: Tensor
@@ -123,25 +123,28 @@ class HDMIL(nn.Module):
         patches: Tensor | None,
         segments: Segments | None = None,
         *,
+        rows: Tensor | None = None,
         all_tiles: bool = False,
     ) -> HDMILOutput:
         """Run two-stage inference on bags.
 
         Args:
-            features: Features of the tiles, bag after bag, (N, D).
+            features: Features of the tiles, bag after bag, (N, D), or (M, D) with `rows`.
             patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3); `None` only with `all_tiles`.
             segments: The B bags; `None` for one bag.
+            rows: Rows of the features of these tiles, int64 (N,); `None` for all in their order.
             all_tiles: Whether DMIN reads every tile and LIPN is not used (HDMIL†).
 
         Raises:
             BagError: The features or patches have another shape or type, or a bag has no tiles.
             ValueError: `segments` does not fit the features.
         """
-        segments = bags_of(features, segments)
+        n_tiles = len(features if rows is None else rows)
+        segments = bags_of(features if rows is None else rows, segments)
         if all_tiles:
-            output = self.dmin(features, segments)
+            output = self.dmin(features, segments, rows=rows)
             mask = torch.ones_like(output.attention) if output.mask is None else output.mask
-            read = torch.ones(len(features), dtype=torch.bool, device=features.device)
+            read = torch.ones(n_tiles, dtype=torch.bool, device=features.device)
             return HDMILOutput(
                 logits=output.logits,
                 segments=segments,
@@ -150,16 +153,19 @@ class HDMIL(nn.Module):
                 read=read,
                 keep_ratio=torch.ones(segments.n_bags, device=features.device),
             )
-        if patches is None or len(patches) != len(features):
+        if patches is None or len(patches) != n_tiles:
             n_patches = 0 if patches is None else len(patches)
-            raise BagError(
-                f"there are {n_patches} patches and {len(features)} rows of features: a tile needs both"
-            )
+            raise BagError(f"there are {n_patches} patches and {n_tiles} rows of features: a tile needs both")
         mask = self.screen(patches, segments)
         read = mask.any(1)
-        rows, kept = segments.select(read)
-        output = self.dmin(features[rows], kept, mask=mask[rows] if self.pooling == "lipn" else None)
-        attention = output.attention.new_full(mask.shape, torch.nan).index_put((rows,), output.attention)
+        chosen, kept = segments.select(read)
+        output = self.dmin(
+            features,
+            kept,
+            rows=chosen if rows is None else rows[chosen],
+            mask=mask[chosen] if self.pooling == "lipn" else None,
+        )
+        attention = output.attention.new_full(mask.shape, torch.nan).index_put((chosen,), output.attention)
         return HDMILOutput(
             logits=output.logits,
             segments=segments,

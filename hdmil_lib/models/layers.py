@@ -1,6 +1,7 @@
 """Layers that several models share."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
@@ -9,6 +10,29 @@ from hdmil_lib.kernels import gated_attention, gated_attention_pool, self_distil
 from hdmil_lib.kernels.dispatch import use_triton
 from hdmil_lib.kernels.random import Seed, draw_seed
 from hdmil_lib.kernels.segments import Segments
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Embeddings of the tiles of a batch, and what they were computed from.
+
+    Attributes:
+        embeddings: F, (N, E).
+        features: I, (M, D).
+        scale: Mean and standard deviation by which features were standardized, (D,), or two `None`.
+        rows: Rows of the features, (N,); `None` for all.
+        dropout: Dropout rate.
+        seed: Seed of the dropout.
+        repeatable: Whether the embedding of a tile can be computed again.
+    """
+
+    embeddings: Tensor
+    features: Tensor
+    scale: tuple[Tensor | None, Tensor | None]
+    rows: Tensor | None
+    dropout: float
+    seed: Seed | None
+    repeatable: bool
 
 
 class Projection(nn.Sequential):
@@ -21,12 +45,66 @@ class Projection(nn.Sequential):
     def __init__(self, in_dim: int, embed_dim: int, dropout: float = 0.0, bias: bool = True):
         super().__init__(nn.Linear(in_dim, embed_dim, bias=bias), nn.ReLU(), nn.Dropout(dropout))
 
-    def forward(self, features: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-        """Embeddings of features, standardized if there are their mean and standard deviation, (in_dim,)."""
-        layer = cast(nn.Linear, self[0])
+    def forward(
+        self,
+        features: Tensor,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings of features, standardized if there are their mean and standard deviation, (in_dim,).
+
+        With `rows` (N,) those of these rows of the features only.
+        """
+        return self.project(features, mean, std, rows=rows).embeddings
+
+    def project(
+        self,
+        features: Tensor,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Projected:
+        """As `forward`, with all that `pick` needs."""
         dropout = cast(nn.Dropout, self[2]).p if self.training else 0.0
-        seed = draw_seed() if dropout > 0 and use_triton("auto", features) else None
-        return tile_projection(features, layer.weight, layer.bias, mean, std, dropout=dropout, seed=seed)
+        repeatable = use_triton("auto", features)
+        seed = draw_seed() if dropout > 0 and repeatable else None
+        embeddings = self._embed(features, (mean, std), rows, dropout, seed)
+        return Projected(embeddings, features, (mean, std), rows, dropout, seed, repeatable)
+
+    def pick(self, projected: Projected, tiles: Tensor) -> Tensor:
+        """Embeddings (n, embed_dim) of some of the tiles, given their numbers in the batch, int64 (n,).
+
+        On a GPU they are computed again: the gradient of an index is as large as all embeddings.
+        """
+        p = projected
+        if not p.repeatable:
+            return p.embeddings[tiles]
+        rows = tiles if p.rows is None else p.rows[tiles]
+        return self._embed(p.features, p.scale, rows, p.dropout, p.seed, tiles)
+
+    def _embed(
+        self,
+        features: Tensor,
+        scale: tuple[Tensor | None, Tensor | None],
+        rows: Tensor | None,
+        dropout: float,
+        seed: Seed | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        layer = cast(nn.Linear, self[0])
+        return tile_projection(
+            features,
+            layer.weight,
+            layer.bias,
+            *scale,
+            rows=rows,
+            dropout=dropout,
+            seed=seed,
+            positions=positions,
+        )
 
 
 class GatedAttention(nn.Module):

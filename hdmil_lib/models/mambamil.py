@@ -59,8 +59,8 @@ class MambaMIL(MILModel[MILOutput]):
         )
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        tiles, order = self.projection(features, *self.scale), strided_order(segments, self.rate)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
+        tiles, order = self.projection(features, *self.scale, rows=rows), strided_order(segments, self.rate)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
             tiles = tiles + mixer(norm(tiles), order, segments)
         tiles = self.norm(tiles)

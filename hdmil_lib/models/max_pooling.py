@@ -21,13 +21,13 @@ class MaxPooling(MILModel[MILOutput]):
             Projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        logits = self.tile_logits(features)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
+        logits = self.tile_logits(features, rows)
         probabilities = logits.softmax(1)
         score = probabilities[:, 1] if self.n_classes == 2 else probabilities.amax(1)
         return MILOutput(logits=logits[bag_argmax(score, segments)], segments=segments)
 
-    def tile_logits(self, features: Tensor) -> Tensor:
+    def tile_logits(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         """Class scores of the tiles, (N, C)."""
         projection, head = self.classifier
-        return head(projection(features, *self.scale))
+        return head(projection(features, *self.scale, rows=rows))

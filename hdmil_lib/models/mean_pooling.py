@@ -17,11 +17,11 @@ class MeanPooling(MILModel[MILOutput]):
             Projection(in_dim, embed_dim, dropout), nn.Linear(embed_dim, n_classes)
         )
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        logits = bag_mean(self.tile_logits(features), segments)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
+        logits = bag_mean(self.tile_logits(features, rows), segments)
         return MILOutput(logits=logits, segments=segments)
 
-    def tile_logits(self, features: Tensor) -> Tensor:
+    def tile_logits(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         """Class scores of the tiles, (N, C)."""
         projection, head = self.classifier
-        return head(projection(features, *self.scale))
+        return head(projection(features, *self.scale, rows=rows))

@@ -36,8 +36,8 @@ class S4MIL(MILModel[MILOutput]):
         self.sequence = S4DLayer(embed_dim, n_states, dropout)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
-        tiles = self.sequence(self.norm(self.projection(features, *self.scale)), segments)
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
+        tiles = self.sequence(self.norm(self.projection(features, *self.scale, rows=rows)), segments)
         bag = pad(tiles, segments, -torch.inf).amax(1)
         return MILOutput(logits=self.classifier(bag), segments=segments)
 

@@ -59,9 +59,9 @@ class TransMIL(MILModel[MILOutput]):
         self.positions = PositionEncoding(embed_dim)
         self.classifier = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, n_classes))
 
-    def classify(self, features: Tensor, segments: Segments) -> MILOutput:
+    def classify(self, features: Tensor, segments: Segments, rows: Tensor | None = None) -> MILOutput:
         """Classify bags, all bags whose squares have the same size at once."""
-        embeddings = self.projection(features, *self.scale)
+        embeddings = self.projection(features, *self.scale, rows=rows)
         sides = [math.isqrt(length - 1) + 1 for length in segments.lengths]
         logits = embeddings.new_empty(len(sides), self.n_classes)
         attention = embeddings.new_zeros(len(embeddings))

@@ -37,11 +37,12 @@ class JointLearning(Objective):
 
     def loss(self, batch: BagBatch) -> LossTerms:
         inputs = batch.inputs_for(self.model)
-        features, patches = inputs["features"], inputs["patches"]
-        kept_tiles, target = self._select(features, patches, batch.segments)
-        rows, kept = batch.segments.select(kept_tiles)
+        features, rows, patches = inputs["features"], inputs["rows"], inputs["patches"]
+        kept_tiles, target = self._select(features, rows, patches, batch.segments)
+        chosen, kept = batch.segments.select(kept_tiles)
         dmin, settings = self.model.dmin, self.model.dmin.settings
-        terms = dmin.loss(dmin(features[rows], kept), batch.known_labels)
+        output = dmin(features, kept, rows=chosen if rows is None else rows[chosen])
+        terms = dmin.loss(output, batch.known_labels)
         lipn_terms = lipn_loss(
             self.model.lipn(patches),
             target,
@@ -60,11 +61,13 @@ class JointLearning(Objective):
         return [*self.model.dmin.param_groups(), *self.model.lipn.param_groups()]
 
     @torch.no_grad()
-    def _select(self, features: Tensor, patches: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    def _select(
+        self, features: Tensor, rows: Tensor | None, patches: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
         """In evaluation mode, the tiles that LIPN keeps (N,) and DMIN's mask of all tiles (N, C)."""
         self.model.eval()
         kept = self.model.screen(patches, segments).any(1)
-        target = self.model.dmin(features, segments).mask
+        target = self.model.dmin(features, segments, rows=rows).mask
         self.model.train()
         return kept, target
 

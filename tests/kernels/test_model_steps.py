@@ -64,6 +64,7 @@ class Entered(TorchDispatchMode):
 
 
 def make_batch(device):
+    """Three bags, whose features also lie in another order among those of a cohort, as on a GPU."""
     torch.manual_seed(0)
     n = sum(LENGTHS)
     fields = {
@@ -76,7 +77,17 @@ def make_batch(device):
         segments=Segments(LENGTHS, device),
         labels=torch.tensor([0, 1, 1]),
         rows_of=fields.get,
+        **resident(fields["features"]),
     )
+
+
+def resident(features):
+    """The same features where the last bag comes first, with other tiles between."""
+    bags = features.split(LENGTHS)[::-1]
+    others = [torch.full((n, DIM), torch.nan, device=features.device) for n in (4, 2, 1)]
+    starts = np.cumsum([0, *(len(bag) + len(other) for bag, other in zip(bags, others, strict=True))])[:-1]
+    cohort = torch.cat([part for pair in zip(bags, others, strict=True) for part in pair])
+    return {"starts": torch.tensor(starts[::-1].copy()), "cohort": cohort}
 
 
 def make_objective(name, device):

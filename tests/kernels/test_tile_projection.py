@@ -58,6 +58,26 @@ def test_dropout_is_a_function_of_the_seed(device, dropout):
     assert abs(dropped - dropout) < 4 * (dropout * (1 - dropout) / active.sum()) ** 0.5
 
 
+@pytest.mark.parametrize("n_picked", [1, SHARE + 1, TILES + 1])
+def test_tiles_are_read_where_they_lie(device, n_picked):
+    """In any order, more than once, and with the gradient of these tiles alone."""
+    tensors = draw(device, 2 * TILES)
+    rows = torch.randint(2 * TILES, (n_picked,), device=device)
+    assert_equal(tensors, rows=rows, dropout=0.25, seed=3)
+    assert_equal(tensors, rows=rows)
+
+
+def test_a_tile_that_is_projected_again_has_the_same_embedding(device):
+    tensors = draw(device, TILES + 9)
+    rows = torch.randperm(TILES + 9, device=device)
+    options = {"dropout": 0.5, "seed": 7, "backend": "triton"}
+    batch = tile_projection(*tensors, rows=rows, **options)
+    picked = torch.tensor([TILES + 3, 0, 5, 0], device=device)
+    again = tile_projection(*tensors, rows=rows[picked], positions=picked, **options)
+    assert torch.equal(again, batch[picked])
+    assert_equal(tensors, rows=rows[picked], positions=picked, dropout=0.5, seed=7)
+
+
 def test_features_as_they_are_and_no_bias(device):
     features, weight, bias, *_ = draw(device)
     assert_kernel_equals_reference(tile_projection, (features, weight, bias))
@@ -90,7 +110,9 @@ def test_arguments_that_are_not_contiguous(device):
 def test_the_operator_is_registered_correctly(device):
     features, weight, bias, mean, std = draw(device, 5)
     leaves = (features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
-    torch.library.opcheck(_forward, (*leaves, mean, std, 0.25, key(1, device)))
+    positions = torch.arange(9, 4, -1, device=device)
+    for rows, places in ((None, None), (torch.tensor([3, 0, 3], device=device), positions[:3])):
+        torch.library.opcheck(_forward, (*leaves, mean, std, rows, 0.25, key(1, device), places))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import linear
 
 from hdmil_lib.kernels.gated_attention.reference import drop_level
-from hdmil_lib.kernels.random import Seed, bits
+from hdmil_lib.kernels.random import Seed, bits, bits_at
 
 
 def tile_projection(
@@ -17,6 +17,7 @@ def tile_projection(
     std: Tensor | None,
     dropout: float,
     seed: Seed | None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return the embeddings (N, E) that `kernels.tile_projection` describes."""
     number = weight.dtype if mean is None else torch.promote_types(features.dtype, mean.dtype)
@@ -26,9 +27,13 @@ def tile_projection(
     embeddings = linear(features, weight, bias).relu()
     if seed is None:
         return drop(embeddings, dropout, dropout > 0)
-    return embeddings * kept(embeddings, dropout, seed) / (1 - dropout)
+    return embeddings * kept(embeddings, dropout, seed, positions) / (1 - dropout)
 
 
-def kept(like: Tensor, dropout: float, seed: Seed) -> Tensor:
-    """Return which embeddings are kept, by half of the 32 random bits of their position."""
-    return (bits(seed, like.shape, like.device) & 0xFFFF) >= drop_level(dropout)
+def kept(like: Tensor, dropout: float, seed: Seed, positions: Tensor | None) -> Tensor:
+    """Return which embeddings are kept, by half of the 32 random bits of their position and unit."""
+    if positions is None:
+        words = bits(seed, like.shape, like.device)
+    else:
+        words = bits_at(seed, positions, like.shape[1])
+    return (words & 0xFFFF) >= drop_level(dropout)
