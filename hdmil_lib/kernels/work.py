@@ -338,7 +338,7 @@ def _self_distillation_pool_backward(
     large, biases = _size(tanh_weight, gate_weight), _size(tanh_bias, gate_bias)
     copied = sum(_size(t) + 4 * t.numel() for t in (grad_pooled, pooled) if t.element_size() != 4)
     inner = copied + 4 * 4 * pooled.numel()  # two factors are read, the product written and read
-    chunks = tiles // gpu.BACKWARD_TILES + len(offsets) - 1
+    chunks = tiles // gpu.backward_blocks(embeddings.dtype, "sm_90")[0] + len(offsets) - 1
     sums = 4 * chunks * ((2 * branches + 2) * hidden + 2 * branches)
     scores = _size(grad_pooled, grad_logits, grad_mask, logits, mask, *statistics_and_options[:3])
     kernel = scores + 2 * f + h + large + biases + _size(score_weight) + 2 * sums

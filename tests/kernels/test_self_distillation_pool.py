@@ -8,8 +8,10 @@ from test_gated_attention import draw
 from hdmil_lib.kernels import self_distillation_pool
 from hdmil_lib.kernels.random import key
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.kernels.self_distillation_pool.gpu import BACKWARD_TILES, TILES
+from hdmil_lib.kernels.self_distillation_pool.gpu import TILES, backward_blocks
 from hdmil_lib.kernels.self_distillation_pool.op import MAX_BRANCHES, _forward
+
+BACKWARD_TILES, _, _ = backward_blocks(torch.float32, "sm_80")
 
 
 def far_from_the_threshold(tensors, **options):

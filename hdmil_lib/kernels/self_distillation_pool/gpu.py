@@ -31,7 +31,7 @@ from hdmil_lib.kernels.segments import chunks
 from hdmil_lib.kernels.variants import Variant
 
 TILES, BRANCHES, WARPS = pooling.TILES, pooling.BRANCHES, attention.WARPS
-BACKWARD_TILES, BACKWARD_WARPS = 32, 8  # tiles per block and warps per program in the backward pass
+BACKWARD_WARPS = 8  # warps per program in the backward pass
 
 
 @triton.jit
@@ -248,19 +248,19 @@ def backward(
     pooled, logits, mask, offsets, *statistics = saved
     (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, weights[4].shape
     embeddings, number = embeddings.contiguous(), embeddings.dtype
-    table, _ = chunks(offsets, n_tiles, BACKWARD_TILES)
+    tiles, hidden_block, embed_block = backward_blocks(number, target_of(embeddings.device))
+    table, _ = chunks(offsets, n_tiles, tiles)
     inner = (grad_pooled.float() * pooled.float()).sum(-1)
     grad_embeddings = torch.empty_like(embeddings)
     grad_hidden = embeddings.new_empty(n_tiles, 2 * n_hidden)
     partials = torch.empty(len(table), 2 * n_branches + 2, n_hidden, device=embeddings.device)
     bias_partials = torch.empty(len(table), 2 * n_branches, device=embeddings.device)
-    hidden_block, embed_block = backward_blocks(number, target_of(embeddings.device))
     backward_kernel[(len(table),)](
         grad_pooled.to(number).contiguous(), inner, grad_logits.contiguous(), grad_mask.contiguous(),
         embeddings, *(w.contiguous() for w in weights), logits, mask, table, *statistics,
         grad_embeddings, grad_hidden, partials, bias_partials, embed_dim, n_hidden, n_branches,
         *attention.drop_arguments(dropout, key), noise_key, 1 / temperature,
-        BACKWARD_TILES, hidden_block, embed_block, BRANCHES, dropout > 0, noise_key is not None,
+        tiles, hidden_block, embed_block, BRANCHES, dropout > 0, noise_key is not None,
         num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     sums, biases = partials.sum(0), bias_partials.sum(0)
@@ -277,11 +277,11 @@ def backward(
     )
 
 
-def backward_blocks(dtype: torch.dtype, target: str) -> tuple[int, int]:
-    """Return hidden units and embedding dimensions per block: the largest that spill no registers."""
+def backward_blocks(dtype: torch.dtype, target: str) -> tuple[int, int, int]:
+    """Return tiles, hidden units and embedding dimensions per block: the largest that spill no registers."""
     if dtype == torch.float32:
-        return (16, 32) if target == "gfx1100" else (32, 32)
-    return (32, 32) if target == "sm_75" else (32, 64)
+        return 32, 16 if target == "gfx1100" else 32, 32
+    return 64, 32, 32 if target == "sm_75" else 64
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -293,7 +293,7 @@ def variants(target: str) -> Iterator[Variant]:
         grads = ("grad_pooled", "grad_logits", "grad_mask", "grad_embeddings", "grad_hidden")
         sums = ("inner", "largest", "total", "partials", "bias_partials")
         back = dict.fromkeys(grads, number) | dict.fromkeys(sums, "*fp32") | {"fallback": "*i32"}
-        hidden, embed = backward_blocks(dtype, target)
+        tiles, hidden, embed = backward_blocks(dtype, target)
         for dropout in (False, True):
             for noisy in (False, True):
                 key, options = attention.drop_options(dropout)
@@ -303,7 +303,7 @@ def variants(target: str) -> Iterator[Variant]:
                 blocks["EMBED"] = attention.embed_block(dtype, target)
                 types = shared | {"threshold": "fp32"} | pooling.PARTIALS | key
                 yield Variant(forward_kernel, types, blocks | options, WARPS, **matrix)
-                blocks = {"TILES": BACKWARD_TILES, "HIDDEN": hidden, "EMBED": embed}
+                blocks = {"TILES": tiles, "HIDDEN": hidden, "EMBED": embed}
                 yield Variant(
                     backward_kernel, shared | back | key, blocks | options, BACKWARD_WARPS, **matrix
                 )
