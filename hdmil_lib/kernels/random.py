@@ -9,6 +9,9 @@ Seeds are drawn as tensors and never read: a GPU is not waited for, and `torch.c
 changes with every step.
 """
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +36,25 @@ def mix(words: Tensor) -> Tensor:
 
 def key(seed: Seed, device: torch.device | str = "cpu") -> Tensor:
     """Return the word that represents a seed, int32 (): its two halves, hashed one after the other."""
-    if type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling():
-        seed = int(seed)
-    if isinstance(seed, int):  # much faster than operators on tensors with one number
-        word = mix_number(mix_number(seed & WORD) ^ (seed >> 32 & WORD))
+    if on_host(seed):
+        word = word_of(seed)
         return torch.tensor(word - (word >> 31 << 32), dtype=torch.int32).to(device, non_blocking=True)
+    assert isinstance(seed, Tensor)
     low, high = ((half & WORD).to(torch.int32) for half in (seed, seed >> 32))
     return mix(mix(low) ^ high).to(device, non_blocking=True)
+
+
+def on_host(seed: Seed) -> bool:
+    """Whether a seed can be read as a number: much faster than operators on tensors with one number."""
+    if isinstance(seed, int):
+        return True
+    return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def word_of(seed: Seed) -> int:
+    """The word of `key` as a number from 0."""
+    seed = int(seed)
+    return mix_number(mix_number(seed & WORD) ^ (seed >> 32 & WORD))
 
 
 def mix_number(word: int) -> int:
@@ -51,8 +66,27 @@ def mix_number(word: int) -> int:
 
 def bits(seed: Seed, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Return 32 random bits for each element of a contiguous tensor of this shape, int32."""
+    if _counts_on_cpu(seed, device):
+        return torch.from_numpy(_words(seed, shape).view(np.int32))
     places = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device)
     return mix(places ^ key(seed, device)).view(shape)
+
+
+def _counts_on_cpu(seed: Seed, device: torch.device | str) -> bool:
+    """Whether NumPy computes the bits: it has unsigned words, and one operation takes it less time."""
+    return torch.device(device).type == "cpu" and on_host(seed) and not torch.compiler.is_compiling()
+
+
+def _words(seed: Seed, shape: tuple[int, ...]) -> np.ndarray:
+    """`bits` as uint32 on the host."""
+    words = np.arange(math.prod(shape), dtype=np.uint32)
+    words ^= np.uint32(word_of(seed))
+    shifted = words >> 16
+    words ^= shifted
+    for factor in (FIRST, SECOND):
+        words *= np.uint32(factor)
+        words ^= np.right_shift(words, 15, out=shifted)
+    return words.reshape(shape)
 
 
 def bits_at(seed: Seed, rows: Tensor, width: int) -> Tensor:
@@ -71,9 +105,13 @@ def logistic(seed: Seed, like: Tensor) -> Tensor:
         seed: Seed of the samples.
         like: Tensor whose shape and device the samples have; their type is its type, but at least float32.
     """
-    wide = torch.promote_types(like.dtype, torch.float32)
-    middle = shift(bits(seed, like.shape, like.device), 9).to(wide).add_(0.5)
-    return middle.mul_(2**-23).logit_()
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if _counts_on_cpu(seed, like.device):
+        words = _words(seed, like.shape) >> 9
+        uniform = words.astype(np.float64) if wide == torch.float64 else words.astype(np.float32)
+        return torch.from_numpy((uniform + 0.5) * 2**-23).logit_()
+    parts = shift(bits(seed, like.shape, like.device), 9)
+    return parts.to(wide).add_(0.5).mul_(2**-23).logit_()
 
 
 def draw_seed(generator: torch.Generator | None = None) -> Tensor:
