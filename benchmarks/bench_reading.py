@@ -2,13 +2,20 @@
 
     python benchmarks/bench_reading.py [--slide FILE ...] [--repeats N]
 
-The times are CPU time of one thread in milliseconds per tile of 256 x 256 pixels. Three methods take turns
-on the same tiles of a slide: `read_region` of OpenSlide; `Slide.read_field` from stored tiles, none of which
-was decoded before; and the decoder alone, once on each stored tile under these fields, which is the limit of
-any reader. The fields have the scale of the slide; they lie once on the grid of stored tiles and once off it.
-A fourth time is what the host does where a GPU decodes (`TilesOnDevice`): finding and reading the stored
-tiles, in blocks of 256 fields. The decoder is one whose tiles have no pixels. Not in it are nvImageCodec's
-own part on the host, and the launches of some twenty operators per 64 fields, which put these together.
+The times are CPU time of one thread in milliseconds per tile of 256 x 256 pixels. The methods take turns on
+the same tiles of a slide:
+
+- `read_region` of OpenSlide,
+- `Slide.read_field` from stored tiles, none of which was decoded before,
+- the decoder alone, once on each stored tile under these fields, which is the limit of any reader,
+- `Slide.read_field` with a decoder that does nothing: Python, and the copies of pixels, during which other
+  threads run,
+- what the host does where a GPU decodes (`TilesOnDevice`): finding and reading the stored tiles, in blocks of
+  256 fields. The decoder is one whose tiles have no pixels. Not in it are nvImageCodec's own part on the
+  host, and the launches of some twenty operators per 64 fields, which put these together.
+
+The slide is opened within the time, except for the decoder. The fields have the scale of the slide; they lie
+once on the grid of stored tiles and once off it.
 First it is checked that both readers give equal pixels. By default a synthetic slide is read. The results
 are written to `benchmarks/results/reading.json`.
 """
@@ -20,6 +27,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from unittest.mock import patch
@@ -84,6 +92,13 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
             for (x, y), field in zip(corners, cycle(fields), strict=False):
                 yield slide.read_field(x, y, (TILE, TILE), mpp, field)
 
+    def by_python():
+        with Slide(path, (mpp, mpp), reader="stored") as slide:
+            level = replace(slide._stored.levels[0], decode=lambda data, out: None)
+            slide._stored.levels = [level, *slide._stored.levels[1:]]
+            for (x, y), field in zip(corners, cycle(fields), strict=False):
+                yield slide.read_field(x, y, (TILE, TILE), mpp, field)
+
     def by_decoder():
         tiles = StoredTiles.open(path, [(width, height)])
         under = {
@@ -108,7 +123,13 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
     for mine, reference in zip(by_stored(), by_openslide(), strict=True):
         if not (mine == reference).all():
             raise SystemExit(f"{path}: the readers give different pixels")
-    ways = {"openslide": by_openslide, "stored": by_stored, "decoder": by_decoder, "gpu's host": by_gpu_host}
+    ways = {
+        "openslide": by_openslide,
+        "stored": by_stored,
+        "decoder": by_decoder,
+        "python": by_python,
+        "gpu's host": by_gpu_host,
+    }
     times = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():

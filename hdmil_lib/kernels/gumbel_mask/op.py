@@ -37,7 +37,7 @@ def gumbel_mask(
         ValueError: An argument has a wrong shape, type or value, or the backend cannot run here.
     """
     if type(logits) is not Tensor or logits.ndim != 2 or not logits.is_floating_point():
-        check(logits=(logits, "N C"))  # says what is wrong; on small bags it would take as long as an operator
+        check(logits=(logits, "N C"))  # says what is wrong; each time it would take as long as an operator
     check_selection(len(logits), temperature, threshold)
     if use_triton(backend, logits):
         return _forward(logits, None if seed is None else key(seed, logits.device), temperature, threshold)
