@@ -15,6 +15,8 @@ from hdmil_lib.version import __version__
 
 SCHEMA_VERSION = 2
 PATCH_SIZE = 16
+LOOK = "look_"
+"""Prefix of the data sets with features of coarser looks; their side in pixels follows."""
 MAX_CELLS = 2**22
 """Largest number of tiles of a grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any slide."""
 TRIDENT_ATTRS = (
@@ -57,6 +59,7 @@ class Bag:
         patches: The tiles at low resolution, uint8 (N, 16, 16, 3); `None` in bags of other tools.
         encoder: Encoder of the features.
         attrs: Further provenance and geometry, such as mpp_x, patch_size_level0 and min_tissue.
+        looks: Features of coarser looks at the tiles by their side in pixels, (N, D) each, float16 as stored.
     """
 
     slide_id: str
@@ -67,6 +70,7 @@ class Bag:
     patches: np.ndarray | None
     encoder: EncoderIdentity = UNKNOWN
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    looks: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -118,6 +122,8 @@ def write_bag(
     }
     if bag.patches is not None:
         arrays["patches"] = bag.patches
+    for side, values in bag.looks.items():
+        arrays[f"{LOOK}{side}"] = np.asarray(values).astype(np.float16)
     if tile_labels is not None:
         arrays["tile_labels"] = np.asarray(tile_labels, np.float32)
     _check(path, arrays, bag.shape)
@@ -146,7 +152,7 @@ def read_bag(path: str | Path) -> Bag:
     """
     path = Path(path)
     with _open(path) as file:
-        present = [name for name in ("rowcol", "patches") if name in file]
+        present = [name for name in file if name in ("rowcol", "patches") or name.startswith(LOOK)]
         arrays = _read(path, file, ["features", "coords", *present])
         attrs = _attrs(file)
     shape = attrs.pop("shape", None)
@@ -163,6 +169,7 @@ def read_bag(path: str | Path) -> Bag:
         patches=arrays.get("patches"),
         encoder=_encoder(attrs),
         attrs=attrs,
+        looks={int(n.removeprefix(LOOK)): values for n, values in arrays.items() if n.startswith(LOOK)},
     )
 
 
@@ -180,7 +187,7 @@ def read_tile_labels(path: str | Path) -> np.ndarray | None:
 
 
 def bag_info(path: str | Path) -> dict[str, Any]:
-    """Attributes of a bag, `n_tiles` and `dim`, without reading its arrays.
+    """Attributes of a bag, `n_tiles`, `dim` and the sides of its `looks`, without reading its arrays.
 
     Raises:
         BagError: The file is missing, damaged or not a bag.
@@ -190,7 +197,8 @@ def bag_info(path: str | Path) -> dict[str, Any]:
         if "features" not in file or file["features"].ndim != 2:
             raise BagError(f"{path}: holds no features (N, D). {_REMEDY}")
         n_tiles, dim = file["features"].shape
-        return _attrs(file) | {"n_tiles": n_tiles, "dim": dim}
+        looks = [int(name.removeprefix(LOOK)) for name in file if name.startswith(LOOK)]
+        return _attrs(file) | {"n_tiles": n_tiles, "dim": dim, "looks": looks}
 
 
 def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:

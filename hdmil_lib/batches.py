@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hdmil_lib import devices
-from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
+from hdmil_lib.bags import LOOK, Bag, EncoderIdentity, check_same_features
 from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.kernels.segments import Segments, to_device
 
@@ -77,6 +77,23 @@ class BagBatch:
         """Patches, uint8 (N, 16, 16, 3); `None` unless all bags have them."""
         return self.rows_of("patches")
 
+    def look(self, side: int) -> Tensor:
+        """Features (N, D) of the tiles at `side` pixels along each side.
+
+        Raises:
+            BagError: A bag of the data set has none.
+        """
+        name = f"{LOOK}{side}"
+        if name not in self.__dict__:
+            rows = self.rows_of(name)
+            if rows is None:
+                raise BagError(
+                    f"bag {self.slide_ids[0]} has no look of {side} pixels; extract its slide with "
+                    f"`--look {side}`"
+                )
+            self.__dict__[name] = rows if rows.is_cuda else rows.float()
+        return self.__dict__[name]
+
     @cached_property
     def rowcol(self) -> Tensor:
         """Position of the tiles on their slide's grid, int64 (N, 2), on the host, where regions are made."""
@@ -106,10 +123,12 @@ class BagBatch:
             BagError: The model needs patches, which the bags do not have.
         """
         reads = "rows" in model.inputs and self.cohort is not None
-        inputs = {
-            name: self.cohort if name == "features" and reads else getattr(self, name)
-            for name in model.inputs
-        }
+        inputs: dict[str, Any] = {}
+        for name in model.inputs:
+            if name.startswith(LOOK):
+                inputs["looks"] = self.look(int(name.removeprefix(LOOK)))
+            else:
+                inputs[name] = self.cohort if name == "features" and reads else getattr(self, name)
         if "patches" in inputs and self.patches is None:
             raise BagError(
                 f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide "
@@ -160,6 +179,10 @@ class BagDataset:
             "features": torch.from_numpy(np.concatenate([bag.features for bag in chosen])),
             "rowcol": torch.from_numpy(np.concatenate([bag.rowcol for bag in chosen])),
         }
+        for side in set.intersection(*(set(bag.looks) for bag in chosen)):
+            self._matrices[f"{LOOK}{side}"] = torch.from_numpy(
+                np.concatenate([b.looks[side] for b in chosen])
+            )
         if len(patches) == len(chosen):
             self._matrices["patches"] = torch.from_numpy(np.concatenate(patches))
         self._place(devices.resolve(device))
@@ -186,8 +209,8 @@ class BagDataset:
         if device.type != "cuda":
             return
         self._host = dict(self._matrices)
-        for field in ("features", "patches"):
-            if (rows := self._matrices.get(field)) is None:
+        for field, rows in self._matrices.items():
+            if field in HOST_FIELDS:
                 continue
             if rows.nbytes < devices.free_memory(device) / 2:
                 self.resident[field] = rows.to(device)
@@ -253,11 +276,11 @@ class BagDataset:
             if current is not None:
                 computing.wait_stream(copying)  # its own copies; those of the next batch start below
                 for field in moved:
-                    getattr(current, field).record_stream(computing)
+                    _field(current, field).record_stream(computing)
             if following is not None:
                 with torch.cuda.stream(copying):
                     for field in moved:
-                        getattr(following, field)
+                        _field(following, field)
             if current is not None:
                 yield current
 
@@ -299,6 +322,11 @@ class BagDataset:
         for here, part in zip(taken.split([len(part) for part in parts]), parts, strict=True):
             here.copy_(part, non_blocking=True)
         return taken
+
+
+def _field(batch: BagBatch, name: str) -> Tensor:
+    """A field of a batch by its name among the matrices of a data set."""
+    return batch.look(int(name.removeprefix(LOOK))) if name.startswith(LOOK) else getattr(batch, name)
 
 
 def _check(slide_id: str, bag: Bag) -> None:

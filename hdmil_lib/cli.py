@@ -23,6 +23,10 @@ Decoder = Annotated[
     typer.Option(help="What decodes JPEG tiles; auto is the GPU, where `pip install hdmil[gpu]` was done."),
 ]
 Devices = Annotated[str, typer.Option(help="auto (all GPUs), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")]
+Looks = Annotated[
+    list[int],
+    typer.Option(help="Side in pixels of a coarser look at each tile: 64 is 2 um/px; can be repeated."),
+]
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -67,15 +71,36 @@ def _options(
 def samples(
     cohort: Annotated[str, typer.Option(help="camelyon-mini, nsclc-mini or brca-mini.")] = "camelyon-mini",
     fast: Annotated[bool, typer.Option("--fast", help="A few slides only.")] = False,
+    tiles: Annotated[
+        Path | None, typer.Option(help="Folder of labeled tiles of which slides are composed instead.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="With --tiles: camelyon or nsclc, which the tiles must give.")
+    ] = None,
+    n_slides: Annotated[int, typer.Option(min=12, help="With --tiles: number of slides.")] = 480,
+    look: Looks = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
-    """Prepare the slides and bags of a synthetic cohort, and a real sample slide, in the cache."""
+    """Prepare the slides and bags of a synthetic cohort, and a real sample slide, in the cache.
+
+    With --tiles, slides are composed of the tiles of PatchCamelyon (folders 0 and 1), NCT-CRC-HE or LC25000:
+    real texture, known content, neighbors that never met. Training and test slides share no tile.
+    """
     from hdmil_lib.config import is_fast, setup
     from hdmil_lib.slides.sample import sample_slide
-    from hdmil_lib.synthetic.cohorts import prepare_cohort
 
     setup()
-    prepared = prepare_cohort(cohort, fast=fast or is_fast(), device=device)
+    if tiles is not None:
+        from hdmil_lib.synthetic.composed import compose_cohort
+
+        prepared = compose_cohort(tiles, like=like, n_slides=n_slides, looks=look, device=device)
+        typer.echo(f"composed of {tiles}: {len(prepared)} slides, {' / '.join(prepared.classes)}")
+        typer.echo(f"  labels  {prepared.root / 'cohort.csv'}")
+        typer.echo(f"  bags    {prepared.bag_dir}")
+        return
+    from hdmil_lib.synthetic.cohorts import prepare_cohort
+
+    prepared = prepare_cohort(cohort, fast=fast or is_fast(), looks=look, device=device)
     typer.echo(f"{cohort} (synthetic): {len(prepared)} slides, {' / '.join(prepared.classes)}")
     typer.echo(f"  labels  {prepared.root / 'cohort.csv'}")
     typer.echo(f"  bags    {prepared.bag_dir}")
@@ -107,6 +132,7 @@ def extract(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Tiles per encoder call; by default chosen for the device.")
     ] = None,
+    look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
@@ -122,7 +148,7 @@ def extract(
         options["int8_tiles"] = extraction.spread_tiles(paths[:8], mpp=mpp)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(paths, copies, out, mpp=mpp, batch_size=batch_size)
+    report = extraction.extract(paths, copies, out, mpp=mpp, batch_size=batch_size, looks=look)
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")

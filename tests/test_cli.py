@@ -355,7 +355,7 @@ def test_samples_names_what_it_prepared(monkeypatch, work):
     asked = []
     monkeypatch.setattr(
         "hdmil_lib.synthetic.cohorts.prepare_cohort",
-        lambda name, fast, device: asked.append((name, fast, device)) or cohort,
+        lambda name, fast, looks, device: asked.append((name, fast, device)) or cohort,
     )
     monkeypatch.setattr("hdmil_lib.slides.sample.sample_slide", lambda: Path("CMU-1-Small-Region.svs"))
     text = hdmil("samples", "--cohort", "nsclc-mini", "--fast")
@@ -536,7 +536,7 @@ def test_arguments_that_name_nothing(work, monkeypatch, arguments, named):
 
 def test_every_command_that_computes_refuses_a_device_that_is_not_there(work, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "hdmil_lib.synthetic.cohorts.prepare_cohort", lambda name, fast, device: resolve(device)
+        "hdmil_lib.synthetic.cohorts.prepare_cohort", lambda name, fast, looks, device: resolve(device)
     )
     monkeypatch.setattr("hdmil_lib.encoders.loading.load_encoder", lambda name, device, **_: resolve(device))
     held_out = ("--cohort", work / "cohort.csv", "--bags", work / "bags")

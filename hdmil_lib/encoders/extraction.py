@@ -159,6 +159,7 @@ def extract_slide(
     mpp: float | tuple[float, float] | None = None,
     batch_size: int | None = None,
     min_tissue: float = 0.25,
+    looks: Sequence[int] = (),
     tile_labels: TileLabels | None = None,
     progress: bool = False,
 ) -> Bag:
@@ -171,6 +172,7 @@ def extract_slide(
         mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
+        looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
         tile_labels: Function that gives the share of tumor in each tile, stored for teaching and evaluation.
         progress: Whether a bar is shown.
 
@@ -185,6 +187,7 @@ def extract_slide(
         grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
+        coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
         attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
@@ -198,6 +201,7 @@ def extract_slide(
             patches=grid.patches,
             encoder=EncoderIdentity(encoder.name, encoder.weights_hash),
             attrs=attrs,
+            looks=coarse,
         )
         write_bag(out_path, bag, labels)
     return read_bag(out_path)
@@ -211,6 +215,7 @@ def extract(
     mpp: float | tuple[float, float] | None = None,
     batch_size: int | None = None,
     min_tissue: float = 0.25,
+    looks: Sequence[int] = (),
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -228,6 +233,7 @@ def extract(
         mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
+        looks: Further sides at which each tile is encoded; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
         progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
@@ -258,7 +264,7 @@ def extract(
     def run(path: Path, own: "Encoder") -> tuple[str, int]:
         out_path = out / f"{path.stem}.h5"
         if out_path.is_file() and not overwrite:
-            return "skipped", _check_made_by(out_path, _settings(own, min_tissue) | _given_scale(mpp))
+            return "skipped", _check_made_by(out_path, _settings(own, min_tissue) | _given_scale(mpp), looks)
         bag = extract_slide(
             path,
             own,
@@ -266,6 +272,7 @@ def extract(
             mpp=mpp,
             batch_size=batch_size,
             min_tissue=min_tissue,
+            looks=looks,
             tile_labels=tile_labels,
             progress=progress and len(encoders) == 1,
         )
@@ -468,8 +475,8 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
     }
 
 
-def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
-    """Number of tiles of a bag; raises a BagError unless it was made with the wanted settings."""
+def _check_made_by(path: Path, wanted: dict[str, Any], looks: Sequence[int]) -> int:
+    """Number of tiles of a bag; raises a BagError unless it was made with the wanted settings and looks."""
     info = {"decoder": "cpu"} | bag_info(path)  # bags of version 0.2.0 do not say so
     for key, value in wanted.items():
         if info.get(key) != value:
@@ -477,6 +484,11 @@ def _check_made_by(path: Path, wanted: dict[str, Any]) -> int:
                 f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
                 "another folder, or delete the bag to extract the slide again."
             )
+    if missing := set(looks) - set(info["looks"]):
+        raise BagError(
+            f"{path}: already there, but without a look of {min(missing)} pixels. Use another folder, or "
+            "delete the bag to extract the slide again."
+        )
     return info["n_tiles"]
 
 

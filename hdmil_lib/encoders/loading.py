@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,6 +69,7 @@ class Encoder:
         weights_hash: str,
         run: OpenVINOEngine | TorchEngine,
         decoder: Literal["cpu", "nvjpeg"] = "cpu",
+        load: "Callable[[int], Encoder] | None" = None,
     ):
         self.spec = spec
         self.name, self.dim, self.input_size = spec.name, spec.dim, spec.input_size
@@ -74,7 +77,8 @@ class Encoder:
         self.engine, self.precision, self.device = run.name, run.precision, run.device
         self.batch_size = 256 if run.device.type == "cuda" else 32
         self.decoder = decoder
-        self._run = run
+        self._run, self._load = run, load
+        self._others: dict[int, Encoder] = {}
 
     def __call__(self, tiles: np.ndarray | Tensor) -> np.ndarray:
         """Encode tiles.
@@ -99,6 +103,23 @@ class Encoder:
             return self._run(_fit_on_device(tiles, self.spec.resize, self.input_size))
         return self._run(_fit(np.asarray(tiles), self.spec.resize, self.input_size))
 
+    def at(self, side: int) -> "Encoder":
+        """The same network for images of another side, in pixels; kept after the first call.
+
+        Raises:
+            HDMILError: The network takes images of one size only.
+        """
+        if side == self.input_size:
+            return self
+        if self._load is None or self.spec.pool != "mean":
+            raise HDMILError(
+                f"The encoder {self.name!r} takes images of {self.input_size} pixels only; for a second look "
+                "take efficientnet_lite0."
+            )
+        if side not in self._others:
+            self._others[side] = self._load(side)
+        return self._others[side]
+
     def to(self, device: str | torch.device) -> "Encoder":
         """A copy on another device with a network of its own, so that several GPUs can encode at once.
 
@@ -114,7 +135,9 @@ class Encoder:
             )
         target = devices.resolve(device)
         decoder = _choose_decoder(self.decoder if target.type == "cuda" else "cpu", target)
-        other = Encoder(self.spec, self.weights_hash, self._run.to(target), decoder)
+        load = self._load
+        resized = None if load is None else lambda side: load(side).to(target)
+        other = Encoder(self.spec, self.weights_hash, self._run.to(target), decoder, resized)
         if self._run.compiled:
             other.compile()
         return other
@@ -174,8 +197,22 @@ def load_encoder(
     if name not in ENCODERS:
         known = ", ".join(ENCODERS)
         raise HDMILError(f"Unknown encoder {name!r}{nearest(name, ENCODERS)}; known are {known}.")
-    spec = ENCODERS[name]
-    device = devices.resolve(device)
+    options: dict[str, Any] = {"precision": precision, "int8_tiles": int8_tiles, "compiled": compiled}
+    return _load(ENCODERS[name], devices.resolve(device), engine, stain, decoder, **options)
+
+
+def _load(
+    spec: EncoderSpec,
+    device: torch.device,
+    engine: str,
+    stain: StainTransform | None,
+    decoder: str,
+    *,
+    precision: Literal["auto", "fp32", "bf16", "int8"],
+    int8_tiles: np.ndarray | None,
+    compiled: bool,
+) -> Encoder:
+    """As `load_encoder`, for any specification."""
     engine = _choose_engine(engine, device)
     if compiled and engine != "torch":
         raise HDMILError(COMPILES_ITSELF)
@@ -194,9 +231,14 @@ def load_encoder(
         fuse_batch_norms(network)
 
     def start(precision: Precision) -> Encoder:
+        def resized(side: int) -> Encoder:
+            other = replace(spec, resize=side, input_size=side)
+            options: dict[str, Any] = {"precision": precision, "int8_tiles": int8_tiles, "compiled": compiled}
+            return _load(other, device, engine, stain, decoder, **options)
+
         if engine == "openvino":
-            return Encoder(spec, digest, OpenVINOEngine(model_path, precision), reading)
-        return Encoder(spec, digest, TorchEngine(network, device, precision), reading)
+            return Encoder(spec, digest, OpenVINOEngine(model_path, precision), reading, resized)
+        return Encoder(spec, digest, TorchEngine(network, device, precision), reading, resized)
 
     encoder = start("fp32" if precision == "auto" else precision)
     if precision == "auto" and has_fast_bf16(device):
@@ -250,7 +292,9 @@ def _converted(spec: EncoderSpec, stain: StainTransform | None) -> tuple[str, Pa
     record_path = folder / f"{spec.name}{normalized}-{versions}.json"
 
     def model_path(digest: str) -> Path:
-        return folder / f"{spec.name}-{digest}-{versions}.xml"
+        usual = ENCODERS[spec.name].input_size
+        size = "" if spec.input_size == usual else f"-{spec.input_size}px"
+        return folder / f"{spec.name}{size}-{digest}-{versions}.xml"
 
     source = weights_source(spec)
     digest = _recorded_hash(record_path, source)

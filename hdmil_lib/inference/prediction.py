@@ -40,7 +40,8 @@ class Prediction:
             read.
         mask: Tiles kept for each branch, bool (N, C): LIPN's selection of tiles to read or, if all tiles were
             read, DMIN's selection of tiles to pool.
-        seconds: Wall time of each stage: thumbnail, lipn, crop, features, dmin, and total.
+        seconds: Wall time of each stage: thumbnail, lipn, look (of a model that has a second look), crop,
+            features, dmin, and total.
         thumbnail: The slide at 8 um/px, uint8 (H, W, 3); composed of the patches for a bag.
         broken: Rows of tiles that could not be read, int64; the prediction is from the other tiles.
     """

@@ -24,6 +24,8 @@ from hdmil_lib.storage import readable, write_table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hdmil_lib.encoders.loading import Encoder
+
 COUNTS = ("n_tiles", "n_read", "n_broken")
 
 
@@ -95,6 +97,10 @@ def predict_slide(
             with stage(seconds, "lipn"):
                 mask = _screen(model, grid.patches)
             rows = np.flatnonzero(mask.any(axis=1))
+            if model.look is not None:
+                with stage(seconds, "look"):
+                    mask = look_again(model, slide, grid, mask, encoder, n_readers=n_readers)
+                rows = np.flatnonzero(mask.any(axis=1))
         features = encode_tiles(
             slide, grid, rows, encoder, n_readers=n_readers, strict=strict, seconds=seconds, progress=progress
         )
@@ -131,8 +137,13 @@ def predict_bag(
     seconds: dict[str, float] = {}
     with running_on(model, device), stage(seconds, "total"):
         features = torch.from_numpy(np.asarray(bag.features, dtype=np.float32)).to(model.device)
-        patches = None if all_tiles else torch.from_numpy(bag.known_patches).to(model.device)
-        output = model(features, patches, all_tiles=all_tiles)
+        given: dict[str, Any] = {"patches": None}
+        if not all_tiles:
+            given["patches"] = torch.from_numpy(bag.known_patches).to(model.device)
+            if model.look is not None and model.look.side in bag.looks:
+                looks = np.asarray(bag.looks[model.look.side], dtype=np.float32)
+                given["looks"] = torch.from_numpy(looks).to(model.device)
+        output = model(features, **given, all_tiles=all_tiles)
     return Prediction(
         slide_id=bag.slide_id,
         classes=model.classes,
@@ -302,6 +313,26 @@ def _screen(model: HDMIL, patches: np.ndarray) -> np.ndarray:
     """LIPN's mask, bool (N, C)."""
     on_device = torch.from_numpy(patches).to(model.device)
     return model.screen(on_device, Segments([len(patches)], model.device)).cpu().numpy()
+
+
+def look_again(
+    model: HDMIL, slide: Slide, grid: TileGrid, mask: np.ndarray, encoder: "Encoder", *, n_readers: int
+) -> np.ndarray:
+    """LIPN's mask after the second look, bool (N, C).
+
+    Tiles that LIPN does not keep are not looked at. One whose look is damaged passes, so that it is reported
+    where it is read in full.
+    """
+    assert model.look is not None
+    rows = np.flatnonzero(mask.any(axis=1))
+    coarse, own = grid.at(model.look.side), encoder.at(model.look.side)
+    features = encode_tiles(slide, coarse, rows, own, n_readers=n_readers, strict=False)
+    logits = torch.full((len(grid),), torch.inf, device=model.device)
+    whole = ~np.isnan(features).all(axis=1)
+    seen = torch.from_numpy(rows[whole]).to(model.device)
+    logits[seen] = model.look(torch.from_numpy(features[whole]).to(model.device))
+    given = torch.from_numpy(mask).to(model.device)
+    return model.look_again(logits, given, Segments([len(grid)], model.device)).cpu().numpy()
 
 
 def _classify(

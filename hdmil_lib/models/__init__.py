@@ -16,6 +16,7 @@ from hdmil_lib.models.hdmil import HDMIL, HDMILOutput
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.lipn import LIPN
+from hdmil_lib.models.look import LookSettings, SecondLook
 from hdmil_lib.models.mambamil import MambaMIL
 from hdmil_lib.models.max_pooling import MaxPooling
 from hdmil_lib.models.mean_pooling import MeanPooling
@@ -39,6 +40,7 @@ __all__ = [
     "DMINSettings",
     "HDMILOutput",
     "LossTerms",
+    "LookSettings",
     "LossWeights",
     "MILModel",
     "MILOutput",
@@ -46,6 +48,7 @@ __all__ = [
     "MaxPooling",
     "MeanPooling",
     "ModelInfo",
+    "SecondLook",
     "TransMIL",
     "create_model",
 ]

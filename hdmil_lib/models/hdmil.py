@@ -5,12 +5,13 @@ from collections.abc import Generator, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hdmil_lib import devices
+from hdmil_lib.bags import LOOK
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
 from hdmil_lib.kernels.segments import Segments
@@ -19,6 +20,8 @@ from hdmil_lib.models.base import MILOutput, bags_of
 from hdmil_lib.models.dmin import DMIN
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN, keep_mask
+from hdmil_lib.models.look import SecondLook
+from hdmil_lib.models.ragged import bag_argmax
 
 if TYPE_CHECKING:  # modules of higher layers; the methods that use them import them
     import pandas as pd
@@ -60,10 +63,15 @@ class HDMIL(nn.Module):
     synthetic slides that is less accurate (notebook 06). With `all_tiles=True` LIPN is not used and DMIN
     reads every tile, which is the paper's HDMIL†.
 
+    With a second look, which is not in the paper, the tiles that LIPN selects are first seen coarsely by the
+    encoder, and only those that `look` scores above its threshold are read in full.
+
     Args:
         dmin: Trained classifier.
         lipn: Pre-screening network trained for `dmin`.
         thresholds: Thresholds on LIPN's sigmoid, one number or one per branch; DMIN's gamma by default.
+        look: Second look trained for `dmin`; `None` for none, as in the paper.
+        look_threshold: Threshold on the sigmoid of the second look.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
         pooling: Network whose selection a branch pools: "dmin" or, as published, "lipn".
         trained_thresholds: Thresholds chosen in training, if they differ from `thresholds`.
@@ -78,10 +86,11 @@ class HDMIL(nn.Module):
             `info` does not fit.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("features", "rows", "patches")
+    inputs: tuple[str, ...] = ("features", "rows", "patches")
     thresholds: Tensor
     trained_thresholds: Tensor
     margin: Tensor
+    look_threshold: Tensor
 
     def __init__(
         self,
@@ -89,6 +98,8 @@ class HDMIL(nn.Module):
         lipn: LIPN,
         *,
         thresholds: float | Sequence[float] | Tensor | None = None,
+        look: SecondLook | None = None,
+        look_threshold: float = 0.5,
         margin: float = math.inf,
         pooling: Pooling = "dmin",
         trained_thresholds: float | Sequence[float] | Tensor | None = None,
@@ -103,8 +114,17 @@ class HDMIL(nn.Module):
             raise ValueError(f"pooling is {pooling!r}, expected 'dmin' or 'lipn'")
         if not margin > 0:
             raise ValueError(f"margin is {margin}, expected more than 0")
+        if not 0 <= look_threshold <= 1:
+            raise ValueError(f"look_threshold is {look_threshold}, expected a number from 0 to 1")
+        if look is not None and look.settings.in_dim != dmin.in_dim:
+            raise ValueError(
+                f"look takes {look.settings.in_dim} features, dmin {dmin.in_dim}: both read one encoder"
+            )
         chosen = dmin.settings.threshold if thresholds is None else thresholds
-        self.dmin, self.lipn, self.pooling, self.info = dmin, lipn, pooling, info
+        self.dmin, self.lipn, self.look, self.pooling, self.info = dmin, lipn, look, pooling, info
+        if look is not None:
+            self.inputs = (*self.inputs, f"{LOOK}{look.side}")
+            self.register_buffer("look_threshold", torch.tensor(float(look_threshold)))
         self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
         trained = chosen if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
@@ -124,6 +144,7 @@ class HDMIL(nn.Module):
         segments: Segments | None = None,
         *,
         rows: Tensor | None = None,
+        looks: Tensor | None = None,
         all_tiles: bool = False,
     ) -> HDMILOutput:
         """Run two-stage inference on bags.
@@ -133,6 +154,7 @@ class HDMIL(nn.Module):
             patches: The same tiles at 8 um/px, uint8 (N, 16, 16, 3); `None` only with `all_tiles`.
             segments: The B bags; `None` for one bag.
             rows: Rows of the features of these tiles, int64 (N,); `None` for all in their order.
+            looks: Features of the tiles at the side of the second look, (N, D), for a model that has one.
             all_tiles: Whether DMIN reads every tile and LIPN is not used (HDMIL†).
 
         Raises:
@@ -157,6 +179,13 @@ class HDMIL(nn.Module):
             n_patches = 0 if patches is None else len(patches)
             raise BagError(f"there are {n_patches} patches and {n_tiles} rows of features: a tile needs both")
         mask = self.screen(patches, segments)
+        if self.look is not None:
+            if looks is None or len(looks) != n_tiles:
+                raise BagError(
+                    f"there are {0 if looks is None else len(looks)} looks of {self.look.side} pixels for "
+                    f"{n_tiles} tiles; extract the slide with `--look {self.look.side}`"
+                )
+            mask = self.look_again(self.look(looks), mask, segments)
         read = mask.any(1)
         chosen, kept = segments.select(read)
         output = self.dmin(
@@ -178,6 +207,24 @@ class HDMIL(nn.Module):
     def screen(self, patches: Tensor, segments: Segments) -> Tensor:
         """Tiles that LIPN keeps for each branch, bool (N, C), given their patches, uint8 (N, 16, 16, 3)."""
         return keep_mask(self.lipn_logits(patches), self.thresholds, segments)
+
+    def look_again(self, logits: Tensor, mask: Tensor, segments: Segments) -> Tensor:
+        """Tiles that LIPN and the second look keep for each branch, bool (N, C).
+
+        If the look keeps none of a bag's tiles, the one of highest score among LIPN's is kept.
+
+        Args:
+            logits: Logits of the second look, (N,); those of tiles that LIPN does not keep are ignored.
+            mask: LIPN's selection, bool (N, C).
+            segments: The B bags.
+        """
+        shown = mask.any(1)
+        scores = logits.sigmoid().masked_fill(~shown, -1.0)
+        passed = scores > self.look_threshold
+        n_kept = scores.new_zeros(segments.n_bags).index_add(0, segments.bag, passed.to(scores.dtype))
+        best = bag_argmax(scores, segments)
+        passed = passed.index_put((best,), passed[best] | (n_kept == 0))
+        return mask & passed[:, None]
 
     def lipn_logits(self, patches: Tensor) -> Tensor:
         """LIPN's logits P, float32 (N, C), of patches uint8 (N, 16, 16, 3) on the model's device.
@@ -204,6 +251,7 @@ class HDMIL(nn.Module):
         self,
         *,
         thresholds: float | Sequence[float] | Tensor | None = None,
+        look_threshold: float | None = None,
         margin: float | None = None,
         pooling: Pooling | None = None,
     ) -> "HDMIL":
@@ -211,6 +259,7 @@ class HDMIL(nn.Module):
 
         Args:
             thresholds: Thresholds on LIPN's sigmoid, one number or one per branch.
+            look_threshold: Threshold on the sigmoid of the second look.
             margin: Lead in log odds at which `stream` stops; infinite to read everything.
             pooling: Network whose selection a branch pools.
         """
@@ -218,6 +267,10 @@ class HDMIL(nn.Module):
             self.dmin,
             self.lipn,
             thresholds=self.thresholds if thresholds is None else thresholds,
+            look=self.look,
+            look_threshold=float(getattr(self, "look_threshold", 0.5))
+            if look_threshold is None
+            else look_threshold,
             margin=float(self.margin) if margin is None else margin,
             pooling=pooling or self.pooling,
             trained_thresholds=self.trained_thresholds,
@@ -225,6 +278,9 @@ class HDMIL(nn.Module):
         )
         other.decoder, other._encoder, other._loaded = self.decoder, self._encoder, self._loaded
         return other.to(self.device)
+
+    def _look_threshold(self) -> float:
+        return 0.5 if self.look is None else float(self.look_threshold)
 
     def replica(self) -> "HDMIL":
         """A copy with networks of its own, for another device; the encoder is shared if it was set."""

@@ -18,6 +18,7 @@ from hdmil_lib.errors import CheckpointError
 from hdmil_lib.models.dmin import DMIN, DMINSettings
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN
+from hdmil_lib.models.look import LookSettings, SecondLook
 from hdmil_lib.schema import Schema, read_schema, to_json
 from hdmil_lib.storage import write_json, write_whole
 
@@ -52,6 +53,8 @@ def save(model: "HDMIL", folder: Path) -> None:
         "info": to_json(info),
         "dmin": to_json(model.dmin.settings),
     }
+    if model.look is not None:
+        config["look"] = to_json(model.look.settings)
     config["config_sha256"] = _digest(config)
     folder.mkdir(parents=True, exist_ok=True)
     _finish_interrupted(folder)
@@ -76,12 +79,21 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
     with torch.device("meta"):
         dmin = DMIN(**dict(config.dmin))
         lipn = LIPN(dmin.n_classes)
+        look = None if config.look is None else SecondLook(**dict(config.look))
         thresholds, margin = torch.empty(dmin.n_classes), torch.empty(())
     expected = {f"dmin.{key}": tensor for key, tensor in dmin.state_dict().items()}
     expected |= {f"lipn.{key}": tensor for key, tensor in lipn.state_dict().items()}
     expected |= {"thresholds": thresholds, "trained_thresholds": thresholds, "margin": margin}
+    networks: list[tuple[str, torch.nn.Module]] = [("dmin.", dmin), ("lipn.", lipn)]
+    options: dict[str, Any] = {}
+    if look is not None:
+        networks.append(("look.", look))
+        expected |= {f"look.{key}": tensor for key, tensor in look.state_dict().items()}
+        expected["look_threshold"] = margin
     tensors = _tensors(folder / WEIGHTS, expected)
-    for part, network in (("dmin.", dmin), ("lipn.", lipn)):
+    if look is not None:
+        options = {"look": look, "look_threshold": float(tensors["look_threshold"])}
+    for part, network in networks:
         state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
         network.load_state_dict(state, assign=True)
     try:
@@ -93,6 +105,7 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
             margin=float(tensors["margin"]),
             pooling=config.pooling,
             info=config.info,
+            **options,
         )
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}; {AGAIN}") from error
@@ -154,7 +167,7 @@ def _file_digest(path: Path) -> str:
 
 def _digest(config: Mapping[str, Any]) -> str:
     """Hash of a configuration without its own hash."""
-    content = {key: value for key, value in config.items() if key != "config_sha256"}
+    content = {key: value for key, value in config.items() if key != "config_sha256" and value is not None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -197,6 +210,7 @@ class _Config(Schema):
     config_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     info: ModelInfo
     dmin: DMINSettings
+    look: LookSettings | None = None
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -216,6 +230,13 @@ def _download(name: str, revision: str | None) -> Path:
             "the name, the connection, and `hf auth login` for private models"
         ) from error
     return folder
+
+
+def _look(model: "HDMIL") -> str:
+    if model.look is None:
+        return "none"
+    threshold = float(model.look_threshold)
+    return f"{model.look.side} px per tile, threshold {threshold:.4f}; not in the paper"
 
 
 def _card(model: "HDMIL", info: ModelInfo) -> str:
@@ -247,6 +268,7 @@ print(model.predict("slide.svs"))
 | trained on | {info.cohort or "not said"} |
 | features | {info.encoder} (weights {info.encoder_weights}) |
 | tiles | {info.tile_size} px at {info.tile_mpp} um/px |
+| second look | {_look(model)} |
 | thresholds of LIPN | {", ".join(f"{t:.4f}" for t in model.thresholds.tolist())} |
 | margin of `stream` | {margin} |
 | license | {info.license or "not said"} |

@@ -1,7 +1,7 @@
 """The grid of tiles of a slide, each paired with the low-resolution patch of the same tissue."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,8 +106,12 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.coords)
 
+    def at(self, side: int) -> "TileGrid":
+        """The same tiles, read with `side` pixels along each side: a coarser look at the same tissue."""
+        return replace(self, tile_size=side, mpp=self.mpp * self.tile_size / side)
+
     def read_tile(self, slide: Slide, i: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Read tile i at full resolution, uint8 (tile_size, tile_size, 3), into `out` if given.
+        """Read tile i at the grid's scale, uint8 (tile_size, tile_size, 3), into `out` if given.
 
         Raises:
             SlideError: The file is damaged in this tile.
@@ -118,7 +122,7 @@ class TileGrid:
     def read_tiles(
         self, slide: Slide, rows: Sequence[int] | np.ndarray, decoder: "NvImageCodec"
     ) -> "tuple[Tensor, dict[int, SlideError]]":
-        """Read many tiles at full resolution on a GPU; see `Slide.read_fields`.
+        """Read many tiles at the grid's scale on a GPU; see `Slide.read_fields`.
 
         Returns:
             RGB pixels on the GPU, uint8 (n, tile_size, tile_size, 3), in the order of `rows`, and the errors

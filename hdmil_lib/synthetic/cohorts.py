@@ -1,6 +1,7 @@
 """Synthetic cohorts with their bags: drawn and encoded in the cache, or the small one in the repository."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from hdmil_lib.cohort import Cohort
@@ -23,6 +24,7 @@ def prepare_cohort(
     n_slides: int | None = None,
     seed: int = 0,
     encoder: str = DEFAULT_ENCODER,
+    looks: Sequence[int] = (),
     workers: int | None = None,
     device: str = "auto",
     progress: bool = True,
@@ -40,6 +42,7 @@ def prepare_cohort(
         n_slides: Number of slides; None takes the preset's.
         seed: Seed of the slides: another seed gives new draws from the same population.
         encoder: Name of an encoder in `ENCODERS`.
+        looks: Further sides, in pixels, at which each tile is encoded; see `extract_slide`.
         workers: Number of processes that draw slides; None starts one per core.
         device: Device of the encoder, as `devices.resolve` takes it.
         progress: Show progress bars.
@@ -63,11 +66,11 @@ def prepare_cohort(
     table = synthesize_cohort(preset, folder / "slides", n_slides, seed, progress, workers)
     slide_paths = table["path"].tolist()
     table["path"] = [f"slides/{Path(path).name}" for path in slide_paths]
-    bag_dir = folder / "bags" / encoder
+    bag_dir = folder / "bags" / "-".join([encoder, *(f"look{side}" for side in looks)])
     cohort = Cohort(table, preset.classes, folder, bag_dir)
     cohort.to_csv(folder / "cohort.csv")
     loaded = load_encoder(encoder, device=device)
-    report = extract(slide_paths, loaded, bag_dir, tile_labels=tile_labels, progress=progress)
+    report = extract(slide_paths, loaded, bag_dir, looks=looks, tile_labels=tile_labels, progress=progress)
     failed = report.loc[report["status"] == "failed"]
     if len(failed):
         names, error = failed["slide_id"].tolist(), failed["error"].iloc[0]

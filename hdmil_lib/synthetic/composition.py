@@ -1,6 +1,6 @@
 """Slides composed of labeled tiles that the caller provides: real texture with known content."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -10,6 +10,9 @@ import numpy as np
 from hdmil_lib.errors import SlideError
 from hdmil_lib.synthetic.pyramid import write_pyramid
 from hdmil_lib.synthetic.truth import TRUTH_MPP, truth_path, write_mask
+
+IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+"""Suffixes of the files in a folder that are tiles."""
 
 
 def _read_tile(source: str | Path | np.ndarray, name: str) -> np.ndarray:
@@ -36,9 +39,8 @@ def _tile_sources(
     """
     if not isinstance(tiles_by_class, Mapping):
         root = Path(tiles_by_class)
-        images = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
         tiles_by_class = {
-            folder.name: sorted(p for p in folder.iterdir() if p.suffix.lower() in images)
+            folder.name: sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
             for folder in sorted(root.iterdir())
             if folder.is_dir()
         }
@@ -58,6 +60,7 @@ def compose_slide(
     mpp: float = 0.5,
     seed: int = 0,
     background: int = 243,
+    recolor: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[Path, tuple[str, ...]]:
     """Write a slide whose fields are labeled tiles.
 
@@ -75,6 +78,7 @@ def compose_slide(
         mpp: Micrometers per pixel of the slide.
         seed: Seed of the random order of the tiles.
         background: Gray level of the glass, 0 to 255.
+        recolor: Function that changes the colors of a tile, uint8 RGB (S, S, 3), such as `Stain.apply`.
 
     Returns:
         The path, and the class names in the order of the values of the mask.
@@ -102,6 +106,7 @@ def compose_slide(
                     tile = _read_tile(sources[name][next(orders[name])], name)
                     if len(tile) != side:
                         raise SlideError(f"a tile of class {name!r} has side {len(tile)}, others have {side}")
+                    tile = tile if recolor is None else recolor(tile)
                     field = strip[:, edges[1][j] : edges[1][j + 1]]
                     method = cv2.INTER_AREA if len(field) < side else cv2.INTER_CUBIC
                     field[:] = cv2.resize(tile, field.shape[1::-1], interpolation=method)

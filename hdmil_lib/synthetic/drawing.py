@@ -95,7 +95,8 @@ def plan_cohort(preset: CohortPreset, n_slides: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["slide_id", "case_id", "label", "seed"])
 
 
-def _worker_start() -> None:
+def worker_start() -> None:
+    """Start a process that draws: one thread each."""
     cv2.setNumThreads(1)
 
 
@@ -137,7 +138,7 @@ def synthesize_cohort(
                 synthesize_slide(*job)
                 bar.update()
         else:
-            with ProcessPoolExecutor(workers, get_context("spawn"), _worker_start) as pool:
+            with ProcessPoolExecutor(workers, get_context("spawn"), worker_start) as pool:
                 for done in as_completed([pool.submit(synthesize_slide, *job) for job in jobs]):
                     done.result()
                     bar.update()
