@@ -16,7 +16,6 @@ have a test part whose tiles occur in no other slide. Cohorts that are not at ha
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +32,16 @@ from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, Split
 from hdmil_lib.config import setup
 from hdmil_lib.encoders.loading import load_encoder
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
-from hdmil_lib.reproduce.keep_ratio import attention_scores, lipn_scores, score_rankings, tile_tumor_shares
+from hdmil_lib.reproduce.keep_ratio import (
+    attention_scores,
+    lipn_scores,
+    n_kept,
+    place_in_bag,
+    score_rankings,
+    tile_tumor_shares,
+)
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.synthetic.cohorts import prepare_cohort
@@ -52,6 +59,8 @@ PATCHES = 16
 
 LIPN_TRAINING = TrainSettings(1e-3, epochs=12, min_epochs=12)
 FOLDS = 3
+FIRST = (0.6, 0.3)
+"""Shares of the tiles that LIPN lets through to a second look."""
 
 
 def with_patches(bags: Mapping[str, Bag]) -> dict[str, Bag]:
@@ -73,9 +82,14 @@ def look_scores(look: SecondLook, data: BagDataset, slide_ids: Iterable[str]) ->
 
 
 def rankings(
-    dmin: DMIN, data: BagDataset, split: Split, seed: int, pixels: Mapping[str, Tensor] | None
+    dmin: DMIN,
+    data: BagDataset,
+    split: Split,
+    seed: int,
+    pixels: Mapping[str, Tensor] | None,
+    folder: Path,
 ) -> dict[str, Tensor]:
-    """Scores of the tiles of the test slides by what gives them."""
+    """Scores of the tiles of the test slides by what gives them; trained networks stay in the folder."""
     scores = {"DMIN's attention": attention_scores(dmin, data, split.test)}
     for name, options in (
         ("LIPN, masks as published", {"target": "mask"}),
@@ -83,18 +97,29 @@ def rankings(
     ):
         torch.manual_seed(seed)
         lipn = LIPN(dmin.n_classes)
-        with tempfile.TemporaryDirectory() as out:
-            fit_lipn(lipn, dmin, data, split, replace(LIPN_TRAINING, seed=seed), out=out, **options)
+        out = folder / f"lipn_{options['target']}"
+        fit_lipn(lipn, dmin, data, split, replace(LIPN_TRAINING, seed=seed), out=out, **options)
         scores[name] = lipn_scores(HDMIL(dmin, lipn), data, split.test)
     for side, name in ({PATCHES: "8 um/px, encoder"} | SIDES).items():
         torch.manual_seed(seed)
         look = SecondLook(data.dim, side)
-        with tempfile.TemporaryDirectory() as out:
-            fit_look(look, dmin, data, split, replace(LOOK_TRAINING, seed=seed), out=out)
+        fit_look(look, dmin, data, split, replace(LOOK_TRAINING, seed=seed), out=folder / f"look{side}")
         scores[name] = look_scores(look, data, split.test)
+    segments = Segments([data.length(slide_id) for slide_id in split.test])
+    for side in (64, 128):
+        coarse, fine = scores["LIPN, evidence"], scores[SIDES[side]]
+        for share in FIRST:
+            shown = place_in_bag(coarse, segments) < n_kept(segments, share)[segments.bag]
+            scores[f"LIPN keeps {share}, then {SIDES[side]}"] = torch.where(shown, fine, coarse - 1e3)
+        scores[f"LIPN and {SIDES[side]}, sum"] = standard(coarse) + standard(fine)
     if pixels is not None:
         scores["2 um/px, from scratch"] = from_scratch(dmin, data, split, seed, pixels)
     return scores
+
+
+def standard(scores: Tensor) -> Tensor:
+    """Scores with mean 0 and standard deviation 1."""
+    return (scores - scores.mean()) / scores.std()
 
 
 def look_pixels(cohort: Cohort) -> dict[str, Tensor]:
@@ -153,7 +178,7 @@ def scores_of(name: str, cohort: Cohort, recipe: str, seeds: int, scratch: bool)
                 dmin,
                 data,
                 split.test,
-                rankings(dmin, data, split, seed, pixels),
+                rankings(dmin, data, split, seed, pixels, cv.folder / "second_look" / f"fold{fold}"),
                 tile_tumor_shares(cohort, split.test),
                 keep_ratios=KEEP_RATIOS,
                 n_draws=8,
