@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hdmil_lib.errors import HDMILError, nearest
 
-Screen = Literal["lipn", "random", "published", "joint"]
+Screen = Literal["lipn", "random", "published", "joint", "cascade"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Method:
         screen: Tiles that a trained DMIN reads. None: all tiles. "lipn": the tiles that LIPN keeps at the
             thresholds chosen in training. "random": the same number of random tiles. "published": the tiles
             that LIPN keeps at gamma, pooled by the branches that they were kept for, as in the paper.
-            "joint": as "lipn", with DMIN and LIPN fine-tuned together.
+            "joint": as "lipn", with DMIN and LIPN fine-tuned together. "cascade": those that LIPN and a
+            second look keep, or random tiles where these are as good on validation slides.
         lipn: Options of `fit_lipn`, for a method that trains a LIPN.
+        cascade: `CascadeSettings`, for a method that trains a second look.
         dmin: Method whose DMIN is used, for a method that screens tiles.
         base: Method whose LIPN is used, for a method that screens tiles and trains no LIPN.
     """
@@ -31,6 +33,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     screen: Screen | None = None
     lipn: Mapping[str, Any] = field(default_factory=dict)
+    cascade: Mapping[str, Any] = field(default_factory=dict)
     dmin: str = "hdmil_dagger"
     base: str = "hdmil"
 
@@ -65,6 +68,7 @@ METHODS: dict[str, Method] = {
     "hdmil_evidence": Method(
         "HDMIL, LIPN taught evidence", screen="lipn", lipn={"target": "evidence", "augment": True}
     ),
+    "hdmil_cascade": Method("HDMIL, cascade", screen="cascade", base="hdmil_evidence"),
     "hdmil_published": Method("HDMIL, inference as published", screen="published"),
     "random": Method("Random tiles, as many as HDMIL", screen="random"),
     "ahdmil": Method("AHDMIL", screen="joint"),

@@ -24,6 +24,7 @@ from hdmil_lib.encoders.extraction import encode_blocks
 from hdmil_lib.errors import SlideError
 from hdmil_lib.inference.prediction import stage
 from hdmil_lib.inference.slides import check_bag, running_on
+from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
 
@@ -197,7 +198,13 @@ def stream(
 
 @torch.inference_mode()
 def lipn_scores(model: HDMIL, patches: np.ndarray) -> np.ndarray:
-    """Score by which tiles are ranked: the highest sigmoid of LIPN over branches, float32 (N,)."""
+    """Score by which tiles are ranked: the highest sigmoid of LIPN over branches, float32 (N,).
+
+    With `screening="random"` it is a random number.
+    """
+    if model.screening == "random":
+        drawn = bits_at(0, torch.arange(len(patches)), 1)[:, 0]
+        return (drawn.double() / 2**32 + 0.5).float().numpy()
     logits = model.lipn_logits(torch.from_numpy(patches).to(model.device))
     return logits.sigmoid().amax(1).cpu().numpy()
 

@@ -95,11 +95,11 @@ def predict_slide(
         mask, rows = None, np.arange(len(grid))
         if not all_tiles:
             with stage(seconds, "lipn"):
-                mask = _screen(model, grid.patches)
+                mask, lipn_logits = _screen(model, grid.patches)
             rows = np.flatnonzero(mask.any(axis=1))
-            if model.look is not None:
+            if lipn_logits is not None:
                 with stage(seconds, "look"):
-                    mask = look_again(model, slide, grid, mask, encoder, n_readers=n_readers)
+                    mask = look_again(model, slide, grid, mask, lipn_logits, encoder, n_readers=n_readers)
                 rows = np.flatnonzero(mask.any(axis=1))
         features = encode_tiles(
             slide, grid, rows, encoder, n_readers=n_readers, strict=strict, seconds=seconds, progress=progress
@@ -140,7 +140,7 @@ def predict_bag(
         given: dict[str, Any] = {"patches": None}
         if not all_tiles:
             given["patches"] = torch.from_numpy(bag.known_patches).to(model.device)
-            if model.look is not None and model.look.side in bag.looks:
+            if model.looks_again and model.look is not None and model.look.side in bag.looks:
                 looks = np.asarray(bag.looks[model.look.side], dtype=np.float32)
                 given["looks"] = torch.from_numpy(looks).to(model.device)
         output = model(features, **given, all_tiles=all_tiles)
@@ -309,14 +309,23 @@ def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
     return width, width
 
 
-def _screen(model: HDMIL, patches: np.ndarray) -> np.ndarray:
-    """LIPN's mask, bool (N, C)."""
+def _screen(model: HDMIL, patches: np.ndarray) -> tuple[np.ndarray, torch.Tensor | None]:
+    """LIPN's mask, bool (N, C), and its logits for a model with a second look."""
     on_device = torch.from_numpy(patches).to(model.device)
-    return model.screen(on_device, Segments([len(patches)], model.device)).cpu().numpy()
+    logits = model.lipn_logits(on_device) if model.looks_again else None
+    mask = model.screen(on_device, Segments([len(patches)], model.device), logits)
+    return mask.cpu().numpy(), logits
 
 
 def look_again(
-    model: HDMIL, slide: Slide, grid: TileGrid, mask: np.ndarray, encoder: "Encoder", *, n_readers: int
+    model: HDMIL,
+    slide: Slide,
+    grid: TileGrid,
+    mask: np.ndarray,
+    lipn_logits: torch.Tensor,
+    encoder: "Encoder",
+    *,
+    n_readers: int,
 ) -> np.ndarray:
     """LIPN's mask after the second look, bool (N, C).
 
@@ -330,7 +339,8 @@ def look_again(
     logits = torch.full((len(grid),), torch.inf, device=model.device)
     whole = ~np.isnan(features).all(axis=1)
     seen = torch.from_numpy(rows[whole]).to(model.device)
-    logits[seen] = model.look(torch.from_numpy(features[whole]).to(model.device))
+    looks = torch.from_numpy(features[whole]).to(model.device)
+    logits[seen] = model.look(looks, lipn_logits[seen].amax(1))
     given = torch.from_numpy(mask).to(model.device)
     return model.look_again(logits, given, Segments([len(grid)], model.device)).cpu().numpy()
 
@@ -349,7 +359,8 @@ def _classify(
         if mask is not None and model.pooling == "lipn":
             own = torch.from_numpy(mask[rows]).to(model.device)
         output = model.dmin(torch.from_numpy(features).to(model.device), mask=own)
-        probabilities = output.logits[0].softmax(0).cpu().numpy()
+        logits = output.logits if mask is None else model.calibrated(output.logits)
+        probabilities = logits[0].softmax(0).cpu().numpy()
     attention = np.full((n_tiles, model.n_classes), np.nan, dtype=np.float32)
     attention[rows] = output.attention.cpu().numpy()
     if mask is None:

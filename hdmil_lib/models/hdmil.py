@@ -14,6 +14,7 @@ from hdmil_lib import devices
 from hdmil_lib.bags import LOOK
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
+from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import pretrained
 from hdmil_lib.models.base import MILOutput, bags_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # modules of higher layers; the methods that use them import 
     from hdmil_lib.inference.prediction import Prediction
 
 Pooling = Literal["dmin", "lipn"]
+Screening = Literal["networks", "random"]
 PATCHES_AT_ONCE = 4096
 
 
@@ -70,8 +72,13 @@ class HDMIL(nn.Module):
         dmin: Trained classifier.
         lipn: Pre-screening network trained for `dmin`.
         thresholds: Thresholds on LIPN's sigmoid, one number or one per branch; DMIN's gamma by default.
+        screening: What chooses the tiles to read: "networks", or "random" where these chose no better than
+            chance on validation slides; see `training.cascade`.
+        random_share: Share of the tiles of a slide that are read at random.
         look: Second look trained for `dmin`; `None` for none, as in the paper.
         look_threshold: Threshold on the sigmoid of the second look.
+        slope: Factor of the class scores where a second look chose the tiles; `calibrated` describes it.
+        bias: Summands of these class scores, (C,); 0 by default.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
         pooling: Network whose selection a branch pools: "dmin" or, as published, "lipn".
         trained_thresholds: Thresholds chosen in training, if they differ from `thresholds`.
@@ -91,6 +98,8 @@ class HDMIL(nn.Module):
     trained_thresholds: Tensor
     margin: Tensor
     look_threshold: Tensor
+    slope: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -98,8 +107,12 @@ class HDMIL(nn.Module):
         lipn: LIPN,
         *,
         thresholds: float | Sequence[float] | Tensor | None = None,
+        screening: Screening = "networks",
+        random_share: float = 1.0,
         look: SecondLook | None = None,
         look_threshold: float = 0.5,
+        slope: float = 1.0,
+        bias: Sequence[float] | Tensor | None = None,
         margin: float = math.inf,
         pooling: Pooling = "dmin",
         trained_thresholds: float | Sequence[float] | Tensor | None = None,
@@ -114,6 +127,10 @@ class HDMIL(nn.Module):
             raise ValueError(f"pooling is {pooling!r}, expected 'dmin' or 'lipn'")
         if not margin > 0:
             raise ValueError(f"margin is {margin}, expected more than 0")
+        if screening not in ("networks", "random"):
+            raise ValueError(f"screening is {screening!r}, expected 'networks' or 'random'")
+        if not 0 < random_share <= 1:
+            raise ValueError(f"random_share is {random_share}, expected more than 0 and at most 1")
         if not 0 <= look_threshold <= 1:
             raise ValueError(f"look_threshold is {look_threshold}, expected a number from 0 to 1")
         if look is not None and look.settings.in_dim != dmin.in_dim:
@@ -122,9 +139,13 @@ class HDMIL(nn.Module):
             )
         chosen = dmin.settings.threshold if thresholds is None else thresholds
         self.dmin, self.lipn, self.look, self.pooling, self.info = dmin, lipn, look, pooling, info
+        self.screening, self.random_share = screening, random_share
         if look is not None:
             self.inputs = (*self.inputs, f"{LOOK}{look.side}")
             self.register_buffer("look_threshold", torch.tensor(float(look_threshold)))
+            self.register_buffer("slope", torch.tensor(float(slope)))
+            zeros = torch.zeros(dmin.n_classes)
+            self.register_buffer("bias", zeros if bias is None else torch.as_tensor(bias).float().clone())
         self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
         trained = chosen if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
@@ -178,14 +199,17 @@ class HDMIL(nn.Module):
         if patches is None or len(patches) != n_tiles:
             n_patches = 0 if patches is None else len(patches)
             raise BagError(f"there are {n_patches} patches and {n_tiles} rows of features: a tile needs both")
-        mask = self.screen(patches, segments)
-        if self.look is not None:
+        lipn_logits = None if self.screening == "random" else self.lipn_logits(patches)
+        mask = self.screen(patches, segments, lipn_logits)
+        if self.looks_again:
+            assert self.look is not None
+            assert lipn_logits is not None
             if looks is None or len(looks) != n_tiles:
                 raise BagError(
                     f"there are {0 if looks is None else len(looks)} looks of {self.look.side} pixels for "
                     f"{n_tiles} tiles; extract the slide with `--look {self.look.side}`"
                 )
-            mask = self.look_again(self.look(looks), mask, segments)
+            mask = self.look_again(self.look(looks, lipn_logits.amax(1)), mask, segments)
         read = mask.any(1)
         chosen, kept = segments.select(read)
         output = self.dmin(
@@ -196,7 +220,7 @@ class HDMIL(nn.Module):
         )
         attention = output.attention.new_full(mask.shape, torch.nan).index_put((chosen,), output.attention)
         return HDMILOutput(
-            logits=output.logits,
+            logits=self.calibrated(output.logits),
             segments=segments,
             attention=attention.masked_fill(~read[:, None], torch.nan),
             mask=mask,
@@ -204,9 +228,31 @@ class HDMIL(nn.Module):
             keep_ratio=kept.sizes / segments.sizes,
         )
 
-    def screen(self, patches: Tensor, segments: Segments) -> Tensor:
-        """Tiles that LIPN keeps for each branch, bool (N, C), given their patches, uint8 (N, 16, 16, 3)."""
-        return keep_mask(self.lipn_logits(patches), self.thresholds, segments)
+    def screen(self, patches: Tensor, segments: Segments, logits: Tensor | None = None) -> Tensor:
+        """Tiles that LIPN keeps for each branch, bool (N, C), given their patches, uint8 (N, 16, 16, 3).
+
+        With `screening="random"` they are random tiles, the same ones whenever a slide is read. LIPN's
+        logits (N, C) are computed unless they are given.
+        """
+        if self.screening == "random":
+            chosen = random_tiles(segments, self.random_share)
+            return chosen[:, None].expand(-1, self.n_classes)
+        logits = self.lipn_logits(patches) if logits is None else logits
+        return keep_mask(logits, self.thresholds, segments)
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Class scores (B, C) of slides whose tiles a second look chose.
+
+        Tiles that were chosen for their evidence make DMIN too certain, and in slides without tumor too. The
+        scores are therefore multiplied by `slope`, and `bias` is added; both were fitted on validation
+        slides. Without a second look the scores stay.
+        """
+        return logits * self.slope + self.bias if self.looks_again else logits
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether a second look chooses among the tiles that LIPN keeps."""
+        return self.look is not None and self.screening == "networks"
 
     def look_again(self, logits: Tensor, mask: Tensor, segments: Segments) -> Tensor:
         """Tiles that LIPN and the second look keep for each branch, bool (N, C).
@@ -214,7 +260,8 @@ class HDMIL(nn.Module):
         If the look keeps none of a bag's tiles, the one of highest score among LIPN's is kept.
 
         Args:
-            logits: Logits of the second look, (N,); those of tiles that LIPN does not keep are ignored.
+            logits: Scores of the second look before the sigmoid, (N,); those of tiles that LIPN does not keep
+                are ignored.
             mask: LIPN's selection, bool (N, C).
             segments: The B bags.
         """
@@ -267,10 +314,10 @@ class HDMIL(nn.Module):
             self.dmin,
             self.lipn,
             thresholds=self.thresholds if thresholds is None else thresholds,
+            screening=self.screening,
+            random_share=self.random_share,
             look=self.look,
-            look_threshold=float(getattr(self, "look_threshold", 0.5))
-            if look_threshold is None
-            else look_threshold,
+            **({} if self.look is None else self._look_rules(look_threshold)),
             margin=float(self.margin) if margin is None else margin,
             pooling=pooling or self.pooling,
             trained_thresholds=self.trained_thresholds,
@@ -279,8 +326,9 @@ class HDMIL(nn.Module):
         other.decoder, other._encoder, other._loaded = self.decoder, self._encoder, self._loaded
         return other.to(self.device)
 
-    def _look_threshold(self) -> float:
-        return 0.5 if self.look is None else float(self.look_threshold)
+    def _look_rules(self, look_threshold: float | None) -> dict[str, Any]:
+        threshold = float(self.look_threshold) if look_threshold is None else look_threshold
+        return {"look_threshold": threshold, "slope": float(self.slope), "bias": self.bias}
 
     def replica(self) -> "HDMIL":
         """A copy with networks of its own, for another device; the encoder is shared if it was set."""
@@ -450,6 +498,17 @@ class HDMIL(nn.Module):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         self._packed = None
         return super()._apply(fn, recurse)
+
+
+def random_tiles(segments: Segments, share: float) -> Tensor:
+    """Random tiles of each bag, the nearest number to this share and at least one, bool (N,).
+
+    They depend on the place of a tile in its bag alone, so that a slide is always read alike.
+    """
+    drawn = bits_at(0, segments.place, 1)[:, 0].argsort()
+    order = drawn[segments.bag[drawn].argsort(stable=True)]
+    rank = torch.empty_like(order).index_put((order,), segments.place)
+    return rank < (share * segments.sizes.double()).round().clamp(min=1)[segments.bag]
 
 
 def _one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:

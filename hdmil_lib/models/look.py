@@ -34,16 +34,19 @@ class SecondLook(nn.Module):
 
     Attributes:
         settings: The arguments.
+        coarse_weight: Weight of LIPN's logit in the score of a tile; 0 until `training.cascade` chooses it.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
+    coarse_weight: Tensor
 
     def __init__(self, in_dim: int, side: int = 64, *, hidden: int = 64, dropout: float = 0.25):
         super().__init__()
         self.settings = LookSettings(in_dim=in_dim, side=side, hidden=hidden, dropout=dropout)
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_std", torch.ones(in_dim))
+        self.register_buffer("coarse_weight", torch.zeros(()))
         self.head = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(in_dim, hidden),
@@ -64,8 +67,13 @@ class SecondLook(nn.Module):
         self.feature_mean.copy_(tiles.mean(0))
         self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits of the evidence of tiles (N,), given the features (N, D) of the coarse images.
+    def forward(self, features: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """Scores of tiles before the sigmoid, (N,).
+
+        Args:
+            features: Features of the coarse images, (N, D).
+            coarse: LIPN's highest logit over branches, (N,); it is added with its weight. `None` for the
+                logit of the evidence alone, which is what the network learns.
 
         Raises:
             BagError: The features have another width.
@@ -76,4 +84,5 @@ class SecondLook(nn.Module):
                 "they were made by another encoder than the model's"
             )
         scaled = (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
-        return self.head(scaled)[:, 0]
+        logits = self.head(scaled)[:, 0]
+        return logits if coarse is None else logits + self.coarse_weight * coarse

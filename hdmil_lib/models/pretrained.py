@@ -55,6 +55,8 @@ def save(model: "HDMIL", folder: Path) -> None:
     }
     if model.look is not None:
         config["look"] = to_json(model.look.settings)
+    if model.screening != "networks":
+        config |= {"screening": model.screening, "random_share": model.random_share}
     config["config_sha256"] = _digest(config)
     folder.mkdir(parents=True, exist_ok=True)
     _finish_interrupted(folder)
@@ -86,13 +88,16 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
     expected |= {"thresholds": thresholds, "trained_thresholds": thresholds, "margin": margin}
     networks: list[tuple[str, torch.nn.Module]] = [("dmin.", dmin), ("lipn.", lipn)]
     options: dict[str, Any] = {}
+    if config.screening is not None:
+        options = {"screening": config.screening, "random_share": config.random_share or 1.0}
     if look is not None:
         networks.append(("look.", look))
         expected |= {f"look.{key}": tensor for key, tensor in look.state_dict().items()}
-        expected["look_threshold"] = margin
+        expected |= {"look_threshold": margin, "slope": margin, "bias": thresholds}
     tensors = _tensors(folder / WEIGHTS, expected)
     if look is not None:
-        options = {"look": look, "look_threshold": float(tensors["look_threshold"])}
+        options |= {"look": look, "bias": tensors["bias"]}
+        options |= {name: float(tensors[name]) for name in ("look_threshold", "slope")}
     for part, network in networks:
         state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
         network.load_state_dict(state, assign=True)
@@ -211,6 +216,8 @@ class _Config(Schema):
     info: ModelInfo
     dmin: DMINSettings
     look: LookSettings | None = None
+    screening: Literal["networks", "random"] | None = None
+    random_share: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -230,6 +237,13 @@ def _download(name: str, revision: str | None) -> Path:
             "the name, the connection, and `hf auth login` for private models"
         ) from error
     return folder
+
+
+def _screening(model: "HDMIL") -> str:
+    if model.screening == "networks":
+        return "chosen by LIPN" + (" and the second look" if model.look else "")
+    share = f"{model.random_share:.0%}"
+    return f"{share} at random: the networks chose no better than chance on validation slides"
 
 
 def _look(model: "HDMIL") -> str:
@@ -268,6 +282,7 @@ print(model.predict("slide.svs"))
 | trained on | {info.cohort or "not said"} |
 | features | {info.encoder} (weights {info.encoder_weights}) |
 | tiles | {info.tile_size} px at {info.tile_mpp} um/px |
+| tiles to read | {_screening(model)} |
 | second look | {_look(model)} |
 | thresholds of LIPN | {", ".join(f"{t:.4f}" for t in model.thresholds.tolist())} |
 | margin of `stream` | {margin} |

@@ -44,6 +44,7 @@ class ComposedPreset:
         normal: Classes of tiles without tumor, which every slide has; a tile is drawn from all of them alike.
         tumor: For each class of slides, the class of its tumor tiles, or none.
         tumor_share: For each class of slides, the (lowest, highest) share of the fields that is tumor.
+        other_share: Largest share of another class's tumor in the tumor; each slide draws uniformly from 0.
         tile_mpp: Micrometers per pixel of the tiles.
         fields: Fields along each side of a slide.
         foci: Largest number of connected pieces of tumor.
@@ -55,6 +56,7 @@ class ComposedPreset:
     normal: tuple[str, ...]
     tumor: tuple[str | None, ...]
     tumor_share: tuple[tuple[float, float], ...]
+    other_share: float
     tile_mpp: float
     fields: int
     foci: int = 3
@@ -62,10 +64,14 @@ class ComposedPreset:
 
 
 LIKE: dict[str, dict[str, Any]] = {
-    "camelyon": {"classes": ("normal", "tumor"), "tumor_share": ((0.0, 0.0), (0.02, 0.10))},
-    "nsclc": {"classes": ("LUAD", "LUSC"), "tumor_share": ((0.2, 0.7), (0.2, 0.7))},
+    "camelyon": {
+        "classes": ("normal", "tumor"),
+        "tumor_share": ((0.0, 0.0), (0.02, 0.10)),
+        "other_share": 0.0,
+    },
+    "nsclc": {"classes": ("LUAD", "LUSC"), "tumor_share": ((0.1, 0.5), (0.1, 0.5)), "other_share": 0.45},
 }
-"""What slides look like: a few percent of tumor or none, or one of two kinds of tumor."""
+"""What slides look like: a few percent of tumor or none; or two kinds of tumor, of which one prevails."""
 
 COLLECTIONS = {
     "pcam": ComposedPreset(
@@ -228,7 +234,12 @@ def compose(
     if (kind := preset.tumor[index]) is not None:
         share = rng.uniform(*preset.tumor_share[index])
         n_fields = max(1, round(share * layout.size))
-        layout[grow(layout.shape, n_fields, int(rng.integers(1, preset.foci + 1)), rng)] = kind
+        tumor = grow(layout.shape, n_fields, int(rng.integers(1, preset.foci + 1)), rng)
+        layout[tumor] = kind
+        others = [other for other in preset.tumor if other not in (kind, None)]
+        if others:
+            n_others = int(rng.uniform(0, preset.other_share) * n_fields)
+            layout[tuple(rng.permutation(np.argwhere(tumor))[:n_others].T)] = others[0]
     stain = Stain.draw(rng, preset.stain_jitter)
     order = int(rng.integers(1 << 62))
     compose_slide(path, tiles, layout, tile_mpp=preset.tile_mpp, seed=order, recolor=stain.apply)

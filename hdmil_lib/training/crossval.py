@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -31,9 +31,11 @@ from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
 from hdmil_lib.storage import load_weights, read_json, write_json, write_table
+from hdmil_lib.training.cascade import CascadeSettings, fit_cascade, load_cascade
 from hdmil_lib.training.fit import WEIGHTS, fit, predict_slides
 from hdmil_lib.training.joint import LIPN_WEIGHTS, fine_tune
 from hdmil_lib.training.lipn import fit_lipn, predict_screened
+from hdmil_lib.training.look import LOOK_TRAINING
 from hdmil_lib.training.provenance import source_commit
 from hdmil_lib.training.recipes import Recipe, recipe_for
 from hdmil_lib.training.state import claim_folder
@@ -126,7 +128,8 @@ class CrossValidation:
     def best_fold(self, method: str = "hdmil") -> int:
         """Fold with the lowest validation loss of a method, or of the method whose networks it uses."""
         check_methods([method])
-        trained = method if METHODS[method].screen not in ("random", "published") else METHODS[method].base
+        entry = METHODS[method]
+        trained = entry.base if entry.screen in ("random", "published", "cascade") else method
         losses = {}
         for fold in range(self.n_folds):
             path = self._fold(trained, fold) / "history.csv"
@@ -148,6 +151,11 @@ class CrossValidation:
         """HDMIL of a method on a fold: its two networks with their thresholds."""
         entry = METHODS[method]
         joint = entry.screen == "joint"
+        if entry.screen == "cascade":
+            lipn = self.hdmil(fold, entry.base).lipn
+            cascade = load_cascade(self._dmin(entry.dmin, fold), lipn, self._fold(method, fold))
+            cascade.info = self._info(method)
+            return cascade
         trained = method if entry.screen in ("lipn", "joint") else entry.base
         folder = self._fold(trained, fold)
         thresholds = read_json(folder / "config.json").get("thresholds")
@@ -424,6 +432,8 @@ def _run_job(job: _Job, data: BagDataset) -> None:
             _fit_lipn(job, data)
         elif screen == "joint":
             _fine_tune(job, data)
+        elif screen == "cascade":
+            _fit_cascade(job, data)
         logits, kept = _screened(job, data)
     logits, kept = logits.cpu(), kept.cpu()
     rows = [
@@ -457,6 +467,16 @@ def _fit_lipn(job: _Job, data: BagDataset) -> None:
         torch.manual_seed(training.seed)
         lipn = LIPN(job.n_classes)
     fit_lipn(lipn, dmin, data, job.split, training, out=job.folder, device=data.device, **method.lipn)
+
+
+def _fit_cascade(job: _Job, data: BagDataset) -> None:
+    method, epochs = METHODS[job.method], min(LOOK_TRAINING.epochs, job.recipe.training.epochs)
+    training = replace(
+        LOOK_TRAINING, seed=job.recipe.training.seed, epochs=epochs, min_epochs=min(epochs, 20)
+    )
+    base = CrossValidation(job.out, []).hdmil(job.fold, method.base)
+    settings = CascadeSettings(**method.cascade)
+    fit_cascade(base.dmin, base.lipn, data, job.split, settings, training, out=job.folder, device=data.device)
 
 
 def _fine_tune(job: _Job, data: BagDataset) -> None:

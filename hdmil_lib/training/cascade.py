@@ -1,0 +1,246 @@
+"""Screening as a cascade: LIPN at 8 um/px, a second look at 2 um/px, and the encoder at 0.5 um/px.
+
+Not in the paper. LIPN and the second look learn the evidence that DMIN finds in single tiles, and a tile that
+LIPN lets through is scored by both. All rules are chosen on validation slides, which then also tell whether
+the cascade is better than random tiles.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Split
+from hdmil_lib.kernels.segments import Segments
+from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
+from hdmil_lib.models.lipn import keep_mask, thresholds_for_keep_ratio
+from hdmil_lib.storage import load_weights, read_json, write_json
+from hdmil_lib.training.fit import WEIGHTS, TrainSettings
+from hdmil_lib.training.look import LOOK_TRAINING, fit_look
+
+
+@dataclass(frozen=True)
+class CascadeSettings:
+    """What a cascade reads.
+
+    Attributes:
+        side: Side of the second look, in pixels; 64 is 2 um/px.
+        first: Share of the tiles that LIPN lets through to the second look.
+        keep_ratio: Share of the tiles that are read in full.
+        n_draws: Number of draws of random tiles with which the cascade is compared.
+    """
+
+    side: int = 64
+    first: float = 0.6
+    keep_ratio: float = 0.1
+    n_draws: int = 8
+
+    def __post_init__(self):
+        if not 0 < self.keep_ratio <= self.first <= 1:
+            raise ValueError(
+                f"keep_ratio is {self.keep_ratio} and first {self.first}: the cascade narrows, so that "
+                "0 < keep_ratio <= first <= 1"
+            )
+
+
+def fit_cascade(
+    dmin: DMIN,
+    lipn: LIPN,
+    data: BagDataset,
+    split: Split,
+    settings: CascadeSettings | None = None,
+    training: TrainSettings = LOOK_TRAINING,
+    *,
+    out: str | Path,
+    device: str | torch.device = "auto",
+    progress: bool = False,
+) -> HDMIL:
+    """Train a second look, and choose the rules of the cascade on the validation slides.
+
+    The files of `fit_look` are in `out`. "cascade" in its `config.json` has the rules, and `judged`: how the
+    cascade compares with random tiles. If its cross entropy on the validation slides is not below that of as
+    many random tiles, the model reads random tiles.
+
+    Args:
+        dmin: Trained classifier.
+        lipn: LIPN that was trained for it, on evidence.
+        data: Bags with patches, looks of this side, and labels, of the slides of `split`.
+        split: Slides for training and for all choices; the test part is not used.
+        settings: What the cascade reads.
+        training: Training settings of the second look; its seed is also that of its initial weights.
+        out: Folder for this run only.
+        device: Device to train on, as in `fit`.
+        progress: Whether a bar over epochs is shown.
+
+    Returns:
+        The model, without its `info`, on the CPU.
+
+    Raises:
+        BagError: The bags have no looks of this side.
+        CheckpointError: `out` holds a run of another configuration.
+    """
+    settings, out = settings or CascadeSettings(), Path(out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        look = SecondLook(data.dim, settings.side)
+    fit_look(look, dmin, data, split, training, out=out, device=device, progress=progress)
+    config = read_json(out / "config.json")
+    if config.get("cascade", {}).get("settings") != asdict(settings):
+        networks = HDMIL(dmin, lipn, look=look.eval())
+        model, judged = choose_rules(networks, data.to("cpu"), split.val, settings)
+        assert model.look is not None
+        config["cascade"] = {
+            "settings": asdict(settings),
+            "thresholds": model.thresholds.tolist(),
+            "look_threshold": float(model.look_threshold),
+            "coarse_weight": float(model.look.coarse_weight),
+            "slope": float(model.slope),
+            "bias": model.bias.tolist(),
+            "screening": model.screening,
+            "judged": judged,
+        }
+        write_json(out / "config.json", config)
+    return load_cascade(dmin, lipn, out)
+
+
+def load_cascade(dmin: DMIN, lipn: LIPN, folder: Path) -> HDMIL:
+    """The model of a folder that `fit_cascade` wrote, given the networks that it was trained for."""
+    rules = read_json(folder / "config.json")["cascade"]
+    look = SecondLook(dmin.in_dim, rules["settings"]["side"])
+    load_weights(look, folder / WEIGHTS)
+    look.coarse_weight.fill_(rules["coarse_weight"])
+    return HDMIL(
+        dmin,
+        lipn,
+        thresholds=rules["thresholds"],
+        screening=rules["screening"],
+        random_share=rules["settings"]["keep_ratio"],
+        look=look.eval(),
+        look_threshold=rules["look_threshold"],
+        slope=rules["slope"],
+        bias=rules["bias"],
+    )
+
+
+@torch.no_grad()
+def choose_rules(
+    model: HDMIL, data: BagDataset, slide_ids: Sequence[str], settings: CascadeSettings
+) -> tuple[HDMIL, dict[str, float]]:
+    """Choose the rules of a cascade on slides that served no training.
+
+    Both networks' scores are brought to the same spread. LIPN lets the share `first` of the tiles through,
+    and the threshold of the second look keeps the share `keep_ratio` in total, both averaged over slides.
+    Then the class scores are calibrated, and the cascade is compared with random tiles.
+
+    Args:
+        model: Networks with any rules.
+        data: Bags on the CPU.
+        slide_ids: The slides.
+        settings: What the cascade reads.
+
+    Returns:
+        model: The model with its rules.
+        judged: Cross entropy with `all` tiles, the `cascade` and `random` tiles, and mean and standard error
+            over slides of how much lower it is with the cascade, `gain` and `gain_se`.
+    """
+    look = model.look
+    assert look is not None
+    batches = [data.batch([slide_id]) for slide_id in slide_ids]
+    coarse = [model.lipn_logits(batch.patches) for batch in batches if batch.patches is not None]
+    fine = [look(batch.look(settings.side)) for batch in batches]
+    spread = torch.cat([c.amax(1) for c in coarse]).std().clamp(min=1e-6)
+    look.coarse_weight.fill_(torch.cat(fine).std() / spread)
+    thresholds = thresholds_for_keep_ratio([c.sigmoid() for c in coarse], settings.first)
+    scores = []
+    for batch, c in zip(batches, coarse, strict=True):
+        shown = keep_mask(c, thresholds, batch.segments).any(1)
+        score = look(batch.look(settings.side), c.amax(1)).sigmoid()
+        scores.append(torch.where(shown, score, 0.0)[:, None])
+    threshold = float(thresholds_for_keep_ratio(scores, settings.keep_ratio)[0])
+    chosen = HDMIL(
+        model.dmin,
+        model.lipn,
+        thresholds=thresholds,
+        look=look,
+        look_threshold=threshold,
+        random_share=settings.keep_ratio,
+        info=model.info,
+    )
+    labels = torch.tensor([data.labels[slide_id] for slide_id in slide_ids])
+    outputs = [chosen(**batch.inputs_for(chosen)) for batch in batches]
+    logits = torch.cat([output.logits for output in outputs])
+    slope, bias = calibrate(logits, labels)
+    chosen.slope.fill_(slope)
+    chosen.bias.copy_(bias)
+    ours = cross_entropy(logits * slope + bias, labels, reduction="none")
+    whole = torch.cat([model.dmin(batch.features).logits for batch in batches])
+    shares = [int(output.read.sum()) for output in outputs]
+    drawn = [_random_logits(model.dmin, data, slide_ids, shares, seed) for seed in range(settings.n_draws)]
+    random = torch.stack([cross_entropy(each, labels, reduction="none") for each in drawn]).mean(0)
+    gain = random - ours
+    judged = {
+        "all": float(cross_entropy(whole, labels)),
+        "cascade": float(ours.mean()),
+        "random": float(random.mean()),
+        "gain": float(gain.mean()),
+        "gain_se": float(gain.std() / math.sqrt(len(gain))),
+        "keep_ratio": float(np.mean([float(output.keep_ratio) for output in outputs])),
+    }
+    if judged["gain"] <= 0:
+        chosen.screening = "random"
+    return chosen, judged
+
+
+def _random_logits(
+    dmin: DMIN, data: BagDataset, slide_ids: Sequence[str], n_tiles: Sequence[int], seed: int
+) -> Tensor:
+    """Logits (S, C) of slides from so many random tiles each."""
+    generator, logits = torch.Generator().manual_seed(seed), []
+    for slide_id, n in zip(slide_ids, n_tiles, strict=True):
+        features = data.batch([slide_id]).features
+        rows = torch.randperm(len(features), generator=generator)[:n]
+        logits.append(dmin(features, Segments([n]), rows=rows).logits)
+    return torch.cat(logits)
+
+
+def calibrate(logits: Tensor, labels: Tensor, weight: float = 1e-2) -> tuple[float, Tensor]:
+    """Slope and biases of class scores of lowest cross entropy (Platt scaling with one slope).
+
+    A slight penalty keeps them finite where the slides are separated without error.
+
+    Args:
+        logits: Class scores, (S, C).
+        labels: Class indices, (S,).
+        weight: Weight of the squared logarithm of the slope, and of the squared biases.
+
+    Returns:
+        The slope, above 0, and the biases (C,), whose sum is 0.
+    """
+    given = logits.double()
+    parameters = torch.zeros(1 + logits.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            scaled = given * parameters[0].exp() + parameters[1:] - parameters[1:].mean()
+            value = cross_entropy(scaled, labels) + weight * parameters.square().sum()
+            value.backward()
+        return value.detach()
+
+    optimizer.step(loss)
+    found = parameters.detach()
+    return float(found[0].exp()), (found[1:] - found[1:].mean()).float()
+
+
+def judgments(folders: Sequence[Path]) -> pd.DataFrame:
+    """How cascades compared with random tiles on validation slides, one row per folder of `fit_cascade`."""
+    rules = [read_json(folder / "config.json")["cascade"] for folder in folders]
+    return pd.DataFrame([rule["judged"] | {"screening": rule["screening"]} for rule in rules])
