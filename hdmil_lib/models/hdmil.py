@@ -76,7 +76,7 @@ class HDMIL(nn.Module):
             chance on validation slides; see `training.cascade`.
         random_share: Share of the tiles of a slide that are read at random.
         look: Second look trained for `dmin`; `None` for none, as in the paper.
-        look_threshold: Threshold on the sigmoid of the second look.
+        look_threshold: Threshold on the score of the second look.
         slope: Factor of the class scores where a second look chose the tiles; `calibrated` describes it.
         bias: Summands of these class scores, (C,); 0 by default.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
@@ -110,7 +110,7 @@ class HDMIL(nn.Module):
         screening: Screening = "networks",
         random_share: float = 1.0,
         look: SecondLook | None = None,
-        look_threshold: float = 0.5,
+        look_threshold: float = 0.0,
         slope: float = 1.0,
         bias: Sequence[float] | Tensor | None = None,
         margin: float = math.inf,
@@ -131,8 +131,8 @@ class HDMIL(nn.Module):
             raise ValueError(f"screening is {screening!r}, expected 'networks' or 'random'")
         if not 0 < random_share <= 1:
             raise ValueError(f"random_share is {random_share}, expected more than 0 and at most 1")
-        if not 0 <= look_threshold <= 1:
-            raise ValueError(f"look_threshold is {look_threshold}, expected a number from 0 to 1")
+        if not math.isfinite(look_threshold):
+            raise ValueError(f"look_threshold is {look_threshold}, expected a finite number")
         if look is not None and look.settings.in_dim != dmin.in_dim:
             raise ValueError(
                 f"look takes {look.settings.in_dim} features, dmin {dmin.in_dim}: both read one encoder"
@@ -254,19 +254,18 @@ class HDMIL(nn.Module):
         """Whether a second look chooses among the tiles that LIPN keeps."""
         return self.look is not None and self.screening == "networks"
 
-    def look_again(self, logits: Tensor, mask: Tensor, segments: Segments) -> Tensor:
+    def look_again(self, scores: Tensor, mask: Tensor, segments: Segments) -> Tensor:
         """Tiles that LIPN and the second look keep for each branch, bool (N, C).
 
         If the look keeps none of a bag's tiles, the one of highest score among LIPN's is kept.
 
         Args:
-            logits: Scores of the second look before the sigmoid, (N,); those of tiles that LIPN does not keep
-                are ignored.
+            scores: Scores of the second look, (N,); those of tiles that LIPN does not keep are ignored.
             mask: LIPN's selection, bool (N, C).
             segments: The B bags.
         """
         shown = mask.any(1)
-        scores = logits.sigmoid().masked_fill(~shown, -1.0)
+        scores = scores.masked_fill(~shown, -torch.inf)
         passed = scores > self.look_threshold
         n_kept = scores.new_zeros(segments.n_bags).index_add(0, segments.bag, passed.to(scores.dtype))
         best = bag_argmax(scores, segments)
@@ -306,7 +305,7 @@ class HDMIL(nn.Module):
 
         Args:
             thresholds: Thresholds on LIPN's sigmoid, one number or one per branch.
-            look_threshold: Threshold on the sigmoid of the second look.
+            look_threshold: Threshold on the score of the second look.
             margin: Lead in log odds at which `stream` stops; infinite to read everything.
             pooling: Network whose selection a branch pools.
         """

@@ -68,12 +68,12 @@ class SecondLook(nn.Module):
         self.feature_std.copy_(tiles.std(0, correction=0).clamp(min=1e-6))
 
     def forward(self, features: Tensor, coarse: Tensor | None = None) -> Tensor:
-        """Scores of tiles before the sigmoid, (N,).
+        """Scores of tiles, (N,): logits of their evidence, with LIPN's added if they are given.
 
         Args:
             features: Features of the coarse images, (N, D).
-            coarse: LIPN's highest logit over branches, (N,); it is added with its weight. `None` for the
-                logit of the evidence alone, which is what the network learns.
+            coarse: LIPN's highest logit over branches, (N,), to be added with its weight. Without it the
+                score is what the network learns.
 
         Raises:
             BagError: The features have another width.

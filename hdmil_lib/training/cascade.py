@@ -7,6 +7,7 @@ the cascade is better than random tiles.
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from hdmil_lib.models.lipn import keep_mask, thresholds_for_keep_ratio
 from hdmil_lib.storage import load_weights, read_json, write_json
 from hdmil_lib.training.fit import WEIGHTS, TrainSettings
 from hdmil_lib.training.look import LOOK_TRAINING, fit_look
+
+LIPN_WEIGHTS = (0.0, 0.5, 1.0, 2.0)
+"""Candidates for the weight of LIPN's logit beside the second look's, relative to their spreads."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,10 @@ def choose_rules(
 ) -> tuple[HDMIL, dict[str, float]]:
     """Choose the rules of a cascade on slides that served no training.
 
-    Both networks' scores are brought to the same spread. LIPN lets the share `first` of the tiles through,
-    and the threshold of the second look keeps the share `keep_ratio` in total, both averaged over slides.
-    Then the class scores are calibrated, and the cascade is compared with random tiles.
+    LIPN lets the share `first` of the tiles through. A tile's score is that of the second look plus LIPN's
+    logit, with the weight among `LIPN_WEIGHTS` at which the calibrated cross entropy is lowest. The threshold
+    on the score keeps the share `keep_ratio` in total. Both shares are means over slides. Then the cascade is
+    compared with random tiles.
 
     Args:
         model: Networks with any rules.
@@ -147,43 +152,49 @@ def choose_rules(
 
     Returns:
         model: The model with its rules.
-        judged: Cross entropy with `all` tiles, the `cascade` and `random` tiles, and mean and standard error
-            over slides of how much lower it is with the cascade, `gain` and `gain_se`.
+        judged: Cross entropy with `all` tiles, and after calibration with the `cascade` and with `random`
+            tiles; mean and standard error over slides of how much lower it is with the cascade, `gain` and
+            `gain_se`; and the share of tiles that the cascade reads, `keep_ratio`.
     """
     look = model.look
     assert look is not None
     batches = [data.batch([slide_id]) for slide_id in slide_ids]
-    coarse = [model.lipn_logits(batch.patches) for batch in batches if batch.patches is not None]
-    fine = [look(batch.look(settings.side)) for batch in batches]
-    spread = torch.cat([c.amax(1) for c in coarse]).std().clamp(min=1e-6)
-    look.coarse_weight.fill_(torch.cat(fine).std() / spread)
-    thresholds = thresholds_for_keep_ratio([c.sigmoid() for c in coarse], settings.first)
-    scores = []
-    for batch, c in zip(batches, coarse, strict=True):
-        shown = keep_mask(c, thresholds, batch.segments).any(1)
-        score = look(batch.look(settings.side), c.amax(1)).sigmoid()
-        scores.append(torch.where(shown, score, 0.0)[:, None])
-    threshold = float(thresholds_for_keep_ratio(scores, settings.keep_ratio)[0])
-    chosen = HDMIL(
-        model.dmin,
-        model.lipn,
-        thresholds=thresholds,
-        look=look,
-        look_threshold=threshold,
-        random_share=settings.keep_ratio,
-        info=model.info,
-    )
     labels = torch.tensor([data.labels[slide_id] for slide_id in slide_ids])
-    outputs = [chosen(**batch.inputs_for(chosen)) for batch in batches]
-    logits = torch.cat([output.logits for output in outputs])
-    slope, bias = calibrate(logits, labels)
-    chosen.slope.fill_(slope)
-    chosen.bias.copy_(bias)
-    ours = cross_entropy(logits * slope + bias, labels, reduction="none")
+    logits = [model.lipn_logits(batch.patches) for batch in batches if batch.patches is not None]
+    thresholds = thresholds_for_keep_ratio([each.sigmoid() for each in logits], settings.first)
+    masks = [keep_mask(each, thresholds, b.segments) for each, b in zip(logits, batches, strict=True)]
+    coarse = [each.amax(1) for each in logits]
+    fine = [look(batch.look(settings.side)) for batch in batches]
+    ratio = float(torch.cat(fine).std() / torch.cat(coarse).std().clamp(min=1e-6))
+    chosen, outputs, ours = None, [], torch.tensor(math.inf)
+    for weight in LIPN_WEIGHTS:
+        added = deepcopy(look)
+        added.coarse_weight.fill_(weight * ratio)
+        scores = [
+            (f + added.coarse_weight * c).masked_fill(~kept, -torch.inf)
+            for f, c, kept in zip(fine, coarse, [mask.any(1) for mask in masks], strict=True)
+        ]
+        candidate = HDMIL(
+            model.dmin,
+            model.lipn,
+            thresholds=thresholds,
+            look=added,
+            look_threshold=threshold_for_share(scores, settings.keep_ratio),
+            random_share=settings.keep_ratio,
+            info=model.info,
+        )
+        found = [candidate(**batch.inputs_for(candidate)) for batch in batches]
+        answers = torch.cat([output.logits for output in found])
+        errors, slope, bias = _calibrated_errors(answers, labels)
+        if errors.mean() < ours.mean():
+            chosen, outputs, ours = candidate, found, errors
+            chosen.slope.fill_(slope)
+            chosen.bias.copy_(bias)
+    assert chosen is not None
     whole = torch.cat([model.dmin(batch.features).logits for batch in batches])
     shares = [int(output.read.sum()) for output in outputs]
     drawn = [_random_logits(model.dmin, data, slide_ids, shares, seed) for seed in range(settings.n_draws)]
-    random = torch.stack([cross_entropy(each, labels, reduction="none") for each in drawn]).mean(0)
+    random = torch.stack([_calibrated_errors(each, labels)[0] for each in drawn]).mean(0)
     gain = random - ours
     judged = {
         "all": float(cross_entropy(whole, labels)),
@@ -198,6 +209,21 @@ def choose_rules(
     return chosen, judged
 
 
+def threshold_for_share(scores: Sequence[Tensor], share: float) -> float:
+    """Threshold above which lies at most this share of the tiles, a mean over slides.
+
+    Args:
+        scores: Scores of the tiles of each slide, (N,); those of -inf are never above it.
+        share: The share of all tiles of a slide.
+    """
+    weights = [torch.full((len(s),), 1 / (len(s) * len(scores)), dtype=torch.float64) for s in scores]
+    ordered, order = torch.cat(list(scores)).double().sort(descending=True)
+    n_kept = int((torch.cat(weights)[order].cumsum(0) <= share + 1e-9).sum())
+    finite = ordered[ordered.isfinite()]
+    last, following = (float(finite[min(max(at, 0), len(finite) - 1)]) for at in (n_kept - 1, n_kept))
+    return (last + following) / 2 if 0 < n_kept < len(finite) else (last + 1 if n_kept == 0 else last - 1)
+
+
 def _random_logits(
     dmin: DMIN, data: BagDataset, slide_ids: Sequence[str], n_tiles: Sequence[int], seed: int
 ) -> Tensor:
@@ -208,6 +234,12 @@ def _random_logits(
         rows = torch.randperm(len(features), generator=generator)[:n]
         logits.append(dmin(features, Segments([n]), rows=rows).logits)
     return torch.cat(logits)
+
+
+def _calibrated_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, float, Tensor]:
+    """Cross entropy of each slide (S,) after calibration, and slope and biases of `calibrate`."""
+    slope, bias = calibrate(logits, labels)
+    return cross_entropy(logits * slope + bias, labels, reduction="none"), slope, bias
 
 
 def calibrate(logits: Tensor, labels: Tensor, weight: float = 1e-2) -> tuple[float, Tensor]:
