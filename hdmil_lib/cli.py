@@ -178,6 +178,13 @@ def train(
     subtyping: Annotated[
         bool, typer.Option("--subtyping", help="With auto: every class has tiles of its own.")
     ] = False,
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Screen by LIPN taught evidence and a second look; see `hdmil extract --look 64`.",
+        ),
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of folds, initial weights and training.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes, at least one per GPU.")] = 2,
@@ -197,7 +204,8 @@ def train(
     labeled = Cohort.from_csv(cohort, bags=bags)
     loaded = labeled.load_bags()
     dim = next(iter(loaded.values())).features.shape[1]
-    methods = list(dict.fromkeys([*compare, "hdmil_dagger", "hdmil"]))
+    wanted = "hdmil_cascade" if cascade else "hdmil"
+    methods = list(dict.fromkeys([*compare, "hdmil_dagger", "hdmil", wanted]))
     settings = _recipe(recipe, epochs, n_slides=len(labeled), in_dim=dim, subtyping=subtyping)
     cv = cross_validate(
         labeled,
@@ -213,9 +221,15 @@ def train(
     )
     scores = cv.table()
     save_table(scores, out / "scores")
-    fold = cv.best_fold()
-    cv.hdmil(fold).save_pretrained(out / "model")
+    fold = cv.best_fold(wanted)
+    model = cv.hdmil(fold, wanted)
+    model.save_pretrained(out / "model")
     typer.echo(to_markdown(scores))
+    if model.screening == "random":
+        typer.echo(
+            "note: on the validation slides the cascade was no better than random tiles, so the model reads "
+            f"{model.random_share:.0%} of the tiles at random; use --all-tiles, or train without --cascade"
+        )
     typer.echo(f"{out / 'model'}: model of fold {fold}, for `hdmil predict SLIDE --model {out / 'model'}`")
 
 

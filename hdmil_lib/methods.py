@@ -68,7 +68,10 @@ METHODS: dict[str, Method] = {
     "hdmil_evidence": Method(
         "HDMIL, LIPN taught evidence", screen="lipn", lipn={"target": "evidence", "augment": True}
     ),
-    "hdmil_cascade": Method("HDMIL, cascade", screen="cascade", base="hdmil_evidence"),
+    "hdmil_cascade_30": Method(
+        "HDMIL, cascade, 30 %", screen="cascade", base="hdmil_evidence", cascade={"keep_ratio": 0.3}
+    ),
+    "hdmil_cascade": Method("HDMIL, cascade, 10 %", screen="cascade", base="hdmil_evidence"),
     "hdmil_published": Method("HDMIL, inference as published", screen="published"),
     "random": Method("Random tiles, as many as HDMIL", screen="random"),
     "ahdmil": Method("AHDMIL", screen="joint"),

@@ -17,6 +17,9 @@ class ColorEncoder:
     name, dim, weights_hash, precision, engine = "color", 6, "c01", "fp32", "numpy"
     batch_size = 32
 
+    def at(self, side):
+        return self
+
     def __call__(self, tiles):
         pixels = tiles.reshape(len(tiles), -1, 3).astype(np.float32) / 255
         return np.concatenate([pixels.mean(axis=1), 4 * pixels.std(axis=1)], axis=1)
