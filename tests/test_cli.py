@@ -493,6 +493,20 @@ def test_a_model_of_another_encoder(work):
     assert "c02" in error
 
 
+def test_a_cascade_from_slides_to_a_prediction(work, tmp_path):
+    hdmil("extract", work / "slides", "--out", tmp_path / "bags", "--look", 64)
+    arguments = train_arguments(work, bags=tmp_path / "bags")
+    text = hdmil(*arguments, "--out", tmp_path / "trained", "--cascade")
+    assert "HDMIL, cascade" in text
+    model = HDMIL.from_pretrained(tmp_path / "trained" / "model")
+    assert model.look.side == 64
+    assert ("no better than random tiles" in text) == (model.screening == "random")
+    slide = work / "slides" / "s00.tif"
+    assert "tiles" in hdmil("predict", slide, "--model", tmp_path / "trained" / "model")
+    error = hdmil(*train_arguments(work), "--out", tmp_path / "other", "--cascade", code=1)
+    assert "has no look of 64 pixels; extract its slide with `--look 64`" in error
+
+
 def test_training_again_with_other_settings_keeps_what_is_there(work):
     before = contents(work / "trained")
     error = hdmil(*train_arguments(work), "--out", work / "trained", "--seed", 7, code=1)

@@ -1,0 +1,141 @@
+"""All ways to choose tiles, and baselines, on slides composed of real tiles; needs the tiles of a collection.
+
+    python tools/compare_composed.py --tiles DIR [--seeds 5] [--n-slides N] [--seed 1]
+
+Slides are composed with another seed than those of `benchmarks/second_look.py`, on which the form of the
+cascade was chosen, and have an official split whose parts share no tile. Every method is trained with several
+seeds on the same split; all choices are made on its validation slides. Writes
+`docs/results/composed/<cohort>.csv`, one row per method and seed, and `.md` with means.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hdmil_lib.bags import Bag
+from hdmil_lib.cohort import Cohort
+from hdmil_lib.config import setup
+from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.methods import title
+from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.reproduce.tables import to_markdown
+from hdmil_lib.storage import read_json, write_table
+from hdmil_lib.synthetic.composed import collection_in, compose_cohort
+from hdmil_lib.training.crossval import CrossValidation, cross_validate
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "composed"
+RECIPE = {"camelyon": "camelyon-mini", "nsclc": "nsclc-mini"}
+SIDE = 64
+METHODS = (
+    "mean",
+    "abmil_gated",
+    "clam_mb",
+    "hdmil_dagger",
+    "hdmil_published",
+    "hdmil",
+    "hdmil_evidence",
+    "hdmil_cascade_30",
+    "hdmil_cascade",
+    "random",
+)
+N_DRAWS = 8
+
+
+def scores_of_seed(cohort: Cohort, recipe: str, bags: Mapping[str, Bag], seed: int) -> pd.DataFrame:
+    """One row per method: AUC and accuracy in percent, tiles read, labels other than those of all tiles."""
+    cv = cross_validate(cohort, METHODS, recipe=RECIPES[recipe], seed=seed, bags=bags)
+    labels = {method: _labels(cv, method) for method in METHODS}
+    rows = []
+    for method in METHODS:
+        part = cv.predictions[cv.predictions["method"] == method].sort_values("slide_id")
+        probabilities = part[[f"p_{c}" for c in range(len(cohort.classes))]].to_numpy()
+        truth = part["label"].to_numpy()
+        row = {
+            "method": title(method),
+            "seed": seed,
+            "AUC": 100 * auc(truth, probabilities),
+            "ACC": 100 * float((probabilities.argmax(1) == truth).mean()),
+            "tiles read": 100 * float(part["keep_ratio"].mean()),
+            "labels changed": 100 * float((labels[method] != labels["hdmil_dagger"]).mean()),
+        }
+        if method.startswith("hdmil_cascade"):
+            row["screening"] = read_json(cv.folder / method / "fold0" / "config.json")["cascade"]["screening"]
+        rows.append(row)
+    rows += random_rows(cv, bags, cohort, seed)
+    return pd.DataFrame(rows)
+
+
+def _labels(cv: CrossValidation, method: str) -> np.ndarray:
+    part = cv.predictions[cv.predictions["method"] == method].sort_values("slide_id")
+    return part.filter(regex=r"^p_\d+$").to_numpy().argmax(1)
+
+
+def random_rows(cv: CrossValidation, bags: Mapping[str, Bag], cohort: Cohort, seed: int) -> list[dict]:
+    """DMIN on random tiles, as many of each slide as each cascade reads, mean over draws."""
+    dmin, test, rows = cv.classifier("hdmil_dagger", 0), sorted(cv.splits[0].test), []
+    truth = np.array([cohort.label_of[slide_id] for slide_id in test])
+    dagger = _labels(cv, "hdmil_dagger")
+    for method in ("hdmil_cascade_30", "hdmil_cascade"):
+        part = cv.predictions[cv.predictions["method"] == method].sort_values("slide_id")
+        found = []
+        for draw in range(N_DRAWS):
+            generator, logits = torch.Generator().manual_seed(draw), []
+            for slide_id, share in zip(test, part["keep_ratio"], strict=True):
+                features = torch.from_numpy(bags[slide_id].features).float()
+                rows_read = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
+                with torch.inference_mode():
+                    logits.append(dmin(features[rows_read]).logits)
+            probabilities = torch.cat(logits).softmax(1).numpy()
+            label = probabilities.argmax(1)
+            scores = auc(truth, probabilities), (label == truth).mean(), (label != dagger).mean()
+            found.append([100 * float(score) for score in scores])
+        means = dict(zip(("AUC", "ACC", "labels changed"), np.mean(found, 0).tolist(), strict=True))
+        name = f"Random tiles, as many as {title(method)}"
+        rows.append(
+            {"method": name, "seed": seed, **means, "tiles read": 100 * float(part["keep_ratio"].mean())}
+        )
+    return rows
+
+
+def summary(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds, and the mean difference of AUC to HDMIL† with its error."""
+    dagger = scores[scores["method"] == title("hdmil_dagger")].set_index("seed")["AUC"]
+    rows = {}
+    for name, part in scores.groupby("method", sort=False):
+        behind = part.set_index("seed")["AUC"] - dagger
+        rows[name] = {
+            "AUC": f"{part['AUC'].mean():.1f} ({part['AUC'].std():.1f})",
+            "AUC against HDMIL†": f"{behind.mean():+.1f} ± {behind.std() / np.sqrt(len(behind)):.1f}",
+            "ACC": f"{part['ACC'].mean():.1f} ({part['ACC'].std():.1f})",
+            "tiles read, %": round(part["tiles read"].mean(), 1),
+            "labels changed, %": round(part["labels changed"].mean(), 1),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiles", type=Path, required=True, nargs="+", help="folders of labeled tiles")
+    parser.add_argument("--seeds", type=int, default=5, help="number of training seeds")
+    parser.add_argument("--n-slides", type=int, default=480)
+    parser.add_argument("--seed", type=int, default=1, help="seed of the slides")
+    given = parser.parse_args()
+    setup()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for tiles in given.tiles:
+        preset = collection_in(tiles)
+        cohort = compose_cohort(tiles, n_slides=given.n_slides, seed=given.seed, looks=[SIDE])
+        bags, recipe = cohort.load_bags(), RECIPE["camelyon" if "camelyon" in preset.name else "nsclc"]
+        scores = pd.concat([scores_of_seed(cohort, recipe, bags, seed) for seed in range(given.seeds)])
+        write_table(RESULTS / f"{preset.name}.csv", scores.round(3))
+        text = to_markdown(summary(scores))
+        (RESULTS / f"{preset.name}.md").write_text(text, encoding="utf-8")
+        print(preset.name, text, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
