@@ -130,13 +130,23 @@ def test_the_default_is_within_the_promised_cosine_of_fp32(eager_features, cache
     assert least_cosine(load_encoder()(make_tiles(4)), eager_features) >= 0.999
 
 
-def test_bf16_is_only_taken_where_it_is_close_to_fp32(monkeypatch, loaded):
-    """On hardware with fast bf16 the probe tiles decide whether it is taken."""
-    monkeypatch.setattr(loading, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(loading, "_least_cosine", lambda exact, fast: 0.9991)
-    assert load_encoder(device="cpu", engine="torch").precision == "bf16"
-    monkeypatch.setattr(loading, "_least_cosine", lambda exact, fast: 0.9989)
-    assert load_encoder(device="cpu", engine="torch").precision == "fp32"
+def test_bf16_is_only_taken_where_it_is_faster_and_close_to_fp32(monkeypatch, loaded, tmp_path):
+    """Where bf16 is faster the probe tiles decide whether it is taken; the cache keeps the answer."""
+    monkeypatch.setattr(loading, "has_bf16", lambda device: True)
+
+    def chosen(cosine, ratio, folder):
+        monkeypatch.setenv("HDMIL_CACHE", str(tmp_path / folder))
+        monkeypatch.setattr(loading, "_least_cosine", lambda exact, fast: cosine)
+        monkeypatch.setattr(loading, "_speed_ratio", lambda exact, fast: ratio)
+        return load_encoder(device="cpu", engine="torch").precision
+
+    assert chosen(0.9991, 1.3, "a") == "bf16"
+    assert chosen(0.9989, 1.3, "b") == "fp32"
+    assert chosen(0.9991, 1.1, "c") == "fp32"
+    assert chosen(0.0, 0.0, "a") == "bf16"
+    record = next((tmp_path / "a" / "precision").glob("*.json"))
+    record.write_text("{")
+    assert chosen(0.9989, 1.3, "a") == "fp32"
 
 
 def test_torch_bf16_differs_from_fp32_by_rounding_only(loaded):

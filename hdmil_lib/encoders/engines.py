@@ -180,13 +180,14 @@ def has_nncf() -> bool:
     return importlib.util.find_spec("nncf") is not None
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 on a device. A CPU needs AMX: with AVX-512 alone bf16 is slower."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16; whether they are faster differs between CPUs."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False  # not measured
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def convert(network: nn.Module, input_size: int, path: Path) -> None:

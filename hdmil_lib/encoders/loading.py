@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
+import platform
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +24,7 @@ from hdmil_lib.encoders.engines import (
     Precision,
     TorchEngine,
     convert,
-    has_fast_bf16,
+    has_bf16,
     has_nncf,
     has_openvino,
     quantize,
@@ -44,6 +47,9 @@ __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "load_encoder"]
 
 MIN_COSINE = 0.999
 """Least cosine between features in bf16 and in fp32 at which precision="auto" takes bf16."""
+
+MIN_SPEED_UP = 1.2
+"""Least speed of bf16, relative to fp32, at which precision="auto" takes it on a CPU."""
 
 
 class Encoder:
@@ -176,9 +182,9 @@ def load_encoder(
         name: A key of `ENCODERS`. The default's weights are installed with hdmil; others are downloaded.
         device: Device that runs the encoder, as `devices.resolve` takes it.
         engine: "auto" takes OpenVINO on a CPU where it is installed, else PyTorch.
-        precision: "auto" takes bf16 where the hardware is faster in it and the features of probe tiles
-            stay within a cosine of 0.999 of fp32. "int8" is used only when named: the fastest on a CPU, at a
-            cosine of about 0.998 on tiles like `int8_tiles`.
+        precision: "auto" takes bf16 where it is faster, which on a CPU is measured once, and the features of
+            probe tiles stay within a cosine of 0.999 of fp32. "int8" is used only when named: the fastest on
+            a CPU, at a cosine of about 0.998 on tiles like `int8_tiles`.
         int8_tiles: Tiles from which int8 takes the ranges of its numbers, uint8 (n, H, W, 3). A hundred
             from several slides like those to be encoded suffice; see `extraction.spread_tiles`.
         compiled: Whether to call `Encoder.compile`; for the engine "torch" only. Features differ from those
@@ -241,10 +247,8 @@ def _load(
         return Encoder(spec, digest, TorchEngine(network, device, precision), reading, resized)
 
     encoder = start("fp32" if precision == "auto" else precision)
-    if precision == "auto" and has_fast_bf16(device):
-        fast = start("bf16")
-        if _least_cosine(encoder, fast) >= MIN_COSINE:
-            encoder = fast
+    if precision == "auto" and has_bf16(device):
+        encoder = _better(encoder, start)
     if compiled:
         encoder.compile()
     return encoder
@@ -362,6 +366,50 @@ def _fit_on_device(tiles: Tensor, resize: int, input_size: int) -> Tensor:
         tiles = resample(tiles, np.zeros((len(tiles), 2)), scale, (resize, resize))
     edge = (resize - input_size) // 2
     return tiles[:, edge : edge + input_size, edge : edge + input_size].contiguous()
+
+
+def _better(exact: Encoder, start: Callable[[Precision], Encoder]) -> Encoder:
+    """The encoder in fp32, or in bf16 where it is faster and nearly the same.
+
+    On a GPU bf16 is taken to be faster. On a CPU some tiles are timed, once: the cache keeps the answer for
+    this encoder, processor and number of threads.
+    """
+    if exact.device.type != "cpu":
+        fast = start("bf16")
+        return fast if _least_cosine(exact, fast) >= MIN_COSINE else exact
+    what = (exact.name, exact.input_size, exact.weights_hash, exact.engine, __version__, torch.__version__)
+    key = repr((what, _processor(), torch.get_num_threads()))
+    path = cache_dir() / "precision" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return start("bf16") if json.loads(path.read_text())["bf16"] else exact
+    fast = start("bf16")
+    ratio, cosine = _speed_ratio(exact, fast), _least_cosine(exact, fast)
+    chosen = ratio >= MIN_SPEED_UP and cosine >= MIN_COSINE
+    with suppress(OSError):  # without the record the next call is slower, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"bf16": chosen, "times as fast": ratio, "least cosine": cosine})
+    return fast if chosen else exact
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line for line in lines if line.startswith("model name")), "")
+    return platform.processor()
+
+
+def _speed_ratio(exact: Encoder, fast: Encoder, n_tiles: int = 16, repeats: int = 3) -> float:
+    """How many times as fast the second encoder is, by the best of several runs in turns."""
+    tiles = np.random.default_rng(0).integers(0, 256, (n_tiles, *[exact.input_size] * 2, 3), dtype=np.uint8)
+    best = {exact: math.inf, fast: math.inf}
+    for repeat in range(repeats + 1):
+        for encoder in best:
+            start = time.perf_counter()
+            encoder(tiles)
+            if repeat:  # the first run warms up
+                best[encoder] = min(best[encoder], time.perf_counter() - start)
+    return best[exact] / best[fast]
 
 
 def _least_cosine(exact: Encoder, fast: Encoder) -> float:
