@@ -266,19 +266,25 @@ def calibrate(
     table = Cohort.from_csv(cohort, bags=bags)
     held_out = table.select(table.table.drop_duplicates("case_id")["slide_id"].tolist())
     loaded = list(held_out.load_bags().values())
+    rules: dict[str, Any] = {}
     try:
-        thresholds = learn_thresholds(trained, loaded, epsilon=epsilon, delta=delta)
+        if not trained.looks_again:
+            rules["thresholds"] = learn_thresholds(trained, loaded, epsilon=epsilon, delta=delta)
         trajectories = [trained.trajectory(bag) for bag in loaded]
-        margin = learn_margin(trajectories, epsilon=epsilon, delta=delta)
+        rules["margin"] = learn_margin(trajectories, epsilon=epsilon, delta=delta)
     except ValueError as error:
         raise HDMILError(str(error)) from error
-    for name, rule in (("thresholds", thresholds), ("margin", margin)):
+    for name, rule in rules.items():
         typer.echo(f"{name:10} {rule.control}")
         typer.echo(f"{'':10} reads {rule.keep_ratio:.0%} of the tiles")
-    certified = thresholds.keep_ratio < 1
-    chosen = thresholds.value if certified else trained.trained_thresholds
-    trained.with_rules(thresholds=chosen, margin=margin.value).save_pretrained(out)
-    if not certified:
+    certified = "thresholds" in rules and rules["thresholds"].keep_ratio < 1
+    chosen = rules["thresholds"].value if certified else trained.trained_thresholds
+    trained.with_rules(thresholds=chosen, margin=rules["margin"].value).save_pretrained(out)
+    if trained.looks_again:
+        typer.echo(
+            "the rules of the second look stay, without a guarantee; `hdmil predict --anytime` has one"
+        )
+    elif not certified:
         typer.echo("the trained thresholds stay; if the guarantee is needed, predict with --all-tiles")
     typer.echo(f"{out}: the model with these rules")
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.errors import BagError, CheckpointError
+from hdmil_lib.inference.rules import learn_thresholds
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import HDMIL, LIPN, SecondLook, create_model
 from hdmil_lib.models.hdmil import random_tiles
@@ -117,6 +118,8 @@ def test_rules_keep_the_share_and_a_good_cascade_is_used(trained):
     assert model.slope > 0
     batch = data.batch([split.test[1]])
     output = model(**batch.inputs_for(model))
+    with pytest.raises(ValueError, match="the model has a second look"):
+        learn_thresholds(model, list(trained[0].values()))
     whole = model(**batch.inputs_for(model), all_tiles=True)
     assert (output.read <= model.screen(batch.patches, batch.segments).any(1)).all()
     assert torch.equal(whole.logits, dmin(batch.features).logits)  # all tiles need no calibration

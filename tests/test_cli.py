@@ -503,6 +503,10 @@ def test_a_cascade_from_slides_to_a_prediction(work, tmp_path):
     assert ("no better than random tiles" in text) == (model.screening == "random")
     slide = work / "slides" / "s00.tif"
     assert "tiles" in hdmil("predict", slide, "--model", tmp_path / "trained" / "model")
+    held_out = ("--cohort", work / "cohort.csv", "--bags", tmp_path / "bags", "--out", tmp_path / "rules")
+    text = hdmil("calibrate", "--model", tmp_path / "trained" / "model", *held_out)
+    assert ("the rules of the second look stay" in text) == model.looks_again
+    assert HDMIL.from_pretrained(tmp_path / "rules").look.side == 64
     error = hdmil(*train_arguments(work), "--out", tmp_path / "other", "--cascade", code=1)
     assert "has no look of 64 pixels; extract its slide with `--look 64`" in error
 

@@ -151,6 +151,27 @@ def test_a_slide_and_its_bag_get_the_same_answer(tmp_path):
     assert of_slide.n_read < shown
 
 
+def test_a_stream_reads_the_tiles_that_the_look_scores_highest_first(tmp_path):
+    slide = write_textured_slide(tmp_path / "s.tif")
+    model = with_look(make_model(slide, keep=0.6))
+    extract(slide, model.encoder, tmp_path / "bags", looks=(SIDE,), progress=False)
+    bag = read_bag(tmp_path / "bags" / "s.h5")
+    steps = list(model.stream(slide, block=1, margin=float("inf")))
+    assert steps[-1].end == "all tiles"
+    assert "look" in steps[-1].seconds
+    shown = model.screen(torch.from_numpy(bag.patches), Segments([len(bag)])).any(1).numpy()
+    order = steps[-1].rows
+    assert shown[order].tolist() == sorted(shown.tolist(), reverse=True)
+    with torch.no_grad():
+        scores = model.look(torch.from_numpy(bag.looks[SIDE]).float()).numpy()
+    assert (np.diff(scores[order[: shown.sum()]]) < 2e-2).all()  # features in float16
+    path = model.trajectory(bag, block=8)
+    assert path.n_read.tolist() == [8, 16, 24, 32, 35]
+    np.testing.assert_allclose(path.probabilities[-1], steps[-1].probabilities, atol=2e-3)
+    with pytest.raises(BagError, match="bag s has no look of 64 pixels"):
+        model.trajectory(replace(bag, looks={}))
+
+
 def test_looks_are_read_at_their_scale_and_stored(tmp_path):
     path = write_textured_slide(tmp_path / "s.tif")
     encoder = ColorEncoder()

@@ -1,5 +1,7 @@
 """Anytime prediction: tiles are read in the order of LIPN's scores, with a prediction after each block.
 
+A model with a second look reads those first that both networks find most suspicious.
+
 DMIN pools with a softmax over tiles, so its prediction follows from sums. `RunningDMIN` updates these sums
 block by block without computing anything twice; after the last tile the prediction is that of DMIN on the
 whole bag. The first tiles are not a random sample but the most suspicious ones, so the more tiles are unread,
@@ -13,6 +15,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,12 +24,16 @@ from torch import Tensor
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.encoders.extraction import encode_blocks
-from hdmil_lib.errors import SlideError
+from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.inference.prediction import stage
-from hdmil_lib.inference.slides import check_bag, running_on
+from hdmil_lib.inference.slides import check_bag, look_scores, running_on
 from hdmil_lib.kernels.random import bits_at
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
+
+if TYPE_CHECKING:
+    from hdmil_lib.encoders.loading import Encoder
 
 BLOCK = 32
 """Default number of tiles per block."""
@@ -155,7 +162,11 @@ def stream(
                     slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
                 )
             with stage(seconds, "lipn"):
-                order = np.argsort(-lipn_scores(model, grid.patches), kind="stable")[:max_tiles]
+                scores = lipn_scores(model, grid.patches)
+            if model.looks_again:
+                with stage(seconds, "look"):
+                    scores = looked_scores(model, slide, grid, encoder, n_readers)
+            order = np.argsort(-scores, kind="stable")[:max_tiles]
             # Within a block tiles are read in the order of the file, since neighbors share stored tiles.
             rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
             running, n_read = RunningDMIN(model.dmin), 0
@@ -209,6 +220,28 @@ def lipn_scores(model: HDMIL, patches: np.ndarray) -> np.ndarray:
     return logits.sigmoid().amax(1).cpu().numpy()
 
 
+@torch.inference_mode()
+def looked_scores(
+    model: HDMIL, slide: Slide, grid: TileGrid, encoder: "Encoder", n_readers: int
+) -> np.ndarray:
+    """Score by which tiles are ranked after a second look, float32 (N,); see `ranked`."""
+    patches = torch.from_numpy(grid.patches).to(model.device)
+    logits = model.lipn_logits(patches)
+    mask = model.screen(patches, Segments([len(grid)], model.device), logits)
+    return ranked(look_scores(model, slide, grid, mask, logits, encoder, n_readers=n_readers), logits)
+
+
+def ranked(scores: Tensor, lipn_logits: Tensor) -> np.ndarray:
+    """Scores that rank tiles that were looked at by this score, and the others behind them by LIPN's, (N,).
+
+    Args:
+        scores: Scores of the second look, (N,), -inf for tiles that it did not see.
+        lipn_logits: LIPN's logits, (N, C).
+    """
+    behind = lipn_logits.amax(1) - lipn_logits.max() + scores[scores.isfinite()].amin() - 1
+    return torch.where(scores == -torch.inf, behind, scores).float().cpu().numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """Predictions of one slide after each block of tiles.
@@ -259,10 +292,29 @@ def trajectory(model: HDMIL, bag: Bag, block: int = BLOCK) -> Trajectory:
     """
     model.eval()
     check_bag(model, bag)
-    order = torch.from_numpy(np.argsort(-lipn_scores(model, bag.known_patches), kind="stable"))
+    order = torch.from_numpy(np.argsort(-_bag_scores(model, bag), kind="stable"))
     features = torch.from_numpy(np.asarray(bag.features, np.float32))
     running = RunningDMIN(model.dmin)
     blocks = [features[rows].to(model.device) for rows in order.split(block)]
     answers = [running.update(rows).cpu().numpy() for rows in blocks]
     n_read = np.minimum(np.arange(1, len(answers) + 1) * block, len(features))
     return Trajectory(n_read, np.stack(answers))
+
+
+@torch.inference_mode()
+def _bag_scores(model: HDMIL, bag: Bag) -> np.ndarray:
+    """Score by which the tiles of a bag are ranked, float32 (N,)."""
+    if not model.looks_again:
+        return lipn_scores(model, bag.known_patches)
+    assert model.look is not None
+    if (looks := bag.looks.get(model.look.side)) is None:
+        raise BagError(
+            f"bag {bag.slide_id} has no look of {model.look.side} pixels; extract its slide with "
+            f"`--look {model.look.side}`"
+        )
+    patches = torch.from_numpy(bag.known_patches).to(model.device)
+    logits = model.lipn_logits(patches)
+    shown = model.screen(patches, Segments([len(bag)], model.device), logits).any(1)
+    given = torch.from_numpy(np.asarray(looks, np.float32)).to(model.device)
+    scores = model.look(given, logits.amax(1)).masked_fill(~shown, -torch.inf)
+    return ranked(scores, logits)

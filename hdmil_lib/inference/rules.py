@@ -104,8 +104,13 @@ def learn_thresholds(
         **options: `epsilon`, `delta` and `procedure` of `control_risk`.
 
     Raises:
-        ValueError: There are no bags or candidates, or numbers are out of range.
+        ValueError: There are no bags or candidates, numbers are out of range, or the model has a second look.
     """
+    if model.looks_again:
+        raise ValueError(
+            "the model has a second look, so that LIPN's thresholds alone do not say what is read: learn the "
+            "margin of `stream`, or make the model without its look"
+        )
     if candidates is None:
         candidates = threshold_ladder(model.trained_thresholds.tolist())
     if not bags or not candidates:

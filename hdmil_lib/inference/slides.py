@@ -95,12 +95,18 @@ def predict_slide(
         mask, rows = None, np.arange(len(grid))
         if not all_tiles:
             with stage(seconds, "lipn"):
-                mask, lipn_logits = _screen(model, grid.patches)
-            rows = np.flatnonzero(mask.any(axis=1))
+                patches, bag = (
+                    torch.from_numpy(grid.patches).to(model.device),
+                    Segments([len(grid)], model.device),
+                )
+                lipn_logits = model.lipn_logits(patches) if model.looks_again else None
+                kept = model.screen(patches, bag, lipn_logits)
             if lipn_logits is not None:
                 with stage(seconds, "look"):
-                    mask = look_again(model, slide, grid, mask, lipn_logits, encoder, n_readers=n_readers)
-                rows = np.flatnonzero(mask.any(axis=1))
+                    scores = look_scores(model, slide, grid, kept, lipn_logits, encoder, n_readers=n_readers)
+                    kept = model.look_again(scores, kept, bag)
+            mask = kept.cpu().numpy()
+            rows = np.flatnonzero(mask.any(axis=1))
         features = encode_tiles(
             slide, grid, rows, encoder, n_readers=n_readers, strict=strict, seconds=seconds, progress=progress
         )
@@ -309,40 +315,41 @@ def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
     return width, width
 
 
-def _screen(model: HDMIL, patches: np.ndarray) -> tuple[np.ndarray, torch.Tensor | None]:
-    """LIPN's mask, bool (N, C), and its logits for a model with a second look."""
-    on_device = torch.from_numpy(patches).to(model.device)
-    logits = model.lipn_logits(on_device) if model.looks_again else None
-    mask = model.screen(on_device, Segments([len(patches)], model.device), logits)
-    return mask.cpu().numpy(), logits
-
-
-def look_again(
+def look_scores(
     model: HDMIL,
     slide: Slide,
     grid: TileGrid,
-    mask: np.ndarray,
+    mask: torch.Tensor,
     lipn_logits: torch.Tensor,
     encoder: "Encoder",
     *,
     n_readers: int,
-) -> np.ndarray:
-    """LIPN's mask after the second look, bool (N, C).
+) -> torch.Tensor:
+    """Scores of the second look on the tiles that LIPN keeps, (N,), on the model's device.
 
-    Tiles that LIPN does not keep are not looked at. One whose look is damaged passes, so that it is reported
-    where it is read in full.
+    Tiles that LIPN does not keep are not looked at; theirs is -inf. One whose look is damaged has inf: it is
+    reported where it is read in full.
+
+    Args:
+        model: A model with a second look.
+        slide: The open slide.
+        grid: Its N tiles.
+        mask: LIPN's selection, bool (N, C).
+        lipn_logits: LIPN's logits, (N, C).
+        encoder: Encoder of the model.
+        n_readers: Number of threads that read ahead.
     """
     assert model.look is not None
-    rows = np.flatnonzero(mask.any(axis=1))
+    shown = mask.any(1)
+    rows = np.flatnonzero(shown.cpu().numpy())
     coarse, own = grid.at(model.look.side), encoder.at(model.look.side)
     features = encode_tiles(slide, coarse, rows, own, n_readers=n_readers, strict=False)
-    logits = torch.full((len(grid),), torch.inf, device=model.device)
     whole = ~np.isnan(features).all(axis=1)
+    scores = torch.full((len(grid),), torch.inf, device=model.device).masked_fill(~shown, -torch.inf)
     seen = torch.from_numpy(rows[whole]).to(model.device)
     looks = torch.from_numpy(features[whole]).to(model.device)
-    logits[seen] = model.look(looks, lipn_logits[seen].amax(1))
-    given = torch.from_numpy(mask).to(model.device)
-    return model.look_again(logits, given, Segments([len(grid)], model.device)).cpu().numpy()
+    scores[seen] = model.look(looks, lipn_logits[seen].amax(1))
+    return scores
 
 
 def _classify(
