@@ -25,7 +25,6 @@ from hdmil_lib.training.cascade import (
     fit_cascade,
     judgments,
     load_cascade,
-    threshold_for_share,
 )
 from hdmil_lib.training.crossval import cross_validate
 from hdmil_lib.training.fit import TrainSettings, fit
@@ -183,41 +182,3 @@ def test_cross_validation_of_a_cascade(trained, tmp_path):
     plain = {slide_id: replace(bag, looks={}) for slide_id, bag in bags.items()}
     with pytest.raises(BagError, match="has no look of 64 pixels"):
         cross_validate(cohort, ["hdmil_cascade"], bags=plain, **made | {"out": tmp_path / "other"})
-
-
-def test_thresholds_follow_numpy_on_one_branch(trained):
-    """The threshold of the second look keeps the share in total, with every slide of the same weight."""
-    *_, data, split, dmin = trained
-    networks = HDMIL(dmin, blind_lipn(), look=planted(1.0))
-    model, _ = choose_rules(networks, data, split.val, CascadeSettings(first=1.0, keep_ratio=0.3))
-    shares = []
-    for slide_id in split.val:
-        batch = data.batch([slide_id])
-        coarse = model.lipn_logits(batch.patches).amax(1)
-        scores = model.look(batch.look(64), coarse).detach().numpy()
-        shares.append((scores > float(model.look_threshold)).mean())
-    assert np.mean(shares) == pytest.approx(0.3, abs=0.02)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
-    share=st.floats(0, 1),
-    shown=st.floats(0.1, 1),
-    seed=st.integers(0, 99),
-)
-def test_at_most_the_share_lies_above_its_threshold(lengths, share, shown, seed):
-    rng = np.random.default_rng(seed)
-    scores = [torch.from_numpy(np.where(rng.random(n) < shown, rng.normal(size=n), -np.inf)) for n in lengths]
-    scores[0][0] = 0.5
-    threshold = threshold_for_share(scores, share)
-
-    def above(limit):
-        return np.mean([float((s > limit).double().mean()) for s in scores])
-
-    assert np.isfinite(threshold)
-    assert above(threshold) <= share + 1e-8
-    every = torch.cat(scores)
-    lower = every[(every <= threshold) & every.isfinite()]
-    if len(lower):  # with one more tile it would be more than the share
-        assert above(float(lower.max()) - 1e-9) > share - 1e-8

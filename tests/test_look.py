@@ -35,7 +35,7 @@ class LookingEncoder(ColorEncoder):
         return super().__call__(tiles)
 
 
-def with_look(model, threshold=0.0, seed=0):
+def with_look(model, share=0.5, seed=0):
     """The same model with an untrained second look."""
     torch.manual_seed(seed)
     look = SecondLook(model.dmin.in_dim, SIDE).eval()
@@ -44,7 +44,7 @@ def with_look(model, threshold=0.0, seed=0):
         model.lipn,
         thresholds=model.thresholds,
         look=look,
-        look_threshold=threshold,
+        look_share=share,
         info=model.info,
     )
     other.encoder = LookingEncoder()
@@ -59,13 +59,14 @@ def looked_at(bags):
 def test_only_tiles_of_lipn_pass_and_every_bag_keeps_one():
     model, segments = with_look(make_model()), Segments([4, 3, 2])
     mask = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [1, 0]]).bool()
-    logits = torch.tensor([2.0, -1.0, 1.0, 9.0, -3.0, -2.0, -4.0, -1.0, 0.5])
-    kept = model.look_again(logits, mask, segments)
+    scores = torch.tensor([2.0, -1.0, 1.0, 9.0, -3.0, -2.0, -4.0, -1.0, 0.5])
+    kept = model.look_again(scores, mask, segments)
     wanted = torch.zeros_like(mask)
-    wanted[0], wanted[2] = mask[0], mask[2]  # above the threshold; tile 3 was not kept by LIPN
-    wanted[5] = mask[5]  # no tile of the second bag passes: its best one is kept
-    wanted[8] = mask[8]
+    for tile in (0, 2, 4, 5, 8):  # the best 2 of 4, 2 of 3 and 1 of 2; tile 3 was not kept by LIPN
+        wanted[tile] = mask[tile]
     assert torch.equal(kept, wanted)
+    few = model.with_rules(look_share=0.01).look_again(scores, mask, segments)
+    assert few.any(1).nonzero()[:, 0].tolist() == [0, 5, 8]
 
 
 def test_at_the_ends_of_the_threshold_the_look_keeps_all_or_one():
@@ -73,8 +74,8 @@ def test_at_the_ends_of_the_threshold_the_look_keeps_all_or_one():
     dmin, lipn = create_model("dmin", DIM, 2, embed_dim=16, attention_dim=8).eval(), LIPN(2).eval()
     features, patches = torch.from_numpy(bag.features).float(), torch.from_numpy(bag.patches)
     plain = HDMIL(dmin, lipn)(features, patches)
-    for threshold, n_read in ((-1e9, int(plain.read.sum())), (1e9, 1)):
-        model = HDMIL(dmin, lipn, look=SecondLook(DIM, SIDE).eval(), look_threshold=threshold)
+    for share, n_read in ((1.0, int(plain.read.sum())), (0.01, 1)):
+        model = HDMIL(dmin, lipn, look=SecondLook(DIM, SIDE).eval(), look_share=share)
         output = model(features, patches, looks=features)
         assert int(output.read.sum()) == n_read
         assert (output.mask <= plain.mask).all()
@@ -97,7 +98,7 @@ def test_a_model_with_a_look_asks_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"look_threshold": float("nan")}, "look_threshold is nan"),
+        ({"look_share": 0}, "look_share is 0"),
         ({"look": SecondLook(5)}, "look takes 5 features, dmin 6"),
     ],
 )
@@ -108,16 +109,16 @@ def test_settings_out_of_bounds(options, message):
 
 
 def test_the_look_is_saved_with_the_model(tmp_path):
-    model = with_look(make_model(), threshold=0.25)
+    model = with_look(make_model(), share=0.25)
     model.save_pretrained(tmp_path / "model")
     loaded = HDMIL.from_pretrained(tmp_path / "model")
     assert loaded.look.settings == model.look.settings
-    assert float(loaded.look_threshold) == 0.25
+    assert float(loaded.look_share) == 0.25
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    assert "64 px per tile, threshold 0.2500" in (tmp_path / "model" / "README.md").read_text()
-    changed = loaded.with_rules(look_threshold=0.75)
-    assert (float(changed.look_threshold), float(loaded.look_threshold)) == (0.75, 0.25)
+    assert "64 px per tile, 25% of the tiles pass" in (tmp_path / "model" / "README.md").read_text()
+    changed = loaded.with_rules(look_share=0.75)
+    assert (float(changed.look_share), float(loaded.look_share)) == (0.75, 0.25)
     assert torch.equal(changed.thresholds, loaded.thresholds)
 
 
@@ -135,11 +136,7 @@ def test_a_slide_and_its_bag_get_the_same_answer(tmp_path):
     encoder = model.encoder
     extract(slide, encoder, tmp_path / "bags", looks=(SIDE,), progress=False)
     bag = read_bag(tmp_path / "bags" / "s.h5")
-    with torch.no_grad():
-        scores = model.look(torch.from_numpy(bag.looks[SIDE]).float()).sort().values
-    middle = scores[len(scores) // 4 : -len(scores) // 4]  # no tile is near the threshold: bags have float16
-    gap = middle.diff().argmax()
-    model = model.with_rules(look_threshold=float(middle[gap : gap + 2].mean()))
+    model = model.with_rules(look_share=0.3)
     encoder.seen.clear()
     of_slide, of_bag = model.predict(slide), model.predict(bag)
     assert np.array_equal(of_slide.mask, of_bag.mask)

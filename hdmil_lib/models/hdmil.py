@@ -22,7 +22,6 @@ from hdmil_lib.models.dmin import DMIN
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN, keep_mask
 from hdmil_lib.models.look import SecondLook
-from hdmil_lib.models.ragged import bag_argmax
 
 if TYPE_CHECKING:  # modules of higher layers; the methods that use them import them
     import pandas as pd
@@ -66,7 +65,7 @@ class HDMIL(nn.Module):
     reads every tile, which is the paper's HDMIL†.
 
     With a second look, which is not in the paper, the tiles that LIPN selects are first seen coarsely by the
-    encoder, and only those that `look` scores above its threshold are read in full.
+    encoder, and only those that `look` scores highest are read in full.
 
     Args:
         dmin: Trained classifier.
@@ -76,7 +75,8 @@ class HDMIL(nn.Module):
             chance on validation slides; see `training.cascade`.
         random_share: Share of the tiles of a slide that are read at random.
         look: Second look trained for `dmin`; `None` for none, as in the paper.
-        look_threshold: Threshold on the score of the second look.
+        look_share: Share of the tiles of a slide that are read after the second look, the nearest number, at
+            least one: those of highest score among those of LIPN.
         slope: Factor of the class scores where a second look chose the tiles; `calibrated` describes it.
         bias: Summands of these class scores, (C,); 0 by default.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
@@ -97,7 +97,7 @@ class HDMIL(nn.Module):
     thresholds: Tensor
     trained_thresholds: Tensor
     margin: Tensor
-    look_threshold: Tensor
+    look_share: Tensor
     slope: Tensor
     bias: Tensor
 
@@ -110,7 +110,7 @@ class HDMIL(nn.Module):
         screening: Screening = "networks",
         random_share: float = 1.0,
         look: SecondLook | None = None,
-        look_threshold: float = 0.0,
+        look_share: float = 0.1,
         slope: float = 1.0,
         bias: Sequence[float] | Tensor | None = None,
         margin: float = math.inf,
@@ -131,8 +131,8 @@ class HDMIL(nn.Module):
             raise ValueError(f"screening is {screening!r}, expected 'networks' or 'random'")
         if not 0 < random_share <= 1:
             raise ValueError(f"random_share is {random_share}, expected more than 0 and at most 1")
-        if not math.isfinite(look_threshold):
-            raise ValueError(f"look_threshold is {look_threshold}, expected a finite number")
+        if not 0 < look_share <= 1:
+            raise ValueError(f"look_share is {look_share}, expected more than 0 and at most 1")
         if look is not None and look.settings.in_dim != dmin.in_dim:
             raise ValueError(
                 f"look takes {look.settings.in_dim} features, dmin {dmin.in_dim}: both read one encoder"
@@ -142,7 +142,7 @@ class HDMIL(nn.Module):
         self.screening, self.random_share = screening, random_share
         if look is not None:
             self.inputs = (*self.inputs, f"{LOOK}{look.side}")
-            self.register_buffer("look_threshold", torch.tensor(float(look_threshold)))
+            self.register_buffer("look_share", torch.tensor(float(look_share)))
             self.register_buffer("slope", torch.tensor(float(slope)))
             zeros = torch.zeros(dmin.n_classes)
             self.register_buffer("bias", zeros if bias is None else torch.as_tensor(bias).float().clone())
@@ -257,19 +257,13 @@ class HDMIL(nn.Module):
     def look_again(self, scores: Tensor, mask: Tensor, segments: Segments) -> Tensor:
         """Tiles that LIPN and the second look keep for each branch, bool (N, C).
 
-        If the look keeps none of a bag's tiles, the one of highest score among LIPN's is kept.
-
         Args:
             scores: Scores of the second look, (N,); those of tiles that LIPN does not keep are ignored.
             mask: LIPN's selection, bool (N, C).
             segments: The B bags.
         """
         shown = mask.any(1)
-        scores = scores.masked_fill(~shown, -torch.inf)
-        passed = scores > self.look_threshold
-        n_kept = scores.new_zeros(segments.n_bags).index_add(0, segments.bag, passed.to(scores.dtype))
-        best = bag_argmax(scores, segments)
-        passed = passed.index_put((best,), passed[best] | (n_kept == 0))
+        passed = highest(scores.masked_fill(~shown, -torch.inf), segments, self.look_share)
         return mask & passed[:, None]
 
     def lipn_logits(self, patches: Tensor) -> Tensor:
@@ -297,7 +291,7 @@ class HDMIL(nn.Module):
         self,
         *,
         thresholds: float | Sequence[float] | Tensor | None = None,
-        look_threshold: float | None = None,
+        look_share: float | None = None,
         margin: float | None = None,
         pooling: Pooling | None = None,
     ) -> "HDMIL":
@@ -305,7 +299,7 @@ class HDMIL(nn.Module):
 
         Args:
             thresholds: Thresholds on LIPN's sigmoid, one number or one per branch.
-            look_threshold: Threshold on the score of the second look.
+            look_share: Share of the tiles of a slide that are read after the second look.
             margin: Lead in log odds at which `stream` stops; infinite to read everything.
             pooling: Network whose selection a branch pools.
         """
@@ -316,7 +310,7 @@ class HDMIL(nn.Module):
             screening=self.screening,
             random_share=self.random_share,
             look=self.look,
-            **({} if self.look is None else self._look_rules(look_threshold)),
+            **({} if self.look is None else self._look_rules(look_share)),
             margin=float(self.margin) if margin is None else margin,
             pooling=pooling or self.pooling,
             trained_thresholds=self.trained_thresholds,
@@ -325,9 +319,9 @@ class HDMIL(nn.Module):
         other.decoder, other._encoder, other._loaded = self.decoder, self._encoder, self._loaded
         return other.to(self.device)
 
-    def _look_rules(self, look_threshold: float | None) -> dict[str, Any]:
-        threshold = float(self.look_threshold) if look_threshold is None else look_threshold
-        return {"look_threshold": threshold, "slope": float(self.slope), "bias": self.bias}
+    def _look_rules(self, look_share: float | None) -> dict[str, Any]:
+        share = float(self.look_share) if look_share is None else look_share
+        return {"look_share": share, "slope": float(self.slope), "bias": self.bias}
 
     def replica(self) -> "HDMIL":
         """A copy with networks of its own, for another device; the encoder is shared if it was set."""
@@ -499,15 +493,20 @@ class HDMIL(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def highest(scores: Tensor, segments: Segments, share: float | Tensor) -> Tensor:
+    """Tiles of highest score of each bag, the nearest number to this share and at least one, bool (N,)."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[segments.bag[order].argsort(stable=True)]
+    rank = torch.empty_like(order).index_put((order,), segments.place)
+    return rank < (share * segments.sizes.double()).round().clamp(min=1)[segments.bag]
+
+
 def random_tiles(segments: Segments, share: float) -> Tensor:
     """Random tiles of each bag, the nearest number to this share and at least one, bool (N,).
 
     They depend on the place of a tile in its bag alone, so that a slide is always read alike.
     """
-    drawn = bits_at(0, segments.place, 1)[:, 0].argsort()
-    order = drawn[segments.bag[drawn].argsort(stable=True)]
-    rank = torch.empty_like(order).index_put((order,), segments.place)
-    return rank < (share * segments.sizes.double()).round().clamp(min=1)[segments.bag]
+    return highest(bits_at(0, segments.place, 1)[:, 0], segments, share)
 
 
 def _one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:

@@ -93,11 +93,11 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
     if look is not None:
         networks.append(("look.", look))
         expected |= {f"look.{key}": tensor for key, tensor in look.state_dict().items()}
-        expected |= {"look_threshold": margin, "slope": margin, "bias": thresholds}
+        expected |= {"look_share": margin, "slope": margin, "bias": thresholds}
     tensors = _tensors(folder / WEIGHTS, expected)
     if look is not None:
         options |= {"look": look, "bias": tensors["bias"]}
-        options |= {name: float(tensors[name]) for name in ("look_threshold", "slope")}
+        options |= {name: float(tensors[name]) for name in ("look_share", "slope")}
     for part, network in networks:
         state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
         network.load_state_dict(state, assign=True)
@@ -249,8 +249,8 @@ def _screening(model: "HDMIL") -> str:
 def _look(model: "HDMIL") -> str:
     if model.look is None:
         return "none"
-    threshold = float(model.look_threshold)
-    return f"{model.look.side} px per tile, threshold {threshold:.4f}; not in the paper"
+    share = float(model.look_share)
+    return f"{model.look.side} px per tile, {share:.0%} of the tiles pass; not in the paper"
 
 
 def _card(model: "HDMIL", info: ModelInfo) -> str:

@@ -21,7 +21,7 @@ from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Split
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
-from hdmil_lib.models.lipn import keep_mask, thresholds_for_keep_ratio
+from hdmil_lib.models.lipn import thresholds_for_keep_ratio
 from hdmil_lib.storage import load_weights, read_json, write_json
 from hdmil_lib.training.fit import WEIGHTS, TrainSettings
 from hdmil_lib.training.look import LOOK_TRAINING, fit_look
@@ -103,7 +103,6 @@ def fit_cascade(
         config["cascade"] = {
             "settings": asdict(settings),
             "thresholds": model.thresholds.tolist(),
-            "look_threshold": float(model.look_threshold),
             "coarse_weight": float(model.look.coarse_weight),
             "slope": float(model.slope),
             "bias": model.bias.tolist(),
@@ -127,7 +126,7 @@ def load_cascade(dmin: DMIN, lipn: LIPN, folder: Path) -> HDMIL:
         screening=rules["screening"],
         random_share=rules["settings"]["keep_ratio"],
         look=look.eval(),
-        look_threshold=rules["look_threshold"],
+        look_share=rules["settings"]["keep_ratio"],
         slope=rules["slope"],
         bias=rules["bias"],
     )
@@ -139,10 +138,10 @@ def choose_rules(
 ) -> tuple[HDMIL, dict[str, float]]:
     """Choose the rules of a cascade on slides that served no training.
 
-    LIPN lets the share `first` of the tiles through. A tile's score is that of the second look plus LIPN's
-    logit, with the weight among `LIPN_WEIGHTS` at which the calibrated cross entropy is lowest. The threshold
-    on the score keeps the share `keep_ratio` in total. Both shares are means over slides. Then the cascade is
-    compared with random tiles.
+    LIPN lets the share `first` of the tiles through, a mean over slides. A tile's score is that of the second
+    look plus LIPN's logit, with the weight among `LIPN_WEIGHTS` at which the calibrated cross entropy is
+    lowest. In each slide the share `keep_ratio` of highest scores is read. Then the cascade is compared with
+    random tiles.
 
     Args:
         model: Networks with any rules.
@@ -162,7 +161,6 @@ def choose_rules(
     labels = torch.tensor([data.labels[slide_id] for slide_id in slide_ids])
     logits = [model.lipn_logits(batch.patches) for batch in batches if batch.patches is not None]
     thresholds = thresholds_for_keep_ratio([each.sigmoid() for each in logits], settings.first)
-    masks = [keep_mask(each, thresholds, b.segments) for each, b in zip(logits, batches, strict=True)]
     coarse = [each.amax(1) for each in logits]
     fine = [look(batch.look(settings.side)) for batch in batches]
     ratio = float(torch.cat(fine).std() / torch.cat(coarse).std().clamp(min=1e-6))
@@ -170,16 +168,12 @@ def choose_rules(
     for weight in LIPN_WEIGHTS:
         added = deepcopy(look)
         added.coarse_weight.fill_(weight * ratio)
-        scores = [
-            (f + added.coarse_weight * c).masked_fill(~kept, -torch.inf)
-            for f, c, kept in zip(fine, coarse, [mask.any(1) for mask in masks], strict=True)
-        ]
         candidate = HDMIL(
             model.dmin,
             model.lipn,
             thresholds=thresholds,
             look=added,
-            look_threshold=threshold_for_share(scores, settings.keep_ratio),
+            look_share=settings.keep_ratio,
             random_share=settings.keep_ratio,
             info=model.info,
         )
@@ -207,21 +201,6 @@ def choose_rules(
     if judged["gain"] <= 0:
         chosen.screening = "random"
     return chosen, judged
-
-
-def threshold_for_share(scores: Sequence[Tensor], share: float) -> float:
-    """Threshold above which lies at most this share of the tiles, a mean over slides.
-
-    Args:
-        scores: Scores of the tiles of each slide, (N,); those of -inf are never above it.
-        share: The share of all tiles of a slide.
-    """
-    weights = [torch.full((len(s),), 1 / (len(s) * len(scores)), dtype=torch.float64) for s in scores]
-    ordered, order = torch.cat(list(scores)).double().sort(descending=True)
-    n_kept = int((torch.cat(weights)[order].cumsum(0) <= share + 1e-9).sum())
-    finite = ordered[ordered.isfinite()]
-    last, following = (float(finite[min(max(at, 0), len(finite) - 1)]) for at in (n_kept - 1, n_kept))
-    return (last + following) / 2 if 0 < n_kept < len(finite) else (last + 1 if n_kept == 0 else last - 1)
 
 
 def _random_logits(
