@@ -378,7 +378,7 @@ def _better(exact: Encoder, start: Callable[[Precision], Encoder]) -> Encoder:
         fast = start("bf16")
         return fast if _least_cosine(exact, fast) >= MIN_COSINE else exact
     what = (exact.name, exact.input_size, exact.weights_hash, exact.engine, __version__, torch.__version__)
-    key = repr((what, _processor(), torch.get_num_threads()))
+    key = repr((what, processor(), torch.get_num_threads()))
     path = cache_dir() / "precision" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return start("bf16") if json.loads(path.read_text())["bf16"] else exact
@@ -391,11 +391,12 @@ def _better(exact: Encoder, start: Callable[[Precision], Encoder]) -> Encoder:
     return fast if chosen else exact
 
 
-def _processor() -> str:
-    """Name of the processor."""
+def processor() -> str:
+    """Name of the CPU."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next((line for line in lines if line.startswith("model name")), "")
+        named = next((line for line in lines if line.startswith("model name")), ":")
+        return named.partition(":")[2].strip()
     return platform.processor()
 
 
