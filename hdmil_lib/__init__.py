@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from hdmil_lib.errors import HDMILError
     from hdmil_lib.models import HDMIL, ModelInfo, create_model
     from hdmil_lib.slides import Slide, TileGrid
-    from hdmil_lib.training.crossval import CrossValidation, cross_validate
+    from hdmil_lib.training.crossval import cross_validate
     from hdmil_lib.training.fit import TrainSettings, fit
+    from hdmil_lib.training.trained import CrossValidation
 
 _HOMES = {
     "Bag": "bags",
@@ -27,7 +28,7 @@ _HOMES = {
     "BagDataset": "batches",
     "Cohort": "cohort",
     "Config": "config",
-    "CrossValidation": "training.crossval",
+    "CrossValidation": "training.trained",
     "HDMIL": "models",
     "HDMILError": "errors",
     "ModelInfo": "models",

@@ -16,7 +16,7 @@ from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.inference.rules import learn_thresholds
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import HDMIL, LIPN, SecondLook, create_model
-from hdmil_lib.models.hdmil import random_tiles
+from hdmil_lib.models.ragged import random_tiles
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.training.cascade import (
     CascadeSettings,

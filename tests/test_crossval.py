@@ -20,11 +20,12 @@ from hdmil_lib.methods import METHODS, title
 from hdmil_lib.models import HDMIL, MODELS, MILModel
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.training import crossval
-from hdmil_lib.training.crossval import CrossValidation, cross_validate, waves_of
+from hdmil_lib.training.crossval import cross_validate, waves_of
 from hdmil_lib.training.fit import TrainSettings, predict_slides
 from hdmil_lib.training.lipn import predict_screened
 from hdmil_lib.training.recipes import recipe_for
 from hdmil_lib.training.runs import runs_table
+from hdmil_lib.training.trained import CrossValidation
 
 FEW = TrainSettings(learning_rate=3e-3, epochs=2, min_epochs=0)
 RECIPE = replace(

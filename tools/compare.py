@@ -34,8 +34,9 @@ from hdmil_lib.reproduce.tables import (
 )
 from hdmil_lib.storage import write_json
 from hdmil_lib.synthetic.cohorts import prepare_cohort
-from hdmil_lib.training.crossval import CrossValidation, cross_validate
+from hdmil_lib.training.crossval import cross_validate
 from hdmil_lib.training.runs import save_runs
+from hdmil_lib.training.trained import CrossValidation
 from hdmil_lib.viz.scores import auc_intervals, score_against_keep_ratio
 from hdmil_lib.viz.style import use_style
 

@@ -25,7 +25,8 @@ from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.reproduce.tables import to_markdown
 from hdmil_lib.storage import read_json, write_table
 from hdmil_lib.synthetic.composed import collection_in, compose_cohort
-from hdmil_lib.training.crossval import CrossValidation, cross_validate
+from hdmil_lib.training.crossval import cross_validate
+from hdmil_lib.training.trained import CrossValidation
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "composed"
 RECIPE = {"camelyon": "camelyon-mini", "nsclc": "nsclc-mini"}

@@ -14,14 +14,14 @@ from hdmil_lib import devices
 from hdmil_lib.bags import LOOK
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
-from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import pretrained
 from hdmil_lib.models.base import MILOutput, bags_of
 from hdmil_lib.models.dmin import DMIN
 from hdmil_lib.models.info import ModelInfo
-from hdmil_lib.models.lipn import LIPN, keep_mask
+from hdmil_lib.models.lipn import LIPN, keep_mask, one_per_branch
 from hdmil_lib.models.look import SecondLook
+from hdmil_lib.models.ragged import highest, random_tiles
 
 if TYPE_CHECKING:  # modules of higher layers; the methods that use them import them
     import pandas as pd
@@ -146,9 +146,9 @@ class HDMIL(nn.Module):
             self.register_buffer("slope", torch.tensor(float(slope)))
             zeros = torch.zeros(dmin.n_classes)
             self.register_buffer("bias", zeros if bias is None else torch.as_tensor(bias).float().clone())
-        self.register_buffer("thresholds", _one_per_branch(chosen, dmin.n_classes))
+        self.register_buffer("thresholds", one_per_branch(chosen, dmin.n_classes))
         trained = chosen if trained_thresholds is None else trained_thresholds
-        self.register_buffer("trained_thresholds", _one_per_branch(trained, dmin.n_classes))
+        self.register_buffer("trained_thresholds", one_per_branch(trained, dmin.n_classes))
         self.register_buffer("margin", torch.tensor(float(margin)))
         self._packed: tuple[list[tuple[int, int]], list[Tensor]] | None = None
         self.decoder = "cpu"
@@ -491,33 +491,3 @@ class HDMIL(nn.Module):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         self._packed = None
         return super()._apply(fn, recurse)
-
-
-def highest(scores: Tensor, segments: Segments, share: float | Tensor) -> Tensor:
-    """Tiles of highest score of each bag, the nearest number to this share and at least one, bool (N,)."""
-    order = scores.argsort(descending=True, stable=True)
-    order = order[segments.bag[order].argsort(stable=True)]
-    rank = torch.empty_like(order).index_put((order,), segments.place)
-    return rank < (share * segments.sizes.double()).round().clamp(min=1)[segments.bag]
-
-
-def random_tiles(segments: Segments, share: float) -> Tensor:
-    """Random tiles of each bag, the nearest number to this share and at least one, bool (N,).
-
-    They depend on the place of a tile in its bag alone, so that a slide is always read alike.
-    """
-    return highest(bits_at(0, segments.place, 1)[:, 0], segments, share)
-
-
-def _one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:
-    """Thresholds as float32 (C,)."""
-    given: Any = thresholds.tolist() if hasattr(thresholds, "tolist") else thresholds
-    values = [float(given)] * n_classes if isinstance(given, float | int) else list(given)
-    if len(values) != n_classes or not all(isinstance(value, float | int) for value in values):
-        shape = tuple(torch.as_tensor(thresholds).shape)
-        raise ValueError(
-            f"thresholds have shape {shape}, expected one number, or one for each of {n_classes} branches"
-        )
-    if not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"thresholds are {given}, expected numbers from 0 to 1")
-    return torch.tensor(values, dtype=torch.float32)

@@ -226,6 +226,20 @@ def thresholds_for_keep_ratio(scores: Iterable[Tensor], keep_ratio: float) -> Te
     return ((bounds.gather(0, kept) + bounds.gather(0, kept + 1)) / 2)[0]
 
 
+def one_per_branch(thresholds: float | Sequence[float] | Tensor, n_classes: int) -> Tensor:
+    """Thresholds as float32 (C,)."""
+    given: Any = thresholds.tolist() if hasattr(thresholds, "tolist") else thresholds
+    values = [float(given)] * n_classes if isinstance(given, float | int) else list(given)
+    if len(values) != n_classes or not all(isinstance(value, float | int) for value in values):
+        shape = tuple(torch.as_tensor(thresholds).shape)
+        raise ValueError(
+            f"thresholds have shape {shape}, expected one number, or one for each of {n_classes} branches"
+        )
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"thresholds are {given}, expected numbers from 0 to 1")
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def _matrix(layers: Sequence[ConvBlock], side: int, channels: int) -> tuple[Tensor, Tensor]:
     """Weight (inputs, outputs) and bias of convolutions with their normalizations, without activations."""
     device = layers[0].conv.weight.device

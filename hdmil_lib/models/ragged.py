@@ -1,8 +1,9 @@
-"""Means, maxima and padding of concatenated bags, none of which is empty; nothing is read on the host."""
+"""Means, maxima, padding and choices of concatenated bags, none empty; nothing is read on the host."""
 
 import torch
 from torch import Tensor
 
+from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.kernels.segments import Segments
 
 
@@ -46,3 +47,19 @@ def bag_argmax(values: Tensor, segments: Segments) -> Tensor:
     """
     highest = pad(values.detach(), segments, -torch.inf).argmax(1)
     return highest + segments.offsets[:-1].view(-1, *[1] * (values.ndim - 1))
+
+
+def highest(scores: Tensor, segments: Segments, share: float | Tensor) -> Tensor:
+    """Tiles of highest score of each bag, the nearest number to this share and at least one, bool (N,)."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[segments.bag[order].argsort(stable=True)]
+    rank = torch.empty_like(order).index_put((order,), segments.place)
+    return rank < (share * segments.sizes.double()).round().clamp(min=1)[segments.bag]
+
+
+def random_tiles(segments: Segments, share: float) -> Tensor:
+    """Random tiles of each bag, the nearest number to this share and at least one, bool (N,).
+
+    They depend on the place of a tile in its bag alone, so that a slide is always read alike.
+    """
+    return highest(bits_at(0, segments.place, 1)[:, 0], segments, share)

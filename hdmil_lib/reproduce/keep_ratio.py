@@ -13,7 +13,7 @@ from hdmil_lib.cohort import Cohort
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL
-from hdmil_lib.training.crossval import CrossValidation
+from hdmil_lib.training.trained import CrossValidation
 
 KEEP_RATIOS = (1.0, 0.6, 0.3, 0.1, 0.05)
 TUMOR_SHARE = 0.5

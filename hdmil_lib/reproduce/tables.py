@@ -12,7 +12,7 @@ from hdmil_lib.evaluation.metrics import fold_scores, keep_ratio, mean_sd, tumor
 from hdmil_lib.methods import METHODS
 from hdmil_lib.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2, PAPER_TABLE3
 from hdmil_lib.reproduce.timing import stage_medians
-from hdmil_lib.training.crossval import CrossValidation
+from hdmil_lib.training.trained import CrossValidation
 
 TABLE1_METHODS = tuple(name for name in METHODS if not name.startswith("dmin_"))
 TABLE3_METHODS = ("dmin_linear", "dmin_no_distillation", "hdmil_dagger", "hdmil")
