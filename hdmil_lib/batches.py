@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
@@ -113,6 +113,30 @@ class BagBatch:
                 f"a slide of {', '.join(self.slide_ids)} has no label; give BagDataset all labels"
             )
         return self.labels
+
+    def sample(self, share: float) -> "BagBatch":
+        """The batch with random tiles of each bag, the nearest number to this share and at least one.
+
+        Tiles stay in their order. They are drawn with torch's generator, on the host.
+        """
+        lengths, starts = self.segments.lengths, accumulate(self.segments.lengths, initial=0)
+        parts = [
+            start + torch.randperm(n)[: max(1, round(share * n))].sort().values
+            for n, start in zip(lengths, starts, strict=False)
+        ]
+        device = self.segments.offsets.device
+        chosen = torch.cat(parts)
+        here = to_device(chosen, device)
+
+        def rows_of(field: str) -> Tensor | None:
+            rows = self.__dict__.get(field)
+            rows = self.rows_of(field) if rows is None else rows
+            return None if rows is None else rows[chosen if field in HOST_FIELDS else here]
+
+        sampled = replace(self, segments=Segments(map(len, parts), device), rows_of=rows_of, starts=None)
+        if self.rows is not None:
+            sampled.__dict__["rows"] = self.rows[here]
+        return sampled
 
     def inputs_for(self, model: TakesBags) -> dict[str, Any]:
         """Keyword arguments of `model.forward`: `model(**batch.inputs_for(model))`.

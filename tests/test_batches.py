@@ -49,6 +49,33 @@ def test_a_batch_holds_the_bags_in_the_order_asked_for(bags, slide_ids):
             np.testing.assert_array_equal(rows, getattr(bags[slide_id], field), err_msg=field)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 99))
+def test_a_sample_has_tiles_of_each_bag_in_their_order(sizes, share, seed):
+    bags = {f"s{i}": make_bag(f"s{i}", 0, n) for i, n in enumerate(sizes)}
+    batch = BagDataset(bags).batch(list(bags))
+    torch.manual_seed(seed)
+    sampled = batch.sample(share)
+    assert sampled.segments.lengths == tuple(max(1, round(share * n)) for n in sizes)
+    assert sampled.slide_ids == batch.slide_ids
+    parts = zip(sampled.rowcol.split(sampled.segments.lengths), batch.rowcol.split(sizes), strict=True)
+    for some, every in parts:
+        places = [every.tolist().index(tile) for tile in some.tolist()]
+        assert places == sorted(set(places))
+
+
+def test_a_sample_takes_the_same_tiles_of_every_field(bags):
+    batch = BagDataset(bags, LABELS).batch(["s3", "s2"])
+    torch.manual_seed(1)
+    sampled = batch.sample(0.5)
+    first_features = {tuple(row.tolist()): i for i, row in enumerate(batch.features)}
+    rows = [first_features[tuple(row.tolist())] for row in sampled.features]
+    assert torch.equal(sampled.patches, batch.patches[rows])
+    assert torch.equal(sampled.rowcol, batch.rowcol[rows])
+    assert sampled.labels.tolist() == [LABELS["s3"], LABELS["s2"]]
+    assert sampled.rows is None
+
+
 def test_a_data_set_says_what_it_holds(bags):
     data = BagDataset(bags, LABELS)
     assert data.slide_ids == tuple(bags)

@@ -53,6 +53,26 @@ def test_training_learns_and_keeps_the_best_epoch(case, tmp_path):
     assert float(loss) == pytest.approx(history["val_loss"].min(), rel=1e-6)
 
 
+def test_instance_dropout_trains_on_a_share_of_the_tiles_and_validates_on_all(case, tmp_path):
+    data, split = case
+    model, seen = small_model("abmil"), []
+    forward = model.classify
+
+    def watched(features, segments, rows=None):
+        seen.append((model.training, segments.lengths))
+        return forward(features, segments, rows)
+
+    model.classify = watched
+    settings = replace(SHORT, instance_dropout=0.75)
+    fit(model, data, split, settings, out=tmp_path)
+    sizes = {data.length(slide_id) for slide_id in split.train}
+    trained = [length for training, lengths in seen if training for length in lengths]
+    assert trained
+    assert {*trained} <= {max(1, round(0.25 * n)) for n in sizes}
+    validated = [length for training, lengths in seen if not training for length in lengths]
+    assert {*validated} == {data.length(slide_id) for slide_id in split.val}
+
+
 def test_history_has_the_terms_of_the_loss_and_files_are_left(case, tmp_path):
     data, split = case
     history = fit(small_model(), data, split, SHORT, out=tmp_path)

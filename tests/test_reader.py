@@ -147,6 +147,18 @@ def test_stored_pixels_come_back_untouched(tmp_path, noise):
             assert np.array_equal(slide.read_field(37, 21, (256, 200), mpp), noise[21:221, 37:293])
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_power_of_two_of_pixels_is_averaged(tmp_path, noise, factor):
+    path = write_slide(tmp_path / "a.tif", noise, (0.25, 0.25), pyramid=False)
+    with Slide(path) as slide:
+        stored = slide.read_field(12, 8, (32 * factor, 24 * factor), 0.25)
+        field = slide.read_field(12, 8, (32, 24), 0.25 * factor)
+        shifted = slide.read_field(12.5, 8, (32, 24), 0.25 * factor)  # is resampled
+    means = stored.reshape(24, factor, 32, factor, 3).mean((1, 3))
+    assert np.array_equal(field, np.floor(means + 0.5))
+    assert np.abs(shifted.astype(int) - field).max() > 2
+
+
 def test_outside_of_the_slide_is_white(tmp_path, noise):
     with Slide(write_slide(tmp_path / "a.tif", noise // 2, (0.5, 0.5))) as slide:
         field = slide.read_field(-10, 291, (20, 20), 0.5)

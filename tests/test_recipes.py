@@ -54,7 +54,7 @@ def test_subtyping_reaches_all_clustering_losses(n_slides, subtyping):
     for name in ("dmin", "clam_sb", "clam_mb"):
         model = create_model(name, 320, 2, **recipe.models[name])
         found = model.settings.subtyping if name == "dmin" else model.subtyping
-        assert found == subtyping
+        assert found == (subtyping or n_slides < SMALL_COHORT)
 
 
 @pytest.mark.parametrize("name", MODELS)

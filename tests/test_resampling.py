@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hdmil_lib.slides import resampling
-from hdmil_lib.slides.resampling import margin, resample
+from hdmil_lib.slides.resampling import average, margin, resample
 
 
 def pillow(pictures, corners, scale, size):
@@ -42,6 +42,13 @@ def test_at_the_edges_of_a_picture_the_filter_is_cut_off(pictures, side):
     difference = np.abs(mine.astype(int) - pillow(pictures, np.zeros((5, 2)), scale, (side, side)))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.002
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_averages_are_those_of_pillow(pictures, factor):
+    whole = np.ascontiguousarray(pictures[:, : 20 * factor, : 24 * factor])
+    expected = [np.asarray(Image.fromarray(picture).reduce(factor)) for picture in whole]
+    np.testing.assert_array_equal(average(torch.from_numpy(whole), factor), np.stack(expected))
 
 
 def test_whole_pixels_at_the_same_scale_stay_as_they_are(pictures):

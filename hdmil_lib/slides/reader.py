@@ -135,7 +135,8 @@ class Slide:
         """Read a rectangle at any scale, from the coarsest level that is fine enough.
 
         If a level has exactly this mpp and the rectangle starts on a whole pixel, the stored pixels are
-        returned. Otherwise they are resampled with an antialiased bicubic filter at the exact sub-pixel
+        returned. If a power of two of its pixels makes a pixel of the result along both axes, they are
+        averaged. Otherwise they are resampled with an antialiased bicubic filter at the exact sub-pixel
         position.
 
         Args:
@@ -153,12 +154,14 @@ class Slide:
             SlideError: The file is damaged in this rectangle.
         """
         index, scale, (left, top) = self._locate(x, y, mpp)
-        downsample = self._downsamples[index]
-        if all(map(_is_whole, (left, top, left * downsample, top * downsample))) and all(
-            abs(s - 1) < 1e-5 for s in scale
-        ):
+        downsample, factor = self._downsamples[index], _averaged_factor(scale)
+        if factor and all(map(_is_whole, (left, top, left * downsample, top * downsample))):
             left, top = round(left), round(top)
-            return self._read_level(index, left, top, left + size[0], top + size[1], out)[0]
+            end = left + factor * size[0], top + factor * size[1]
+            if factor == 1:
+                return self._read_level(index, left, top, *end, out)[0]
+            region, _ = self._read_level(index, left, top, *end)
+            return _into(out, Image.fromarray(region).reduce(factor))
 
         right, bottom = left + size[0] * scale[0], top + size[1] * scale[1]
         margin = [math.ceil(2 * max(s, 1.0)) for s in scale]  # the bicubic filter's support
@@ -193,19 +196,19 @@ class Slide:
             RGB pixels on the GPU, uint8 (n, height, width, 3), and the errors of those rectangles in which
             the file is damaged, by their row.
         """
-        from hdmil_lib.slides.resampling import margin, resample  # imports PyTorch
+        from hdmil_lib.slides.resampling import average, margin, resample  # imports PyTorch
 
         tiles = self._tiles_on(decoder)
         assert tiles is not None
         index, scale = self._level_for(mpp, 1.0)
         level = self.levels[index]
         places = corners / np.array([level.downsample_x, level.downsample_y])
-        if all(abs(s - 1) < 1e-5 for s in scale):
-            scale, nearest = (1.0, 1.0), np.rint(places)
-            places = np.where(np.abs(places - nearest) < 1e-3, nearest, places)
+        factor, nearest = _averaged_factor(scale), np.rint(places)
         with decoder.running():
-            if scale == (1.0, 1.0) and (places == np.rint(places)).all():
-                return tiles.read(index, places.astype(np.int64), size)
+            if factor and (np.abs(places - nearest) < 1e-3).all():
+                extent = size[0] * factor, size[1] * factor
+                regions, errors = tiles.read(index, nearest.astype(np.int64), extent)
+                return average(regions, factor), errors
             around = [margin(s) for s in scale]
             starts = np.floor(places).astype(np.int64) - around
             width, height = (
@@ -433,6 +436,12 @@ def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) ->
     pixels = np.arange(n_pixels)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
+
+
+def _averaged_factor(scale: tuple[float, float]) -> int | None:
+    """The power of two from 1 upwards that both scales are, up to 1e-5; `None` if they are not."""
+    factor = 2 ** max(0, round(math.log2(scale[0])))
+    return factor if all(abs(s / factor - 1) < 1e-5 for s in scale) else None
 
 
 def _is_whole(value: float) -> bool:

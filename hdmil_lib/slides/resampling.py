@@ -1,4 +1,4 @@
-"""Pillow's bicubic filter for many pictures at once, on any device."""
+"""Pillow's bicubic filter and its averages for many pictures at once, on any device."""
 
 import math
 
@@ -48,6 +48,24 @@ def resample(
         rows = _rounded(planes @ across.mT).view(batch, 3, height, size[0])
         parts.append(_rounded(down[:, None] @ rows).permute(0, 2, 3, 1).to(torch.uint8).contiguous())
     return torch.cat(parts)
+
+
+def average(pictures: Tensor, factor: int) -> Tensor:
+    """Mean of each square of `factor` x `factor` pixels, rounded half up, as Pillow's `reduce`.
+
+    Args:
+        pictures: RGB pixels, uint8 (B, h, w, 3), whose sides are multiples of the factor.
+        factor: Side of the squares in pixels.
+
+    Returns:
+        RGB pixels, uint8 (B, h / factor, w / factor, 3).
+    """
+    if factor == 1:
+        return pictures
+    batch, height, width, _ = pictures.shape
+    squares = pictures.view(batch, height // factor, factor, width // factor, factor, 3)
+    sums = squares.sum((2, 4), dtype=torch.int32)
+    return ((sums + factor**2 // 2) // factor**2).to(torch.uint8)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

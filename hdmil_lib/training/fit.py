@@ -45,6 +45,7 @@ class TrainSettings:
         betas: Optimizer betas.
         clip: Largest gradient norm of each parameter group; no limit by default.
         drop_epoch: Epoch from which the learning rate is divided by five, as for DTFD-MIL.
+        instance_dropout: Share of each bag's tiles that a step of a bag classifier leaves out at random.
         precision: "bf16" for autocast to bfloat16; weights, optimizer and losses stay in float32.
     """
 
@@ -60,6 +61,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
     drop_epoch: int | None = None
+    instance_dropout: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def rate_at(self, epoch: int) -> float:
@@ -95,15 +97,17 @@ class Objective(ABC):
 
 
 class Classification(Objective):
-    """Training of a bag classifier with its own loss."""
+    """Training of a bag classifier with its own loss, in each step on a random share of the tiles."""
 
-    def __init__(self, model: MILModel, data: BagDataset):
+    def __init__(self, model: MILModel, data: BagDataset, instance_dropout: float = 0.0):
         self.learner = self.model = model
-        self.data = data
+        self.data, self.share = data, 1 - instance_dropout
         self.files = {WEIGHTS: model}
         self.inputs = model.inputs
 
     def loss(self, batch: BagBatch) -> LossTerms:
+        if self.share < 1:
+            batch = batch.sample(self.share)
         output = self.model(**batch.inputs_for(self.model))
         return self.model.loss(output, batch.known_labels)
 
@@ -156,7 +160,7 @@ def fit(
     if settings.standardize:  # on the host, which has the memory for it
         model.standardize([data.to("cpu").batch(split.train).features])
     with on_device(data, device, model) as data:
-        objective = Classification(model, data)
+        objective = Classification(model, data, settings.instance_dropout)
         return optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
 
 
