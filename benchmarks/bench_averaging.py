@@ -2,8 +2,8 @@
 
     python benchmarks/bench_averaging.py
 
-The tiles of a drawn slide are read as if its pixels were half as large, so that it is a slide at 40x without a
-level at 20x, both ways in turns. Measures milliseconds per tile and how alike the encoder's features are.
+The tiles of a drawn slide are read as if its pixels were half as large, which makes it a slide at 40x without
+a level at 20x, both ways in turns. Measures milliseconds per tile and how alike the encoder's features are.
 Writes `benchmarks/results/averaging.json`.
 """
 
