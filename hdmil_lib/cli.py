@@ -107,6 +107,24 @@ def samples(
     typer.echo(f"real slide: {sample_slide()}")
 
 
+@app.command("fetch-tiles")
+def fetch_tiles(
+    name: Annotated[str, typer.Argument(help="pcam, nct-7k or nct-100k.")],
+    out: Annotated[Path, typer.Argument(help="New folder of the tiles, with one folder per class.")],
+    per_class: Annotated[int, typer.Option(min=1, help="Largest number of tiles per class.")] = 4000,
+    yes: Annotated[bool, typer.Option("--yes", help="Download without asking.")] = False,
+) -> None:
+    """Download a public collection of tiles, of which `hdmil samples --tiles` composes slides."""
+    from hdmil_lib.synthetic import collections
+
+    source = collections.source_of(name)
+    typer.echo(f"{source.title}\n  licence {source.licence}, {source.gigabytes} GB to download")
+    if not yes:
+        typer.confirm("Download?", abort=True)
+    found = collections.fetch_tiles(name, out, per_class=per_class)
+    typer.echo(f"tiles in {found}; next: hdmil samples --tiles {found}")
+
+
 @app.command()
 def extract(
     slides: Annotated[

@@ -70,8 +70,7 @@ def attention_order(model: ABMIL, bags: Mapping[str, Bag], slide_ids: Sequence[s
 def mean_of(bag: Bag, rows: np.ndarray) -> Bag:
     """A bag with one tile, whose features are the mean over these rows."""
     mean = bag.features[rows].astype(np.float32).mean(0, keepdims=True).astype(bag.features.dtype)
-    place = {"coords": bag.coords[:1], "rowcol": bag.rowcol[:1]}
-    return replace(bag, features=mean, patches=None, looks={}, **place)
+    return replace(bag, features=mean, coords=bag.coords[:1], rowcol=bag.rowcol[:1], patches=None, looks={})
 
 
 @torch.inference_mode()
@@ -90,10 +89,10 @@ def read_until_sure(
     logits, shares = [], []
     for slide_id, rows in order.items():
         features = torch.from_numpy(bags[slide_id].features[rows]).float()
-        for end in range(block, len(rows) + block, block):
+        end, found = block, dmin(features[:block]).logits
+        while end < len(rows) and float(found.softmax(1).max()) < confidence:
+            end += block
             found = dmin(features[:end]).logits
-            if float(found.softmax(1).max()) >= confidence:
-                break
         logits.append(found)
         shares.append(min(end, len(rows)) / len(rows))
     return torch.cat(logits), torch.tensor(shares)
