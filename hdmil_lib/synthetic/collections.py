@@ -7,6 +7,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -156,11 +157,7 @@ def _unpack_zip(paths: list[Path], per_class: int) -> Unpacked:
         for label, names in members.items():
             for index in _chosen(len(names), per_class):
                 content = archive.read(names[index])
-                yield (
-                    label,
-                    PurePosixPath(names[index]).name,
-                    lambda path, data=content: path.write_bytes(data),
-                )
+                yield label, PurePosixPath(names[index]).name, partial(Path.write_bytes, data=content)
 
 
 def _unpack_hdf5(paths: list[Path], per_class: int) -> Unpacked:
