@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,31 @@ def test_a_cohort_has_slides_bags_and_an_official_split(tiles, monkeypatch):
     assert again.table.equals(cohort.table)
     changed = {p for p in (cohort.root / "slides").iterdir() if p.stat().st_mtime_ns != before[p]}
     assert changed == {lost, composed.truth_path(lost)}
+
+
+def test_further_slides_of_a_seed_are_others_of_the_same_part():
+    some, further = composed.plan(PCAM, 12, seed=3), composed.plan(PCAM, 12, seed=3, first=6)
+    assert len(some) == len(further) == 12
+    assert not {*some["slide_id"]} & {*further["slide_id"]}
+    assert not {*some["seed"]} & {*further["seed"]}
+    pd.testing.assert_frame_equal(
+        composed.plan(PCAM, 24, seed=3).query("split == 'train' and slide_id in @some.slide_id"),
+        some.query("split == 'train'"),
+    )
+
+
+def test_one_part_of_larger_slides(tiles, monkeypatch):
+    monkeypatch.setattr(composed, "collection_in", lambda *args: replace(PCAM, fields=7))
+    options = {"n_slides": 12, "encoder": "color", "workers": 1, "progress": False}
+    cohort = compose_cohort(tiles, parts=("test",), first=4, fields=9, **options)
+    assert cohort.table["split"].unique().tolist() == ["test"]
+    assert cohort.slide_ids[0] == "camelyon-pcam-test-004"
+    whole = compose_cohort(tiles, **options)
+    with (
+        Slide(cohort.slide_path(cohort.slide_ids[0])) as large,
+        Slide(whole.slide_path(whole.slide_ids[0])) as small,
+    ):
+        assert large.dimensions[0] > small.dimensions[0]
 
 
 def test_real_tiles_are_composed(real_data):

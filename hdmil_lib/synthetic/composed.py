@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -105,6 +105,9 @@ def compose_cohort(
     seed: int = 0,
     encoder: str = DEFAULT_ENCODER,
     looks: Sequence[int] = (),
+    parts: Sequence[str] = tuple(PARTS),
+    first: int = 0,
+    fields: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: bool = True,
@@ -117,10 +120,14 @@ def compose_cohort(
     Args:
         tiles: Folder with one subfolder of images per class of tiles, named as in `COLLECTIONS`.
         like: "camelyon" or "nsclc", if it should be checked what the folder gives.
-        n_slides: Number of slides of all parts.
-        seed: Seed of the cohort.
+        n_slides: Number of slides of all three parts, also if only some are made.
+        seed: Seed of the cohort: of the parts of the tiles, and of the slides.
         encoder: Name of an encoder in `ENCODERS`.
         looks: Further sides, in pixels, at which each tile is encoded; see `extract`.
+        parts: Parts that are made: of "train", "val" and "test".
+        first: Number of the first slide of each part. Slides of one seed with other numbers are further
+            slides of the same tiles.
+        fields: Number of tiles along each side of a slide; by default that of the collection.
         device: Device of the encoder, as `devices.resolve` takes it.
         workers: Number of processes that compose; None starts one per core.
         progress: Whether progress bars are shown.
@@ -133,11 +140,16 @@ def compose_cohort(
 
     root = Path(tiles)
     preset = collection_in(root, like)
+    if fields is not None:
+        preset = replace(preset, fields=fields)
     sources = parts_of_tiles(root, preset, seed)
-    digest = hashlib.sha256(repr((preset, n_slides, seed, sorted(map(str, _names(sources))))).encode())
+    drawn = () if tuple(parts) == tuple(PARTS) and first == 0 else (tuple(parts), first)
+    content = (preset, n_slides, seed, sorted(map(str, _names(sources))), *drawn)
+    digest = hashlib.sha256(repr(content).encode())
     folder = cache_dir() / "cohorts" / f"{preset.name}-{digest.hexdigest()[:8]}"
     (folder / "slides").mkdir(parents=True, exist_ok=True)
-    table = plan(preset, n_slides, seed)
+    table = plan(preset, n_slides, seed, first)
+    table = table[table["split"].isin(parts)].reset_index(drop=True)
     table["path"] = [f"slides/{slide_id}.tif" for slide_id in table["slide_id"]]
     jobs = [
         (folder / row.path, preset, sources[row.split], row.label, row.seed)
@@ -208,15 +220,21 @@ def parts_of_tiles(root: Path, preset: ComposedPreset, seed: int) -> dict[str, d
     return parts
 
 
-def plan(preset: ComposedPreset, n_slides: int, seed: int) -> pd.DataFrame:
+def plan(preset: ComposedPreset, n_slides: int, seed: int, first: int = 0) -> pd.DataFrame:
     """Slides with their part, class and seed: the classes are equally frequent in every part.
+
+    Args:
+        preset: How slides are composed.
+        n_slides: Number of slides of all parts.
+        seed: Seed of the cohort.
+        first: Number of the first slide of each part.
 
     Returns:
         One row per slide: slide_id, case_id, label, split, seed.
     """
     rows = []
     for part, share in PARTS.items():
-        for number in range(round(share * n_slides)):
+        for number in range(first, first + round(share * n_slides)):
             slide_id = f"{preset.name}-{part}-{number:03d}"
             label = preset.classes[number % len(preset.classes)]
             draw = np.random.SeedSequence([seed, list(PARTS).index(part), number]).generate_state(1)[0]
