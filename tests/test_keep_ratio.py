@@ -26,7 +26,9 @@ from hdmil_lib.reproduce.keep_ratio import (
     probabilities,
     score_by_keep_ratio,
     score_rankings,
+    tile_evidence,
     tile_tumor_shares,
+    within_slide_auc,
 )
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.storage import read_json, save_weights
@@ -232,3 +234,24 @@ def test_slides_of_one_class_have_no_auc(bags, model):
             n_draws=1,
             generator=torch.Generator(),
         )
+
+
+def test_evidence_is_the_log_odds_of_a_tile_as_a_bag(bags, model):
+    data = BagDataset(bags)
+    found = tile_evidence(model.dmin.eval(), data, data.slide_ids)
+    with torch.inference_mode():
+        alone = [
+            model.dmin(torch.from_numpy(tile[None]).float()).logits[0]
+            for bag in bags.values()
+            for tile in bag.features
+        ]
+    expected = torch.stack([logits.softmax(0)[1].logit() for logits in alone])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # logit of a rounded probability
+
+
+def test_within_slides_clear_tiles_are_compared():
+    segments = Segments([4, 3, 2])
+    share = torch.tensor([0.0, 1.0, 0.2, 0.6, 0.0, 0.0, 0.0, 1.0, 1.0])
+    scores = torch.tensor([0.5, 0.9, 9.0, 0.1, 1.0, 2.0, 3.0, 1.0, 2.0])
+    # In the first slide one of the two tumor tiles is above the normal one; the others lack a class.
+    assert within_slide_auc(scores, share, segments).tolist() == [0.5]

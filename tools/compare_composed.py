@@ -6,7 +6,7 @@ Slides are composed with another seed than those on which the form of the cascad
 (`benchmarks/second_look.py`) and the settings of the systems (`tools/tune_composed.py`), and have an official
 split whose parts share no tile. Every method is trained with several seeds on the same split; rules are
 chosen on its validation slides. Writes `docs/results/composed/<cohort>.csv`, one row per method and seed, and
-`.md` with means.
+`.md` with means, and `<cohort>-localization.csv`: how well HDMIL† tells tumor tiles from others of a slide.
 """
 
 import argparse
@@ -19,12 +19,20 @@ import pandas as pd
 import torch
 
 from hdmil_lib.bags import Bag
+from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.methods import title
 from hdmil_lib.models import DMIN
 from hdmil_lib.reproduce.field import field_rows
+from hdmil_lib.reproduce.keep_ratio import (
+    attention_scores,
+    tile_evidence,
+    tile_tumor_shares,
+    within_slide_auc,
+)
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.reproduce.tables import to_markdown
 from hdmil_lib.storage import read_json, write_table
@@ -51,9 +59,10 @@ METHODS = (
 N_DRAWS = 8
 
 
-def scores_of_seed(cohort: Cohort, recipe: str, bags: Mapping[str, Bag], seed: int) -> pd.DataFrame:
+def scores_of_seed(
+    cv: CrossValidation, cohort: Cohort, recipe: str, bags: Mapping[str, Bag], seed: int
+) -> pd.DataFrame:
     """One row per method: AUC and accuracy in percent, tiles read, labels other than those of all tiles."""
-    cv = cross_validate(cohort, METHODS, recipe=RECIPES[recipe], seed=seed, bags=bags)
     labels = {method: _labels(cv, method) for method in METHODS}
     rows = []
     for method in METHODS:
@@ -139,6 +148,20 @@ def rows_of_field(
     return rows
 
 
+def localization(cv: CrossValidation, data: BagDataset, cohort: Cohort, seed: int) -> dict:
+    """Within-slide AUC of tumor tiles on the test slides, by HDMIL†'s attention and by its tiles alone."""
+    dmin, test = cv.classifier("hdmil_dagger", 0), cv.splits[0].test
+    assert isinstance(dmin, DMIN)
+    share, segments = tile_tumor_shares(cohort, test), Segments([data.length(s) for s in test])
+    assert share is not None
+    ways = {
+        "attention": attention_scores(dmin, data, test),
+        "tiles alone": tile_evidence(dmin, data, test),
+    }
+    found = {name: 100 * within_slide_auc(scores, share, segments).mean() for name, scores in ways.items()}
+    return {"seed": seed} | found
+
+
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, and the mean difference of AUC to HDMIL† with its error."""
     dagger = scores[scores["method"] == title("hdmil_dagger")].set_index("seed")["AUC"]
@@ -168,8 +191,14 @@ def main() -> None:
         preset = collection_in(tiles)
         cohort = compose_cohort(tiles, n_slides=given.n_slides, seed=given.seed, looks=[SIDE])
         bags, recipe = cohort.load_bags(), RECIPE["camelyon" if "camelyon" in preset.name else "nsclc"]
-        scores = pd.concat([scores_of_seed(cohort, recipe, bags, seed) for seed in range(given.seeds)])
+        data, tables, places = BagDataset(bags, cohort.label_of), [], []
+        for seed in range(given.seeds):
+            cv = cross_validate(cohort, METHODS, recipe=RECIPES[recipe], seed=seed, bags=bags)
+            tables.append(scores_of_seed(cv, cohort, recipe, bags, seed))
+            places.append(localization(cv, data, cohort, seed))
+        scores = pd.concat(tables)
         write_table(RESULTS / f"{preset.name}.csv", scores.round(3))
+        write_table(RESULTS / f"{preset.name}-localization.csv", pd.DataFrame(places).round(2))
         text = to_markdown(summary(scores))
         (RESULTS / f"{preset.name}.md").write_text(text, encoding="utf-8")
         print(preset.name, text, sep="\n")

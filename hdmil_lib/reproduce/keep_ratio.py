@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from hdmil_lib.bags import Bag, read_tile_labels
@@ -149,6 +150,40 @@ def attention_scores(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]) -> 
     """DMIN's attention logit of each tile of these slides (N,), the highest over branches."""
     batches = data.batches(slide_ids)
     return torch.cat([dmin(batch.features, batch.segments).attention.amax(1) for batch in batches])
+
+
+@torch.inference_mode()
+def tile_evidence(dmin: DMIN, data: BagDataset, slide_ids: Sequence[str], class_index: int = 1) -> Tensor:
+    """How strongly each tile of these slides speaks for a class (N,), as a bag of its own.
+
+    It is the log odds of the class for that bag, without what the tile's attention is beside others.
+    """
+    scores = []
+    for batch in data.batches(slide_ids):
+        logits = dmin(batch.features, Segments([1] * batch.segments.n_tiles, batch.features.device)).logits
+        others = torch.cat((logits[:, :class_index], logits[:, class_index + 1 :]), 1)
+        scores.append(logits[:, class_index] - others.logsumexp(1))
+    return torch.cat(scores)
+
+
+def within_slide_auc(scores: Tensor, share: Tensor, segments: Segments) -> np.ndarray:
+    """AUC by which scores tell tumor tiles from the other tiles of their slide, of slides that have both.
+
+    Args:
+        scores: (N,).
+        share: Share of tumor in each tile, (N,); a tile is tumor from `TUMOR_SHARE` upwards. Tiles with less
+            tumor, but some, are left out.
+        segments: The slides.
+    """
+    aucs = []
+    for slide_scores, slide_share in zip(
+        scores.split(segments.lengths), share.split(segments.lengths), strict=True
+    ):
+        clear = (slide_share == 0) | (slide_share >= TUMOR_SHARE)
+        tumor = (slide_share[clear] > 0).numpy()
+        if 0 < tumor.sum() < len(tumor):
+            aucs.append(roc_auc_score(tumor, slide_scores[clear].numpy()))
+    return np.array(aucs)
 
 
 @torch.inference_mode()
