@@ -68,6 +68,12 @@ CURVES = {
     "scores": lambda ax: plots.score_threshold(np.arange(9.0), 3.0, ax=ax),
     "roc": lambda ax: plots.roc([np.array([0, 1])] * 2, [np.array([0.2, 0.9])] * 2, ax),
     "stages": lambda ax: plots.stage_times(pd.DataFrame({"crop": [2.0, 1.0]}, index=["a", "b"]), ax),
+    "screening": lambda ax: plots.cost_of_screening(
+        pd.DataFrame(
+            {"source": ["random", "random", "LIPN"], "milliseconds": [1, 4, 2], "auc": [0.6, 0.9, 0.9]}
+        ),
+        ax,
+    ),
     "keep": lambda ax: plots.keep_ratio_curve(
         pd.DataFrame({"method": ["a", "a"], "keep_ratio": [0.1, 0.5], "auc": [0.7, 0.8]}), ax
     ),

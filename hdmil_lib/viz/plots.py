@@ -47,6 +47,7 @@ __all__ = [
     "attention_overlay",
     "chebyshev_polynomials",
     "cost_growth",
+    "cost_of_screening",
     "gallery",
     "gumbel_sigmoid",
     "keep_ratio_curve",
@@ -303,6 +304,24 @@ def keep_ratio_curve(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         rows = table[table["method"] == method]
         sns.lineplot(rows, x="keep_ratio", y="auc", errorbar="sd", label=plain(method), ms=7, ax=ax, **look)
     ax.set(xlabel="share of tiles read", ylabel="AUC", xlim=(0, 1.03))
+    ax.legend(loc="lower right")
+    return ax
+
+
+def cost_of_screening(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """AUC against the milliseconds that a tile of the slide costs on average, one line per way to choose.
+
+    Args:
+        table: Columns `source` (what chooses the tiles), `milliseconds` per tile of the slide, the screening
+            of all tiles and the reading of some in full together, and `auc`.
+        ax: Axes to draw on.
+    """
+    ax = axes_or_new(ax)
+    for source, look in looks(table["source"].unique()).items():
+        rows = table[table["source"] == source].sort_values("milliseconds")
+        ax.plot(rows["milliseconds"], rows["auc"], label=plain(source), ms=6, **look)
+    ax.set(xscale="log", xlabel="milliseconds per tile of the slide", ylabel="AUC")
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.legend(loc="lower right")
     return ax
 
