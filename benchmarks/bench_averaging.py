@@ -19,7 +19,7 @@ from hdmil_lib.config import setup
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides import reader as module
-from hdmil_lib.synthetic.cohorts import prepare_cohort
+from hdmil_lib.synthetic.cohorts import large_slides
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "averaging.json"
@@ -28,11 +28,11 @@ SIDE, REPEATS = 256, 7
 
 def main() -> None:
     setup()
-    cohort = prepare_cohort("camelyon-mini")
-    path = cohort.slide_path(cohort.slide_ids[0])
+    path = large_slides("camelyon-mini", 1, 8192)[0]
     averaged_factor, encoder, spent, tiles = module._averaged_factor, load_encoder(), {}, {}
     with Slide(path) as slide:
         native = slide.mpp[0]
+        del slide.levels[1:]  # as scanners leave it out
         grid = TileGrid.from_slide(slide, tile_size=SIDE * 2, mpp=native, patch_size=32)
         corners = grid.coords.tolist()
         ways = {"averaged": averaged_factor, "bicubic": lambda scale: None}

@@ -496,4 +496,5 @@ def _show_rate(bar: tqdm, records: list[tuple]) -> None:
     """Show tiles per second and the number of failed slides beside the bar."""
     n_tiles, spent = (sum(r[column] for r in records if r[1] == "done") for column in (2, 3))
     failed = sum(r[1] == "failed" for r in records)
-    bar.set_postfix({"tiles/s": f"{n_tiles / spent:.0f}" if spent else "-", "failed": failed})
+    shown = {"tiles/s": f"{n_tiles / spent:.0f}" if spent else "-", "failed": failed}
+    bar.set_postfix(shown, refresh=False)
