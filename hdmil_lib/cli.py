@@ -252,6 +252,46 @@ def train(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Model folder that `hdmil train` wrote.")],
+    cohort: Annotated[Path, typer.Option(help="CSV of labeled slides: slide_id, case_id and label.")],
+    bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote for them.")],
+    out: Annotated[Path | None, typer.Option(help="CSV for the predictions of all slides.")] = None,
+    all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Use every tile (HDMIL†).")] = False,
+    device: Device = "auto",
+) -> None:
+    """Score a trained model on the slides of a labeled cohort, by slide and by patient.
+
+    A patient's probabilities are the mean over the patient's slides, the label is the highest class among
+    them. Intervals are from a bootstrap of the patients.
+    """
+    import pandas as pd
+
+    from hdmil_lib.cohort import Cohort
+    from hdmil_lib.config import setup
+    from hdmil_lib.inference.evaluation import by_patient, scores_of
+    from hdmil_lib.inference.evaluation import evaluate as predictions_of
+    from hdmil_lib.models import HDMIL
+    from hdmil_lib.storage import write_table
+
+    setup()
+    trained = HDMIL.from_pretrained(model).to(device)
+    labeled = Cohort.from_csv(cohort, bags=bags)
+    predictions = predictions_of(trained, labeled, all_tiles=all_tiles, device=device)
+    levels = {"slides": predictions}
+    if predictions["case_id"].duplicated().any():
+        levels["patients"] = by_patient(predictions)
+    scores = pd.DataFrame({name: scores_of(rows) for name, rows in levels.items()}).T
+    typer.echo(scores.astype({"n": int}).round(3).to_string())
+    absent = sorted({*trained.classes} - {*labeled.classes})
+    if absent:
+        typer.echo(f"note: no slide has class {', '.join(absent)}, so that there is no AUC")
+    if out is not None:
+        write_table(out, predictions)
+        typer.echo(f"predictions  {out}")
+
+
+@app.command()
 def calibrate(
     model: Annotated[Path, typer.Option(help="Model folder that `hdmil train` wrote; it is not changed.")],
     out: Annotated[Path, typer.Option(help="Model folder to write, with the rules learned here.")],

@@ -94,6 +94,21 @@ def test_help_lists_the_commands_without_loading_what_they_need():
     assert all(command in listing for command in ("samples", "extract", "train", "calibrate", "predict"))
 
 
+def test_evaluate_scores_a_cohort_by_slide_and_by_patient(work, tmp_path):
+    arguments = ("evaluate", "--model", work / "model", "--bags", work / "bags", "--cohort")
+    printed = hdmil(*arguments, work / "cohort.csv", "--out", tmp_path / "predictions.csv")
+    assert f"slides  {N_SLIDES}" in printed
+    assert "patients" not in printed
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert len(table) == N_SLIDES
+    assert (table["p_0"] + table["p_1"]).to_numpy() == pytest.approx(1)
+    labels = pd.read_csv(work / "cohort.csv")
+    labels.assign(case_id=[f"case {i // 2}" for i in range(N_SLIDES)]).to_csv(tmp_path / "pairs.csv")
+    assert f"patients   {N_SLIDES // 2}" in hdmil(*arguments, tmp_path / "pairs.csv")
+    labels.replace("tumor", "cancer").to_csv(tmp_path / "other.csv", index=False)
+    assert "does not know class 'cancer'" in hdmil(*arguments, tmp_path / "other.csv", code=1)
+
+
 def test_the_version_is_printed():
     assert hdmil("--version") == f"hdmil {__version__}\n"
 

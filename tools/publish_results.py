@@ -41,7 +41,7 @@ bound.
 CASCADE = """A synthetic slide of {tiles:,} tiles takes {all:.1f} s from all tiles, {thirty:.1f} s by the
 cascade at 30 % of them and {ten:.1f} s at 10 %: {by_thirty:.1f} and {by_ten:.1f} times less ({device},
 encoder in {precision}). A second look costs {share:.0f} % of what a tile costs in full
-([cascade.json](benchmarks/results/cascade.json)).
+and is given to 60 % of the tiles ([cascade.json](benchmarks/results/cascade.json)).
 """
 LOCALIZATION = """Within test slides HDMIL†'s attention tells tumor tiles from the others with an AUC of
 {attention:.2f}, its answer for each tile alone with {alone:.2f}: a map of attention shows what the answer
