@@ -8,6 +8,9 @@ whole bag. The first tiles are not a random sample but the most suspicious ones,
 the more certain the prediction must be to stop. Reading stops when the lead of the first class over the
 second, in log odds, reaches a margin times the share of unread tiles, or when a budget is spent. The margin
 is learned on other slides (`rules.learn_margin`).
+
+A model with a second look knows from validation slides what answer of all tiles is to be expected
+(`models.settling`). Its predictions are these, and the margin is multiplied by their spread.
 """
 
 import time
@@ -129,8 +132,8 @@ def stream(
     Args:
         model: The model; it is set to evaluation mode.
         slide_path: The slide file.
-        margin: Margin in log odds, more than 0, infinite to read everything; by default that of the model,
-            see `rules.learn_margin`.
+        margin: Margin, more than 0, infinite to read everything; by default that of the model, see
+            `rules.learn_margin`.
         max_tiles: Largest number of tiles to read.
         max_seconds: Number of seconds after which no further block is read.
         mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
@@ -189,11 +192,12 @@ def stream(
                             running.update(torch.from_numpy(features).to(model.device))
                         if running.n_tiles == 0:
                             continue
-                        probabilities = running.probabilities.cpu().numpy()
+                        answer = running.probabilities.cpu().numpy()
+                        probabilities, spread = model.expected(answer, n_read / len(grid))
                     spent = time.perf_counter() - start
                     ends = {
                         "all tiles": n_read == len(grid),
-                        "margin": may_stop(probabilities, n_read / len(grid), margin),
+                        "margin": bool(may_stop(probabilities, spread, margin)),
                         "max_tiles": n_read == len(rows),
                         "max_seconds": max_seconds is not None and spent >= max_seconds,
                     }
@@ -249,27 +253,31 @@ class Trajectory:
     Attributes:
         n_read: Number of tiles read after each block, int64 (T,).
         probabilities: Class probabilities after each block, float32 (T, C).
+        spread: What the margin is multiplied by after each block, (T,), 0 after the last; by default the
+            share of tiles that are not read yet.
     """
 
     n_read: np.ndarray
     probabilities: np.ndarray
+    spread: np.ndarray | None = None
 
     def stop(self, margin: float) -> int:
         """Index of the first block after which reading may stop, at latest the last one."""
-        may = may_stop(self.probabilities, self.n_read / self.n_read[-1], margin)
-        return int(np.flatnonzero(may)[0])
+        spread = 1 - self.n_read / self.n_read[-1] if self.spread is None else self.spread
+        return int(np.flatnonzero(may_stop(self.probabilities, spread, margin))[0])
 
 
-def may_stop(probabilities: np.ndarray, share_read: np.ndarray | float, margin: float) -> np.ndarray:
-    """Whether the lead reaches the margin times the share of unread tiles.
+def may_stop(probabilities: np.ndarray, spread: np.ndarray | float, margin: float) -> np.ndarray:
+    """Whether the lead reaches the margin times the spread.
 
     Args:
         probabilities: Class probabilities, (..., C).
-        share_read: Share of the tiles that are read, (...); at 1 reading may always stop.
-        margin: Margin in log odds, more than 0; infinite to read everything.
+        spread: Share of the tiles that are not read, or with a second look the standard deviation that the
+            lead still has, (...); at 0 reading may always stop.
+        margin: Margin, more than 0; infinite to read everything.
     """
-    left = 1 - np.asarray(share_read)
-    return (left <= 0) | (lead(probabilities) >= margin * np.maximum(left, 1e-12))
+    spread = np.asarray(spread)
+    return (spread <= 0) | (lead(probabilities) >= margin * np.maximum(spread, 1e-12))
 
 
 def lead(probabilities: np.ndarray) -> np.ndarray:
@@ -298,7 +306,11 @@ def trajectory(model: HDMIL, bag: Bag, block: int = BLOCK) -> Trajectory:
     blocks = [features[rows].to(model.device) for rows in order.split(block)]
     answers = [running.update(rows).cpu().numpy() for rows in blocks]
     n_read = np.minimum(np.arange(1, len(answers) + 1) * block, len(features))
-    return Trajectory(n_read, np.stack(answers))
+    pairs = zip(answers, n_read / len(features), strict=True)
+    expected = [model.expected(answer, float(share)) for answer, share in pairs]
+    return Trajectory(
+        n_read, np.stack([p for p, _ in expected]), np.array([spread for _, spread in expected])
+    )
 
 
 @torch.inference_mode()

@@ -21,8 +21,8 @@ from hdmil_lib.models.lipn import keep_mask
 
 Thresholds = tuple[float, ...]
 
-MARGINS = (math.inf, *(round(40 / 1.1**step, 2) for step in range(39)))
-"""Candidates from careful to fast: infinity, which reads everything, and a geometric sequence down to 1."""
+MARGINS = (math.inf, *(round(40 / 1.1**step, 2) for step in range(48)))
+"""Candidates from careful to fast: infinity, which reads everything, and a geometric sequence to 0.45."""
 
 LOGIT_STEPS = tuple(step / 10 for step in range(-30, 21))
 

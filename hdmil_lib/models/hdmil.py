@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN, keep_mask, one_per_branch
 from hdmil_lib.models.look import SecondLook
 from hdmil_lib.models.ragged import highest, random_tiles
+from hdmil_lib.models.settling import Expected, expected, neutral
 
 if TYPE_CHECKING:  # modules of higher layers; the methods that use them import them
     import pandas as pd
@@ -62,14 +64,12 @@ class HDMIL(nn.Module):
     LIPN selects the tiles to read: the union over branches. Among these DMIN makes its own selection for each
     branch. In the paper each branch pools the tiles that LIPN kept for it instead (`pooling="lipn"`); on
     synthetic slides that is less accurate (notebook 06). With `all_tiles=True` LIPN is not used and DMIN
-    reads every tile, which is the paper's HDMIL†.
-
-    With a second look, which is not in the paper, the tiles that LIPN selects are first seen coarsely by the
-    encoder, and only those that `look` scores highest are read in full.
+    reads every tile, which is the paper's HDMIL†. With a second look, which is not in the paper, LIPN's tiles
+    are first seen coarsely by the encoder, and only those that `look` scores highest are read in full.
 
     Args:
         dmin: Trained classifier.
-        lipn: Pre-screening network trained for `dmin`.
+        lipn: Pre-screening network trained for it.
         thresholds: Thresholds on LIPN's sigmoid, one number or one per branch; DMIN's gamma by default.
         screening: What chooses the tiles to read: "networks", or "random" where these chose no better than
             chance on validation slides; see `training.cascade`.
@@ -79,13 +79,14 @@ class HDMIL(nn.Module):
             least one: those of highest score among those of LIPN.
         slope: Factor of the class scores where a second look chose the tiles; `calibrated` describes it.
         bias: Summands of these class scores, (C,); 0 by default.
+        settling: How an answer settles as more tiles are read, (G, 2 + C); see `models.settling`.
         margin: Lead in log odds at which `stream` stops; infinite to read everything.
         pooling: Network whose selection a branch pools: "dmin" or, as published, "lipn".
         trained_thresholds: Thresholds chosen in training, if they differ from `thresholds`.
         info: What the model was trained for; needed for slides and for saving.
 
     Attributes:
-        inputs: Fields of a `BagBatch` that `forward` takes.
+        inputs: Fields of a `BagBatch` that it takes.
         decoder: What decodes the tiles of slides for an encoder that is loaded on a GPU; see `load_encoder`.
 
     Raises:
@@ -100,6 +101,7 @@ class HDMIL(nn.Module):
     look_share: Tensor
     slope: Tensor
     bias: Tensor
+    settling: Tensor
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class HDMIL(nn.Module):
         look_share: float = 0.1,
         slope: float = 1.0,
         bias: Sequence[float] | Tensor | None = None,
+        settling: Sequence[Sequence[float]] | Tensor | None = None,
         margin: float = math.inf,
         pooling: Pooling = "dmin",
         trained_thresholds: float | Sequence[float] | Tensor | None = None,
@@ -146,6 +149,8 @@ class HDMIL(nn.Module):
             self.register_buffer("slope", torch.tensor(float(slope)))
             zeros = torch.zeros(dmin.n_classes)
             self.register_buffer("bias", zeros if bias is None else torch.as_tensor(bias).float().clone())
+            table = neutral(dmin.n_classes) if settling is None else torch.as_tensor(settling).float().clone()
+            self.register_buffer("settling", table)
         self.register_buffer("thresholds", one_per_branch(chosen, dmin.n_classes))
         trained = chosen if trained_thresholds is None else trained_thresholds
         self.register_buffer("trained_thresholds", one_per_branch(trained, dmin.n_classes))
@@ -155,8 +160,6 @@ class HDMIL(nn.Module):
         self._encoder: Encoder | None = None
         self._loaded: dict[torch.device, Encoder] = {}
         self.eval()
-
-    # --- bags -----------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -231,8 +234,8 @@ class HDMIL(nn.Module):
     def screen(self, patches: Tensor, segments: Segments, logits: Tensor | None = None) -> Tensor:
         """Tiles that LIPN keeps for each branch, bool (N, C), given their patches, uint8 (N, 16, 16, 3).
 
-        With `screening="random"` they are random tiles, the same ones whenever a slide is read. LIPN's
-        logits (N, C) are computed unless they are given.
+        With `screening="random"` they are random tiles, always the same ones. LIPN's logits (N, C) are
+        computed unless they are given.
         """
         if self.screening == "random":
             chosen = random_tiles(segments, self.random_share)
@@ -243,11 +246,23 @@ class HDMIL(nn.Module):
     def calibrated(self, logits: Tensor) -> Tensor:
         """Class scores (B, C) of slides whose tiles a second look chose.
 
-        Tiles that were chosen for their evidence make DMIN too certain, and in slides without tumor too. The
-        scores are therefore multiplied by `slope`, and `bias` is added; both were fitted on validation
-        slides. Without a second look the scores stay.
+        Tiles chosen for their evidence make DMIN too certain. The scores are therefore multiplied by `slope`,
+        and `bias` is added; both were fitted on validation slides. Without a second look the scores stay.
         """
         return logits * self.slope + self.bias if self.looks_again else logits
+
+    def expected(self, probabilities: np.ndarray, share: float) -> Expected:
+        """Answer of all tiles that is expected from the most suspicious ones, and its spread.
+
+        Without a second look the answer stays, and its spread is the share of tiles that are not read.
+
+        Args:
+            probabilities: Class probabilities from the tiles read so far, (C,).
+            share: Share of the tiles that are read.
+        """
+        if self.looks_again:
+            return expected(self.settling, probabilities, share)
+        return Expected(probabilities, 1 - share)
 
     @property
     def looks_again(self) -> bool:
@@ -269,18 +284,14 @@ class HDMIL(nn.Module):
     def lipn_logits(self, patches: Tensor) -> Tensor:
         """LIPN's logits P, float32 (N, C), of patches uint8 (N, 16, 16, 3) on the model's device.
 
-        On a CPU they are equal to those of `lipn` to the bit; on a GPU `kernels.lipn_forward` computes them
-        in 16 bits.
+        On a GPU `kernels.lipn_forward` computes them in 16 bits.
         """
         if not patches.is_cuda:
             return torch.cat([self.lipn(chunk) for chunk in patches.split(PATCHES_AT_ONCE)])
         return lipn_forward(patches, self.packed_lipn()).float()
 
     def packed_lipn(self) -> list[Tensor]:
-        """LIPN's weights as the kernel takes them; packed again only after they changed.
-
-        Packing them takes longer than running the kernel on a slide.
-        """
+        """LIPN's weights as the kernel takes them; packed again only after they changed, since it is slow."""
         tensors = (*self.lipn.parameters(), *self.lipn.buffers())
         versions = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
         if self._packed is None or self._packed[0] != versions:
@@ -321,7 +332,8 @@ class HDMIL(nn.Module):
 
     def _look_rules(self, look_share: float | None) -> dict[str, Any]:
         share = float(self.look_share) if look_share is None else look_share
-        return {"look_share": share, "slope": float(self.slope), "bias": self.bias}
+        rules = {"slope": float(self.slope), "bias": self.bias, "settling": self.settling}
+        return {"look_share": share, **rules}
 
     def replica(self) -> "HDMIL":
         """A copy with networks of its own, for another device; the encoder is shared if it was set."""
@@ -330,8 +342,6 @@ class HDMIL(nn.Module):
         other._buffers = {name: deepcopy(buffer) for name, buffer in self._buffers.items()}
         other._loaded, other._packed = {}, None
         return other
-
-    # --- slides ---------------------------------------------------------------------------------------------
 
     def predict(
         self,
@@ -366,7 +376,7 @@ class HDMIL(nn.Module):
     ) -> "pd.DataFrame":
         """Classify many slides into a CSV file, one row per slide; see `inference.slides.predict_many`.
 
-        Slides that are in the file already are skipped, and a slide that fails does not end the run.
+        Slides that are in the file are skipped, and a slide that fails does not end the run.
         """
         from hdmil_lib.inference.slides import predict_many
 
@@ -388,7 +398,7 @@ class HDMIL(nn.Module):
     def encoder(self) -> "Encoder":
         """The encoder of the features that the model was trained on.
 
-        It is loaded on the model's device when it is first needed there. One that was set is always used.
+        It is loaded on the model's device when needed. One that was set is always used.
 
         Raises:
             CheckpointError: The model does not know its encoder, or the encoder has other weights.
@@ -418,8 +428,6 @@ class HDMIL(nn.Module):
                 "bags of this one"
             )
 
-    # --- files ----------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: `model.safetensors`, `config.json` and a card, `README.md`.
 
@@ -446,8 +454,6 @@ class HDMIL(nn.Module):
                 fit together; or the hub cannot be reached.
         """
         return pretrained.load(cls, name, revision)
-
-    # --- the module -----------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:

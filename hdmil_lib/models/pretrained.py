@@ -19,6 +19,7 @@ from hdmil_lib.models.dmin import DMIN, DMINSettings
 from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.look import LookSettings, SecondLook
+from hdmil_lib.models.settling import neutral
 from hdmil_lib.schema import Schema, read_schema, to_json
 from hdmil_lib.storage import write_json, write_whole
 
@@ -94,9 +95,10 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
         networks.append(("look.", look))
         expected |= {f"look.{key}": tensor for key, tensor in look.state_dict().items()}
         expected |= {"look_share": margin, "slope": margin, "bias": thresholds}
+        expected["settling"] = neutral(dmin.n_classes)
     tensors = _tensors(folder / WEIGHTS, expected)
     if look is not None:
-        options |= {"look": look, "bias": tensors["bias"]}
+        options |= {"look": look, "bias": tensors["bias"], "settling": tensors["settling"]}
         options |= {name: float(tensors[name]) for name in ("look_share", "slope")}
     for part, network in networks:
         state = {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}

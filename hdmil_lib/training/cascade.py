@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hdmil_lib.batches import BagDataset
+from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.cohort import Split
+from hdmil_lib.inference.anytime import RunningDMIN, ranked
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
+from hdmil_lib.models.settling import SHARES, centered, fit_settling
 from hdmil_lib.storage import load_weights, read_json, write_json
 from hdmil_lib.training.fit import WEIGHTS, TrainSettings
 from hdmil_lib.training.look import LOOK_TRAINING, fit_look
 
 LIPN_WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 """Candidates for the weight of LIPN's logit beside the second look's, relative to their spreads."""
+
+BLOCK = 4
+"""Tiles per block where it is measured how answers settle."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def fit_cascade(
             "coarse_weight": float(model.look.coarse_weight),
             "slope": float(model.slope),
             "bias": model.bias.tolist(),
+            "settling": model.settling.tolist(),
             "screening": model.screening,
             "judged": judged,
         }
@@ -129,6 +135,7 @@ def load_cascade(dmin: DMIN, lipn: LIPN, folder: Path) -> HDMIL:
         look_share=rules["settings"]["keep_ratio"],
         slope=rules["slope"],
         bias=rules["bias"],
+        settling=rules["settling"],
     )
 
 
@@ -185,6 +192,7 @@ def choose_rules(
             chosen.slope.fill_(slope)
             chosen.bias.copy_(bias)
     assert chosen is not None
+    chosen.settling.copy_(settling_on(chosen, batches))
     whole = torch.cat([model.dmin(batch.features).logits for batch in batches])
     shares = [int(output.read.sum()) for output in outputs]
     drawn = [_random_logits(model.dmin, data, slide_ids, shares, seed) for seed in range(settings.n_draws)]
@@ -201,6 +209,31 @@ def choose_rules(
     if judged["gain"] <= 0:
         chosen.screening = "random"
     return chosen, judged
+
+
+@torch.no_grad()
+def settling_on(model: HDMIL, batches: Sequence[BagBatch]) -> Tensor:
+    """How answers settle on these slides, one per batch, as more tiles are read; see `models.settling`."""
+    scores, final = [], []
+    for batch in batches:
+        order = reading_order(model, batch)
+        running = RunningDMIN(model.dmin)
+        answers = [running.update(batch.features[rows]).numpy() for rows in order.split(BLOCK)]
+        shares = np.minimum(np.arange(1, len(answers) + 1) * BLOCK, len(order)) / len(order)
+        grown = centered(np.stack(answers))
+        scores.append(np.stack([np.interp(SHARES, shares, column) for column in grown.T], 1))
+        final.append(grown[-1])
+    return fit_settling(np.stack(scores), np.stack(final))
+
+
+def reading_order(model: HDMIL, batch: BagBatch) -> Tensor:
+    """Rows of the tiles of a slide, the most suspicious first, int64 (N,)."""
+    assert model.look is not None
+    assert batch.patches is not None
+    logits = model.lipn_logits(batch.patches)
+    shown = model.screen(batch.patches, batch.segments, logits).any(1)
+    scores = model.look(batch.look(model.look.side), logits.amax(1)).masked_fill(~shown, -torch.inf)
+    return torch.from_numpy(ranked(scores, logits)).argsort(descending=True, stable=True)
 
 
 def _random_logits(
