@@ -23,6 +23,7 @@ import numpy as np
 from hdmil_lib.config import setup
 from hdmil_lib.encoders.loading import processor
 from hdmil_lib.inference.anytime import Trajectory
+from hdmil_lib.inference.risk import control_risk
 from hdmil_lib.inference.rules import MARGINS, learn_margin
 from hdmil_lib.models import HDMIL
 from hdmil_lib.models.settling import neutral
@@ -48,9 +49,9 @@ def kept_promises(trajectories: list[Trajectory], epsilon: float, repeats: int) 
     read = np.array([[t.n_read[t.stop(m)] / t.n_read[-1] for m in MARGINS] for t in trajectories])
     for _ in range(repeats):
         drawn = rng.integers(len(trajectories), size=N_LEARN)
-        rule = learn_margin([trajectories[i] for i in drawn], epsilon=epsilon, delta=DELTA)
-        at = MARGINS.index(rule.value)
-        read_all += math.isinf(rule.value)
+        control = control_risk(errors[drawn], read[drawn].mean(0), epsilon=epsilon, delta=DELTA)
+        read_all += control.index is None
+        at = control.index or 0  # the first margin reads everything
         broken += bool(errors[:, at].mean() > epsilon)
         shares.append(read[:, at].mean())
         changed.append(errors[:, at].mean())
