@@ -26,7 +26,7 @@ def test_every_look_is_cheaper_than_the_next_finer_one():
     "cohort", ["camelyon-mini", "nsclc-mini", "brca-mini", "camelyon-pcam", "nsclc-lc25000"]
 )
 def test_the_cascade_is_nowhere_worse_than_random_tiles(cohort):
-    """At most a standard error below, on test slides, at each share of the tiles (benchmarks/against_chance.py)."""
+    """At most a standard error below, on test slides, at each share (benchmarks/against_chance.py)."""
     found = json.loads((RESULTS / "against_chance.json").read_text())[cohort]
     assert {*found} == {"0.6", "0.3", "0.1"}
     for part in found.values():
