@@ -27,6 +27,12 @@ Looks = Annotated[
     list[int],
     typer.Option(help="Side in pixels of a coarser look at each tile: 64 is 2 um/px; can be repeated."),
 ]
+Mpp = Annotated[
+    float | None, typer.Option(help="Micrometers per level-0 pixel of the slides that do not say.")
+]
+ForceMpp = Annotated[
+    float | None, typer.Option(help="Micrometers per level-0 pixel of all slides, whatever their files say.")
+]
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -135,9 +141,8 @@ def extract(
         str, typer.Option(help="Name of an encoder; see `hdmil encoders`.")
     ] = "efficientnet_lite0",
     device: Devices = "auto",
-    mpp: Annotated[
-        float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
-    ] = None,
+    mpp: Mpp = None,
+    force_mpp: ForceMpp = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "int8"],
         typer.Option(
@@ -158,15 +163,17 @@ def extract(
     from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders import extraction
     from hdmil_lib.encoders.loading import load_encoder
+    from hdmil_lib.slides.listing import list_slides
 
     setup()
-    paths, gpus = extraction.slide_files(slides), resolve_all(device)
+    scale, gpus = _scale(mpp, force_mpp), resolve_all(device)
+    files = list_slides(slides)
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
-        options["int8_tiles"] = extraction.spread_tiles(paths[:8], mpp=mpp)
+        options["int8_tiles"] = extraction.spread_tiles([file.path for file in files[:8]], mpp=scale)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(paths, copies, out, mpp=mpp, batch_size=batch_size, looks=look)
+    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
@@ -370,9 +377,8 @@ def predict(
     max_seconds: Annotated[float | None, typer.Option(help="Seconds after which reading stops.")] = None,
     device: Devices = "auto",
     decoder: Decoder = "cpu",
-    mpp: Annotated[
-        float | None, typer.Option(help="Micrometers per level-0 pixel, if the files do not say.")
-    ] = None,
+    mpp: Mpp = None,
+    force_mpp: ForceMpp = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
 ) -> None:
     """Classify slides from the tiles that LIPN selects on the thumbnail.
@@ -382,8 +388,8 @@ def predict(
     """
     from hdmil_lib.config import setup
     from hdmil_lib.devices import resolve_all
-    from hdmil_lib.encoders.extraction import slide_files
     from hdmil_lib.models import HDMIL
+    from hdmil_lib.slides.listing import list_slides
 
     setup()
     if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
@@ -396,24 +402,24 @@ def predict(
             "--anytime, --max-tiles and --max-seconds cannot be combined with --all-tiles, --strict, --out, "
             "--heatmap or --geojson"
         )
-    paths = slide_files(slides)
+    scale, files = _scale(mpp, force_mpp), list_slides(slides)
     gpus = resolve_all(device)
     loaded = HDMIL.from_pretrained(model).to(gpus[0])
     loaded.decoder = decoder
-    if out is not None or len(paths) > 1:
+    if out is not None or len(files) > 1:
         if out is None or by_tiles or pictures:
             raise HDMILError(
                 "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
                 "--max-seconds, --heatmap or --geojson"
             )
-        _predict_table(loaded, paths, out, device=gpus, all_tiles=all_tiles, mpp=mpp, strict=strict)
+        _predict_table(loaded, slides, out, device=gpus, all_tiles=all_tiles, mpp=scale, strict=strict)
         return
-    slide = paths[0]
+    slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
-        _predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=mpp, **budget)
+        _predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
         return
-    options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": mpp, "strict": strict}
+    options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
     prediction = loaded.predict(slide, progress=True, **options)
     _print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
@@ -479,6 +485,15 @@ def _print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarra
     ranked = ", ".join(f"{classes[c]} {probabilities[c]:.3f}" for c in order)
     typer.echo(f"slide    {slide.stem}")
     typer.echo(f"class    {classes[order[0]]} ({ranked})")
+
+
+def _scale(mpp: float | None, force_mpp: float | None) -> float | None:
+    """The scale as `Slide` takes it: forced, or for slides that do not say."""
+    from hdmil_lib.slides.scale import IfUnknown
+
+    if force_mpp is not None:
+        return force_mpp
+    return None if mpp is None else IfUnknown(mpp)
 
 
 def _print_seconds(seconds: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, check_same_features, read_bag
 from hdmil_lib.errors import CohortError
+from hdmil_lib.storage import read_table
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Cohort:
                 or there is only one class.
         """
         path = Path(path)
-        if not path.is_file():
-            raise CohortError(f"{path}: no such label file; give a CSV with slide_id, case_id, label, path")
-        table = pd.read_csv(path, dtype={"slide_id": str, "case_id": str, "path": str, "label": str})
+        table = read_table(path)
+        if "mpp" in table:
+            table["mpp"] = pd.to_numeric(table["mpp"], errors="coerce")
         table, classes = _check_table(table, classes, source=path, needs_path=bags is None)
         cohort = cls(table, classes, path.parent, Path(bags) if bags is not None else None)
         cohort._check_files(path)
@@ -209,7 +210,7 @@ def _check_table(
     repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
     _refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
 
-    found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdigit() else (1, 0, v))
+    found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
     to_name = by_index | {name: name for name in names}
@@ -287,7 +288,7 @@ def read_splits(folder: str | Path) -> list[Split]:
     folder = Path(folder)
     splits: list[Split] = []
     while (path := folder / f"splits_{len(splits)}.csv").is_file():
-        table = pd.read_csv(path, dtype=str)
+        table = read_table(path)
         if not {"train", "val", "test"} <= set(table.columns):
             raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
         split = Split(*(tuple(table[part].dropna()) for part in ("train", "val", "test")))

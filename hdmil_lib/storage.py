@@ -1,6 +1,8 @@
 """Files that are written whole or not at all."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -8,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdmil_lib.errors import CheckpointError
+from hdmil_lib.errors import CheckpointError, CohortError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +63,48 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_table(path: Path, table: "pd.DataFrame") -> None:
     """Write a CSV file, whole or not at all."""
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+
+
+def read_table(path: Path) -> "pd.DataFrame":
+    """Read a CSV file as text: names of columns and values without the blanks around them.
+
+    Columns may be separated by commas, semicolons or tabs, whichever the first line has most of.
+
+    Raises:
+        CohortError: The file is missing, empty, a spreadsheet, not in UTF-8, or its lines have different
+            numbers of fields.
+    """
+    import pandas as pd
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = "no such label file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise CohortError(f"{path}: {reason}; give a CSV with a header and one row per slide") from error
+    if content.startswith(b"PK"):
+        raise CohortError(f"{path}: is a spreadsheet; export it as CSV in UTF-8")
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeError as error:
+        raise CohortError(f"{path}: is not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
+    if "\0" in text or not text.strip():
+        what = "is empty" if not text.strip() else "is no text"
+        raise CohortError(f"{path}: {what}; give a CSV with a header and one row per slide")
+    separator = max(",;\t", key=text.lstrip().splitlines()[0].count)
+    try:
+        lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        header, *rows = [[field.strip() for field in line] for line in lines if any(map(str.strip, line))]
+    except csv.Error as error:
+        raise CohortError(f"{path}: cannot be read as a table ({error})") from error
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(header):
+            raise CohortError(
+                f"{path}: cannot be read as a table (row {number} has {len(row)} fields, the header "
+                f"{len(header)}); put texts with a {separator!r} in quotes"
+            )
+    filled = [row + [""] * (len(header) - len(row)) for row in rows]
+    return pd.DataFrame(filled, columns=header, dtype=str).replace("", pd.NA)
 
 
 def readable(name: str) -> str:

@@ -19,11 +19,12 @@ import torch
 from slide_factory import INK, write_slide
 
 from hdmil_lib.bags import EncoderIdentity, bag_info, read_bag, read_tile_labels
-from hdmil_lib.encoders.extraction import encode_tiles, extract, extract_slide, slide_files, spread_tiles
+from hdmil_lib.encoders.extraction import encode_tiles, extract, extract_slide, spread_tiles
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.errors import BagError, CohortError, HDMILError, SlideError
 from hdmil_lib.kernels.tile_preprocess import fit_reinhard
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.listing import slide_files
 from hdmil_lib.synthetic.truth import tile_labels
 
 

@@ -151,8 +151,8 @@ def test_slides_come_from_folders_tables_and_lists(folder, model, tmp_path):
     for i, (source, expected) in enumerate(
         [
             (str(folder), ["s0", "s1", "s2"]),
-            (folder / "labels.csv", ["s2", "s1"]),
-            ([folder / "s1.tif", folder / "labels.csv"], ["s1", "s2"]),
+            (folder / "labels.csv", ["x", "y"]),
+            ([folder / "s1.tif", folder / "labels.csv"], ["s1", "x"]),
             (str(folder / "s1.tif"), ["s1"]),
         ]
     ):

@@ -80,7 +80,7 @@ def test_properties_of_a_slide(tmp_path, noise):
 
 def test_bounds_from_the_properties(tmp_path, noise):
     path = write_slide(tmp_path / "a.tif", noise, (4.0, 4.0), pyramid=False)
-    with slide_properties(bounds_properties(101, 53, 200, 150)), Slide(path) as slide:
+    with slide_properties(bounds_properties(101, 53, 200, 150)), Slide(path, mpp=4.0) as slide:
         assert slide.bounds == (101, 53, 200, 150)
         cells = noise[53:203, 101:301].reshape(75, 2, 100, 2, 3).mean((1, 3))
         assert np.abs(slide.thumbnail(8.0) - cells).max() <= 0.5  # rounding to uint8
@@ -103,7 +103,7 @@ def test_a_field_shows_a_disc_where_it_is(mpp_x, aspect, center, corner, odd, fi
         path = write_slide(
             Path(folder) / "disc.tif", paint_disc(size, mpp, center, 20), mpp, pyramid=pyramid, tile=16
         )
-        with Slide(path) as slide:
+        with Slide(path, mpp=mpp) as slide:
             side = math.ceil(230 / field_mpp)
             x, y = (c / m for c, m in zip(corner, slide.mpp, strict=True))
             found = find_ink(slide.read_field(x, y, (side, side), field_mpp), field_mpp)

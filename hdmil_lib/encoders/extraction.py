@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
 from hdmil_lib.config import torch_threads
-from hdmil_lib.errors import BagError, CohortError, HDMILError, SlideError
+from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.listing import SlideFile, list_slides
+from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 
     from hdmil_lib.encoders.loading import Encoder
     from hdmil_lib.slides.gpu_decoding import NvImageCodec
-
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".bif", ".dcm")
-"""Suffixes of the files in a folder that are slides."""
 
 TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
 """Function from a slide file and its grid to the share of tumor in each tile, or None if it is unknown."""
@@ -156,6 +155,7 @@ def extract_slide(
     encoder: "Encoder",
     out_path: str | Path,
     *,
+    slide_id: str | None = None,
     mpp: float | tuple[float, float] | None = None,
     batch_size: int | None = None,
     min_tissue: float = 0.25,
@@ -169,7 +169,8 @@ def extract_slide(
         slide_path: A slide file that OpenSlide can read.
         encoder: Encoder from `load_encoder`.
         out_path: The .h5 file to write, whole or not at all.
-        mpp: Micrometers per level-0 pixel, if the file does not say or is wrong.
+        slide_id: Name of the slide; by default that of the file without its suffix.
+        mpp: Micrometers per level-0 pixel, as `Slide` takes it.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
         looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
@@ -183,7 +184,7 @@ def extract_slide(
         SlideError: The slide cannot be read or holds no tissue.
         BagError: The features are not finite.
     """
-    with Slide(slide_path, mpp=mpp) as slide:
+    with Slide(slide_path, mpp=mpp, name=slide_id) as slide:
         grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
@@ -226,11 +227,14 @@ def extract(
     again.
 
     Args:
-        slides: A folder, a CSV file with a column `path`, slide files, or several of these.
+        slides: A folder, a CSV file with a column `path` and optionally `slide_id` and `mpp`, slide files, or
+            several of these; see `list_slides`.
         encoder: Encoder from `load_encoder`; or several copies of one, from `Encoder.to`, which take the
             slides in turn, each in a thread of its own. `tile_labels` is then called from these threads.
         out: Folder of the bags.
-        mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
+        mpp: Micrometers per level-0 pixel of all slides, as `Slide` takes it: a number overrides what the
+            files say, `IfUnknown` fills in where they do not. A column `mpp` of a table comes before what the
+            files say.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
         looks: Further sides at which each tile is encoded; see `extract_slide`.
@@ -250,10 +254,12 @@ def extract(
     import pandas as pd
 
     encoders = _copies_of_one(encoder)
-    paths, out = slide_files(slides), Path(out)
-    twice = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    files, out = list_slides(slides), Path(out)
+    twice = [name for name, count in Counter(file.slide_id for file in files).items() if count > 1]
     if twice:
-        raise BagError(f"several slides are called {twice[0]!r}; rename them, or give each a folder of bags")
+        raise BagError(
+            f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
+        )
     try:  # before the first slide is encoded
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -261,15 +267,17 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def run(path: Path, own: "Encoder") -> tuple[str, int]:
-        out_path = out / f"{path.stem}.h5"
+    def run(file: SlideFile, own: "Encoder") -> tuple[str, int]:
+        out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            return "skipped", _check_made_by(out_path, _settings(own, min_tissue) | _given_scale(mpp), looks)
+            expected = _settings(own, min_tissue) | _given_scale(scale)
+            return "skipped", _check_made_by(out_path, expected, looks)
         bag = extract_slide(
-            path,
+            file.path,
             own,
             out_path,
-            mpp=mpp,
+            slide_id=file.slide_id,
+            mpp=scale,
             batch_size=batch_size,
             min_tissue=min_tissue,
             looks=looks,
@@ -278,27 +286,33 @@ def extract(
         )
         return "done", len(bag)
 
-    todo, records = deque(paths), dict[Path, tuple]()
-    bar = tqdm(total=len(paths), desc="slides", unit="slide", disable=not progress)
+    todo, records = deque(files), dict[SlideFile, tuple]()
+    bar = tqdm(total=len(files), desc="slides", unit="slide", disable=not progress)
     showing = Lock()
 
     def work(own: "Encoder") -> None:
         """Extract slides until none is left."""
         while True:
             try:
-                path = todo.popleft()
+                file = todo.popleft()
             except IndexError:
                 return
             start, message = time.perf_counter(), ""
             try:
-                status, n_tiles = run(path, own)
+                status, n_tiles = run(file, own)
             except Exception as error:  # any error concerns this slide only
                 status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
             except BaseException:
                 todo.clear()  # the other encoders end with their slide
                 raise
             with showing:
-                records[path] = (readable(path.stem), status, n_tiles, time.perf_counter() - start, message)
+                records[file] = (
+                    readable(file.slide_id),
+                    status,
+                    n_tiles,
+                    time.perf_counter() - start,
+                    message,
+                )
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
@@ -316,45 +330,7 @@ def extract(
                     todo.clear()
                     raise
     columns = ["slide_id", "status", "n_tiles", "seconds", "error"]
-    return pd.DataFrame([records[path] for path in paths], columns=columns)
-
-
-def slide_files(sources: str | Path | Sequence[str | Path]) -> list[Path]:
-    """List the slide files of files, folders and label files, each once, in their order.
-
-    Args:
-        sources: A slide file, folder, CSV file with a column `path` (relative to it), or several of these.
-
-    Raises:
-        SlideError: A folder or label file names no slide, or nothing is named.
-        CohortError: A label file is missing or has no column `path`.
-    """
-    if isinstance(sources, str | Path):
-        sources = [sources]
-    paths: list[Path] = []
-    for source in map(Path, sources):
-        found = [source]
-        if source.is_dir():
-            found = sorted(p for p in source.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
-        elif source.suffix.lower() == ".csv":
-            found = _paths_of_csv(source)
-        if not found:
-            raise SlideError(f"{source}: no slides in it; known suffixes are {', '.join(SLIDE_SUFFIXES)}")
-        paths += found
-    if not paths:
-        raise SlideError("no slides are named; give slide files, a folder, or a CSV with a column `path`")
-    return list(dict.fromkeys(paths))
-
-
-def _paths_of_csv(source: Path) -> list[Path]:
-    import pandas as pd
-
-    if not source.is_file():
-        raise CohortError(f"{source}: no such label file; give a CSV with a column `path`")
-    table = pd.read_csv(source, dtype=str)
-    if "path" not in table:
-        raise CohortError(f"{source}: missing column path; it has {', '.join(table.columns)}")
-    return [source.parent / path for path in table["path"].dropna()]
+    return pd.DataFrame([records[file] for file in files], columns=columns)
 
 
 def _read_batches(
@@ -456,7 +432,7 @@ def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
 
 
 def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
-    if mpp is None:
+    if mpp is None or isinstance(mpp, IfUnknown):
         return {}
     return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
 

@@ -13,12 +13,13 @@ import torch
 
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity
-from hdmil_lib.encoders.extraction import encode_tiles, slide_files
+from hdmil_lib.encoders.extraction import encode_tiles
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.listing import list_slides
 from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
@@ -203,14 +204,16 @@ def predict_many(
     moved = device != "auto" or model.device.type == "cpu"
     targets = devices.resolve_all(device) if moved else [model.device]
 
-    paths, out = slide_files(slides), Path(out)
-    names = {path: readable(path.stem) for path in paths}
+    files, out = list_slides(slides), Path(out)
+    names = {file: readable(file.slide_id) for file in files}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
-        raise SlideError(f"several slides are called {twice[0]!r}; rename them, or predict them apart")
+        raise SlideError(
+            f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
+        )
     rows = _rows_of(out, model.classes)
-    todo = deque(path for path in paths if rows.get(names[path], {"error": "new"})["error"])
-    bar = tqdm(total=len(paths), initial=len(paths) - len(todo), unit="slide", disable=not progress)
+    todo = deque(file for file in files if rows.get(names[file], {"error": "new"})["error"])
+    bar = tqdm(total=len(files), initial=len(files) - len(todo), unit="slide", disable=not progress)
     writing = Lock()
 
     def work(own: HDMIL, target: torch.device) -> None:
@@ -219,20 +222,21 @@ def predict_many(
             own.encoder  # noqa: B018  loaded first, so that a missing encoder is noticed at once
             while True:
                 try:
-                    path = todo.popleft()
+                    file = todo.popleft()
                 except IndexError:
                     return
                 try:
-                    prediction = predict_slide(own, path, all_tiles=all_tiles, device=target, **options)
-                    row = prediction.to_row() | {"error": ""}
+                    given = options | {"mpp": file.scale(options.get("mpp"))}
+                    prediction = predict_slide(own, file.path, all_tiles=all_tiles, device=target, **given)
+                    row = prediction.to_row() | {"slide_id": names[file], "error": ""}
                 except Exception as error:  # any error concerns this slide only
                     message = readable(" ".join(str(error).split())) or type(error).__name__
-                    row = {"slide_id": names[path], "error": message}
+                    row = {"slide_id": names[file], "error": message}
                 with writing:
-                    rows[names[path]] = row
+                    rows[names[file]] = row
                     write_table(out, _table(rows.values()))
                     bar.update()
-                    bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()))
+                    bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()), refresh=False)
 
     with bar:
         if len(targets) == 1:
@@ -245,7 +249,7 @@ def predict_many(
                 except BaseException:
                     todo.clear()  # the other threads end with their slide
                     raise
-    return _table(rows[names[path]] for path in paths)
+    return _table(rows[names[file]] for file in files)
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":

@@ -12,6 +12,7 @@ import openslide
 from PIL import Image
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.scale import scale_of
 from hdmil_lib.slides.stored_tiles import StoredTiles
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ Reader = Literal["auto", "openslide", "stored"]
 
 LEVEL_TOLERANCE = 1.02
 """A level may be coarser than the requested mpp by this factor: 0.505 um/px is used for 0.5."""
-
-PLAUSIBLE_MPP = (0.02, 50.0)
-"""Range of credible scales. Others are defaults of image writers (72 dpi is 353 um/px), not measurements."""
-
-UM_PER_RESOLUTION_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 
 BLOCK = 2048
 """Side of the blocks from which a thumbnail is averaged, in pixels of the level; it limits the memory."""
@@ -60,9 +56,10 @@ class Slide:
 
     Attributes:
         path: Path of the file.
-        name: File name without its suffix, used as the slide's id.
+        name: Name of the slide, by default that of the file without its suffix.
         vendor: OpenSlide's name of the format.
         mpp: Micrometers per level-0 pixel, (x, y).
+        scale: The same with its source, and what is odd about it.
         dimensions: (width, height) of level 0 in pixels.
         bounds: The scanned part, (x, y, width, height) in level-0 pixels.
         levels: Levels of the pyramid, finest first.
@@ -73,13 +70,16 @@ class Slide:
         path: str | Path,
         mpp: float | tuple[float, float] | None = None,
         *,
+        name: str | None = None,
         reader: Reader = "auto",
     ):
         """Open a slide.
 
         Args:
             path: A file in a format that OpenSlide reads.
-            mpp: Micrometers per level-0 pixel, one number or (x, y); None takes the scale in the file.
+            mpp: Micrometers per level-0 pixel, one number or (x, y), whatever the file says; as `IfUnknown`
+                only if the file states no credible scale. None takes the scale in the file.
+            name: Name of the slide; that of the file without its suffix by default.
             reader: What reads the pixels: "stored" is `StoredTiles`, "openslide" reads every format, and
                 "auto" takes "stored" where the file allows it.
 
@@ -88,7 +88,7 @@ class Slide:
                 `reader` is "stored" and the file has no tiles that it can read.
         """
         self.path = Path(path)
-        self.name = self.path.stem
+        self.name = name or self.path.stem
         self._slide = _open(self.path)
         properties = self._slide.properties
         self.vendor = properties[openslide.PROPERTY_NAME_VENDOR]
@@ -108,10 +108,11 @@ class Slide:
             self.close()
             raise SlideError(f"{self.path}: stores no JPEG tiles that can be read; use reader='auto'")
         try:
-            self.mpp = _given_mpp(mpp) if mpp is not None else _stored_mpp(properties)
+            self.scale = scale_of(properties, mpp)
         except ValueError as error:
             self.close()
             raise SlideError(f"{self.path}: {error}") from None
+        self.mpp = self.scale.mpp
 
     def __enter__(self) -> "Slide":
         return self
@@ -368,39 +369,6 @@ def _open(path: Path) -> openslide.OpenSlide:
         ) from None
     except openslide.OpenSlideError as error:
         raise SlideError(f"{path}: damaged slide: {error}. Copy or download it again.") from error
-
-
-def _given_mpp(mpp: float | tuple[float, float]) -> tuple[float, float]:
-    x, y = np.broadcast_to(np.asarray(mpp, float), 2).tolist()
-    pair = (x, y)
-    if not all(math.isfinite(m) and m > 0 for m in pair):
-        raise ValueError(f"mpp must be positive (micrometers per pixel), got {mpp}.")
-    return pair
-
-
-def _stored_mpp(properties: Mapping[str, str]) -> tuple[float, float]:
-    """Read the scale from the mpp properties, else the TIFF resolution, else the objective (10 / power)."""
-
-    def number(key: str) -> float:
-        try:
-            return float(properties.get(key, "nan"))
-        except ValueError:
-            return math.nan
-
-    unit = UM_PER_RESOLUTION_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
-    power = number(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-    nominal = 10.0 / power if power > 0 else math.nan
-    per_unit = (number("tiff.XResolution"), number("tiff.YResolution"))
-    candidates = [
-        (number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)),
-        (unit / per_unit[0], unit / per_unit[1]) if min(per_unit) > 0 else (math.nan, math.nan),
-        (nominal, nominal),
-    ]
-    low, high = PLAUSIBLE_MPP
-    for pair in candidates:
-        if all(low <= m <= high for m in pair):
-            return pair
-    raise ValueError("the file does not say how large its pixels are; pass mpp= (um per level-0 pixel).")
 
 
 def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:

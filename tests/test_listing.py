@@ -1,0 +1,139 @@
+"""Slides are found where users keep them: folders in folders, DICOM series, tables with names and scales."""
+
+import shutil
+
+import openslide
+import pandas as pd
+import pytest
+from model_factory import ColorEncoder, write_textured_slide
+
+from hdmil_lib.bags import read_bag
+from hdmil_lib.encoders.extraction import extract
+from hdmil_lib.errors import CohortError, SlideError
+from hdmil_lib.slides.listing import list_slides, slide_files
+from hdmil_lib.slides.scale import IfUnknown
+from hdmil_lib.storage import read_table
+
+
+@pytest.fixture
+def slide(tmp_path):
+    return write_textured_slide(tmp_path / "a.tif", 2, 2)
+
+
+def test_folders_are_searched_with_those_below_them(slide, tmp_path):
+    for name in ("p1/x/one.tif", "p2/two.TIF", "p2/no_suffix", "p2/other.foo"):
+        target = tmp_path / "all" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(slide, target)
+    for name in ("._two.TIF", ".hidden.tif", "notes.txt", "labels.csv"):
+        (tmp_path / "all" / "p2" / name).write_bytes(b"no slide")
+    (tmp_path / "all" / "p2" / "unknown.bin").write_bytes(b"no slide")
+    found = [str(path.relative_to(tmp_path / "all")) for path in slide_files(tmp_path / "all")]
+    assert found == ["p1/x/one.tif", "p2/no_suffix", "p2/other.foo", "p2/two.TIF"]
+
+
+def test_the_data_of_a_mrxs_file_is_part_of_it(slide, tmp_path):
+    folder = tmp_path / "all"
+    (folder / "s").mkdir(parents=True)
+    (folder / "s.mrxs").write_bytes(b"")
+    shutil.copy(slide, folder / "s" / "inside.tif")
+    assert [path.name for path in slide_files(folder)] == ["s.mrxs"]
+
+
+def test_files_of_a_dicom_series_are_one_slide(tmp_path, monkeypatch):
+    hashes = {"1.dcm": "A", "2.dcm": "A", "3.dcm": "B", "4.dcm": None}
+
+    class Opened:
+        def __init__(self, path):
+            if hashes[path.name] is None:
+                raise openslide.OpenSlideError("damaged")
+            self.properties = {openslide.PROPERTY_NAME_QUICKHASH1: hashes[path.name]}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc_info):
+            pass
+
+    for name in hashes:
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(openslide, "OpenSlide", Opened)
+    assert [path.name for path in slide_files(tmp_path)] == ["1.dcm", "3.dcm", "4.dcm"]
+
+
+def test_a_table_names_slides_of_one_file_name_and_their_scales(slide, tmp_path):
+    for patient in ("P1", "P2"):
+        (tmp_path / patient).mkdir()
+        shutil.copy(slide, tmp_path / patient / "HE.tif")
+    table = "slide_id;path;mpp\nfirst ; P1/HE.tif;\nsecond;P2/HE.tif;0.25\n"
+    (tmp_path / "labels.csv").write_text(table)
+    slides = list_slides(tmp_path / "labels.csv")
+    assert [(s.slide_id, s.path.parent.name, s.mpp) for s in slides] == [
+        ("first", "P1", None),
+        ("second", "P2", 0.25),
+    ]
+    assert [s.scale(None) for s in slides] == [None, 0.25]
+    assert [s.scale(IfUnknown(0.4)) for s in slides] == [IfUnknown(0.4), 0.25]
+    assert [s.scale(0.4) for s in slides] == [0.4, 0.4]
+    report = extract(tmp_path / "labels.csv", ColorEncoder(), tmp_path / "bags", progress=False)
+    assert report["status"].tolist() == ["done", "done"]
+    bags = [read_bag(tmp_path / "bags" / f"{name}.h5") for name in ("first", "second")]
+    assert [bag.slide_id for bag in bags] == ["first", "second"]
+    assert len(bags[0]) == 4 > len(bags[1])
+    again = extract(tmp_path / "labels.csv", ColorEncoder(), tmp_path / "bags", progress=False)
+    assert again["status"].tolist() == ["skipped", "skipped"]
+    (tmp_path / "labels.csv").write_text(table.replace("0.25", "quarter"))
+    with pytest.raises(CohortError, match=r"mpp of P2/HE.tif is 'quarter', expected a number"):
+        list_slides(tmp_path / "labels.csv")
+
+
+def test_a_scale_fills_in_only_where_the_file_does_not_say(slide, tmp_path):
+    options = {"progress": False}
+    filled = extract(slide, ColorEncoder(), tmp_path / "filled", mpp=IfUnknown(0.25), **options)
+    forced = extract(slide, ColorEncoder(), tmp_path / "forced", mpp=0.25, **options)
+    assert (filled["n_tiles"].item(), forced["n_tiles"].item()) == (4, 1)
+    assert extract(slide, ColorEncoder(), tmp_path / "filled", **options)["status"].item() == "skipped"
+    refused = extract(slide, ColorEncoder(), tmp_path / "forced", **options)
+    assert refused["status"].item() in ("failed", "skipped")
+
+
+def test_nothing_found_is_an_error(tmp_path):
+    with pytest.raises(SlideError, match="no slides in it"):
+        list_slides(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"PK\x03\x04rest", "is a spreadsheet"),
+        ("slide_id,label\ncafé,é\n".encode("latin-1"), "is not text in UTF-8"),
+        (b"slide_id,label\na,b,c,d\n", "cannot be read as a table"),
+        (b"a\0b,c\n", "is no text"),
+    ],
+)
+def test_tables_that_are_none_are_one_clear_line(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(CohortError, match=message) as caught:
+        read_table(tmp_path / "a.csv")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_of_many_programs_are_read_alike(tmp_path, encoding, separator):
+    rows = [["slide_id", " label "], ["a", "tumor "], ["b", " é"], ["c", ""]]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    expected = pd.DataFrame({"slide_id": ["a", "b", "c"], "label": ["tumor", "é", pd.NA]})
+    found = read_table(tmp_path / "a.csv")
+    assert found.columns.tolist() == ["slide_id", "label"]
+    assert found.fillna("-").to_numpy().tolist() == expected.fillna("-").to_numpy().tolist()
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(CohortError, match="no such label file"):
+        read_table(tmp_path / "absent.csv")
+    with pytest.raises(CohortError, match="give a CSV"):
+        read_table(tmp_path)
