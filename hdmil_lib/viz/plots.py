@@ -321,7 +321,9 @@ def cost_of_screening(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         rows = table[table["source"] == source].sort_values("milliseconds")
         ax.plot(rows["milliseconds"], rows["auc"], label=plain(source), ms=6, **look)
     ax.set(xscale="log", xlabel="milliseconds per tile of the slide", ylabel="AUC")
+    ax.set_xticks([0.25, 0.5, 1, 2, 4])
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(loc="lower right")
     return ax
 
