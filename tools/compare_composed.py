@@ -1,6 +1,6 @@
 """All ways to choose tiles, and baselines, on slides composed of real tiles; needs the tiles of a collection.
 
-    python tools/compare_composed.py --tiles DIR [--seeds 5] [--n-slides N] [--seed 2]
+    python tools/compare_composed.py --tiles DIR ... [--seeds N] [--n-slides N] [--seed 2]
 
 Slides are composed with another seed than those on which the form of the cascade was chosen
 (`benchmarks/second_look.py`) and the settings of the systems (`tools/tune_composed.py`), and have an official
@@ -181,18 +181,20 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiles", type=Path, required=True, nargs="+", help="folders of labeled tiles")
-    parser.add_argument("--seeds", type=int, default=5, help="number of training seeds")
-    parser.add_argument("--n-slides", type=int, default=480)
+    parser.add_argument("--seeds", type=int, help="number of training seeds: 5, or 3 for lung")
+    parser.add_argument("--n-slides", type=int, help="number of slides: 480, or 300 for lung")
     parser.add_argument("--seed", type=int, default=2, help="seed of the slides")
     given = parser.parse_args()
     setup()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for tiles in given.tiles:
         preset = collection_in(tiles)
-        cohort = compose_cohort(tiles, n_slides=given.n_slides, seed=given.seed, looks=[SIDE])
+        lung = preset.name.startswith("nsclc")
+        n_slides, n_seeds = given.n_slides or (300 if lung else 480), given.seeds or (3 if lung else 5)
+        cohort = compose_cohort(tiles, n_slides=n_slides, seed=given.seed, looks=[SIDE])
         bags, recipe = cohort.load_bags(), RECIPE["camelyon" if "camelyon" in preset.name else "nsclc"]
         data, tables, places = BagDataset(bags, cohort.label_of), [], []
-        for seed in range(given.seeds):
+        for seed in range(n_seeds):
             cv = cross_validate(cohort, METHODS, recipe=RECIPES[recipe], seed=seed, bags=bags)
             tables.append(scores_of_seed(cv, cohort, recipe, bags, seed))
             places.append(localization(cv, data, cohort, seed))
