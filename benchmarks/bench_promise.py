@@ -102,9 +102,7 @@ def seconds_of(model: HDMIL, paths: list[Path], margin: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tiles", type=Path, help="folder of PatchCamelyon tiles; without it nothing is done"
-    )
+    parser.add_argument("--tiles", type=Path, help="folder of PatchCamelyon tiles; needed")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--timed", type=int, default=24, help="slides whose seconds are measured")
     given = parser.parse_args()

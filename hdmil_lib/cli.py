@@ -177,6 +177,9 @@ def extract(
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    odd = report[report["note"].fillna("") != ""]
+    for slide_id, mpp_used, note in zip(odd["slide_id"], odd["mpp"], odd["note"], strict=True):
+        typer.echo(f"note: {slide_id}: {mpp_used:.4g} um/px was used; {note}")
     for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
         _print_error(f"{slide_id}: {error}")
     if len(failed):

@@ -6,6 +6,7 @@ import openslide
 import pandas as pd
 import pytest
 from model_factory import ColorEncoder, write_textured_slide
+from slide_factory import slide_properties
 
 from hdmil_lib.bags import read_bag
 from hdmil_lib.encoders.extraction import extract
@@ -93,8 +94,17 @@ def test_a_scale_fills_in_only_where_the_file_does_not_say(slide, tmp_path):
     forced = extract(slide, ColorEncoder(), tmp_path / "forced", mpp=0.25, **options)
     assert (filled["n_tiles"].item(), forced["n_tiles"].item()) == (4, 1)
     assert extract(slide, ColorEncoder(), tmp_path / "filled", **options)["status"].item() == "skipped"
+    assert (filled["mpp_source"].item(), forced["mpp_source"].item()) == ("properties", "given")
     refused = extract(slide, ColorEncoder(), tmp_path / "forced", **options)
-    assert refused["status"].item() in ("failed", "skipped")
+    assert "made with a scale that was given, 0.25 um/px" in refused["error"].item()
+    again = extract(slide, ColorEncoder(), tmp_path / "forced", mpp=0.25, **options)
+    assert (again["status"].item(), again["mpp"].item()) == ("skipped", 0.25)
+
+
+def test_an_odd_scale_is_in_the_report(slide, tmp_path):
+    with slide_properties({"openslide.objective-power": "10"}):
+        report = extract(slide, ColorEncoder(), tmp_path, progress=False)
+    assert "while the objective power says 1" in report["note"].item()
 
 
 def test_nothing_found_is_an_error(tmp_path):

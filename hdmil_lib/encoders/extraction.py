@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -244,7 +244,7 @@ def extract(
 
     Returns:
         One row per slide, in the order of the slides: slide_id, status ("done", "skipped" or "failed"),
-            n_tiles, seconds, error.
+            n_tiles, seconds, error; mpp (of level 0, along x), mpp_source, and note, what is odd about it.
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
@@ -267,11 +267,12 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def run(file: SlideFile, own: "Encoder") -> tuple[str, int]:
+    def run(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
             expected = _settings(own, min_tissue) | _given_scale(scale)
-            return "skipped", _check_made_by(out_path, expected, looks)
+            info = _check_made_by(out_path, expected, looks, scale)
+            return "skipped", info["n_tiles"], info
         bag = extract_slide(
             file.path,
             own,
@@ -284,7 +285,7 @@ def extract(
             tile_labels=tile_labels,
             progress=progress and len(encoders) == 1,
         )
-        return "done", len(bag)
+        return "done", len(bag), bag.attrs
 
     todo, records = deque(files), dict[SlideFile, tuple]()
     bar = tqdm(total=len(files), desc="slides", unit="slide", disable=not progress)
@@ -298,21 +299,18 @@ def extract(
             except IndexError:
                 return
             start, message = time.perf_counter(), ""
+            about: Mapping[str, Any] = {}
             try:
-                status, n_tiles = run(file, own)
+                status, n_tiles, about = run(file, own)
             except Exception as error:  # any error concerns this slide only
                 status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
             except BaseException:
                 todo.clear()  # the other encoders end with their slide
                 raise
             with showing:
-                records[file] = (
-                    readable(file.slide_id),
-                    status,
-                    n_tiles,
-                    time.perf_counter() - start,
-                    message,
-                )
+                scale = (about.get(key) for key in ("mpp_x", "mpp_source", "mpp_note"))
+                spent = time.perf_counter() - start
+                records[file] = (readable(file.slide_id), status, n_tiles, spent, message, *scale)
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
@@ -329,7 +327,7 @@ def extract(
                 except BaseException:  # Ctrl-C reaches this thread
                     todo.clear()
                     raise
-    columns = ["slide_id", "status", "n_tiles", "seconds", "error"]
+    columns = ["slide_id", "status", "n_tiles", "seconds", "error", "mpp", "mpp_source", "note"]
     return pd.DataFrame([records[file] for file in files], columns=columns)
 
 
@@ -448,11 +446,18 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
         "level0_height": slide.dimensions[1],
         "mpp_x": slide.mpp[0],
         "mpp_y": slide.mpp[1],
+        "mpp_source": slide.scale.source,
+        "mpp_note": "; ".join(slide.scale.notes),
     }
 
 
-def _check_made_by(path: Path, wanted: dict[str, Any], looks: Sequence[int]) -> int:
-    """Number of tiles of a bag; raises a BagError unless it was made with the wanted settings and looks."""
+def _check_made_by(
+    path: Path,
+    wanted: dict[str, Any],
+    looks: Sequence[int],
+    scale: float | tuple[float, float] | None,
+) -> dict[str, Any]:
+    """What a bag says of itself; raises a BagError unless it was made with the wanted settings and looks."""
     info = {"decoder": "cpu"} | bag_info(path)  # bags of version 0.2.0 do not say so
     for key, value in wanted.items():
         if info.get(key) != value:
@@ -460,12 +465,17 @@ def _check_made_by(path: Path, wanted: dict[str, Any], looks: Sequence[int]) -> 
                 f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
                 "another folder, or delete the bag to extract the slide again."
             )
+    if info.get("mpp_source") == "given" and (scale is None or isinstance(scale, IfUnknown)):
+        raise BagError(
+            f"{path}: already there, but made with a scale that was given, {info['mpp_x']:g} um/px. Give it "
+            "again (--force-mpp), use another folder, or delete the bag to extract the slide again."
+        )
     if missing := set(looks) - set(info["looks"]):
         raise BagError(
             f"{path}: already there, but without a look of {min(missing)} pixels. Use another folder, or "
             "delete the bag to extract the slide again."
         )
-    return info["n_tiles"]
+    return info
 
 
 def _show_rate(bar: tqdm, records: list[tuple]) -> None:
