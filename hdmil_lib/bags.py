@@ -1,7 +1,10 @@
 """Bags: features, positions and patches of the tiles of a slide, in one HDF5 file per slide."""
 
+import errno
+import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +132,8 @@ def write_bag(
     _check(path, arrays, bag.shape)
 
     def write(part: Path) -> None:
-        with h5py.File(part, "w") as file:
+        content = io.BytesIO()  # HDF5 does not survive a full disk
+        with h5py.File(content, "w") as file:
             for name, values in arrays.items():
                 gzip = dict(compression="gzip", compression_opts=9) if compress and name == "patches" else {}
                 file.create_dataset(name, data=values, **gzip)
@@ -138,6 +142,7 @@ def write_bag(
             attrs |= {"library_version": __version__, "schema_version": SCHEMA_VERSION}
             for key, value in attrs.items():
                 (file["coords"] if key in TRIDENT_ATTRS else file).attrs[key] = value
+        part.write_bytes(content.getbuffer())
 
     write_whole(path, write)
 
@@ -152,13 +157,17 @@ def read_bag(path: str | Path) -> Bag:
     """
     path = Path(path)
     with _open(path) as file:
-        present = [name for name in file if name in ("rowcol", "patches") or name.startswith(LOOK)]
-        arrays = _read(path, file, ["features", "coords", *present])
+        looks = _look_names(path, file)
+        present = [name for name in ("rowcol", "patches") if name in file]
+        arrays = _read(path, file, ["features", "coords", *present, *looks])
         attrs = _attrs(file)
     shape = attrs.pop("shape", None)
     if "rowcol" not in arrays or shape is None:
         arrays["rowcol"], shape = _grid_positions(path, arrays["coords"], attrs)
-    shape = (int(shape[0]), int(shape[1]))
+    try:
+        shape = (int(shape[0]), int(shape[1]))
+    except (TypeError, ValueError, IndexError) as error:
+        raise BagError(f"{path}: the shape of its grid is {shape!r}. {_REMEDY}") from error
     _check(path, arrays, shape)
     return Bag(
         slide_id=str(attrs.get("slide_id", path.stem)),
@@ -194,11 +203,12 @@ def bag_info(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     with _open(path) as file:
-        if "features" not in file or file["features"].ndim != 2:
-            raise BagError(f"{path}: holds no features (N, D). {_REMEDY}")
-        n_tiles, dim = file["features"].shape
-        looks = [int(name.removeprefix(LOOK)) for name in file if name.startswith(LOOK)]
-        return _attrs(file) | {"n_tiles": n_tiles, "dim": dim, "looks": looks}
+        found = file.get("features")
+        shape: tuple[int, ...] = found.shape if isinstance(found, h5py.Dataset) else ()
+        if len(shape) != 2:
+            raise BagError(f"{path}: holds no features (N, D). {_FOREIGN}")
+        looks = [int(name.removeprefix(LOOK)) for name in _look_names(path, file)]
+        return _attrs(file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
 
 
 def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
@@ -225,6 +235,18 @@ def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
 
 
 _REMEDY = "Delete the file and extract the slide again."
+_FOREIGN = "Another tool may have made it: give the folder that `hdmil extract` wrote, or extract the slide."
+_REFUSED = {
+    errno.EACCES: "no permission to read it",
+    errno.EPERM: "no permission to read it",
+    errno.EAGAIN: "another program has it open for writing; wait until it is done",
+    errno.ENOLCK: "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE",
+    errno.ENOSYS: "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE",
+}
+"""Why a healthy file may not be opened, by the number of the error."""
+
+MAX_RATIO = 1200
+"""Largest ratio of the bytes of a data set to those that it takes in the file; gzip reaches a thousand."""
 
 
 def _encoder(attrs: Mapping[str, Any]) -> EncoderIdentity:
@@ -272,23 +294,62 @@ def _usual_step(coords: np.ndarray) -> int:
     return int(sizes[counts.argmax()]) if len(sizes) else 1
 
 
-def _open(path: Path) -> h5py.File:
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """Open a bag; whatever h5py raises while it is read becomes a BagError."""
     if not path.is_file():
         raise BagError(f"{path}: no such bag. Extract its slide first (`hdmil extract`).")
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
+        if (reason := _REFUSED.get(error.errno or 0)) is not None:
+            raise BagError(f"{path}: {reason}.") from error
         raise BagError(f"{path}: damaged or not HDF5 ({error}). {_REMEDY}") from error
+    except Exception as error:
+        raise BagError(f"{path}: damaged ({_line(error)}). {_REMEDY}") from error
+    try:
+        with file:
+            yield file
+    except BagError:
+        raise
+    except Exception as error:  # a damaged file can end in any of h5py's errors
+        raise BagError(f"{path}: damaged ({_line(error)}). {_REMEDY}") from error
 
 
 def _read(path: Path, file: h5py.File, names: Iterable[str]) -> dict[str, np.ndarray]:
-    missing = [name for name in names if name not in file]
-    if missing:
-        raise BagError(f"{path}: lacks {', '.join(missing)}; made by another tool? {_REMEDY}")
-    try:
-        return {name: file[name][()] for name in names}
-    except (OSError, RuntimeError) as error:
-        raise BagError(f"{path}: damaged ({error}). {_REMEDY}") from error
+    names = list(names)
+    if missing := [name for name in names if name not in file]:
+        raise BagError(f"{path}: lacks {', '.join(missing)}. {_FOREIGN}")
+    return {name: _array(path, file, name) for name in names}
+
+
+def _look_names(path: Path, file: h5py.File) -> list[str]:
+    """Names of the data sets of looks."""
+    names = [name for name in file if name.startswith(LOOK)]
+    odd = [name for name in names if not name.removeprefix(LOOK).isdecimal()]
+    if odd:
+        raise BagError(f"{path}: holds {odd[0]!r}, which is no look. {_FOREIGN}")
+    return names
+
+
+def _array(path: Path, file: h5py.File, name: str) -> np.ndarray:
+    """Read an array of numbers that lies in the file itself."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise BagError(f"{path}: {name} is a link to elsewhere, which is not followed. {_FOREIGN}")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or data.ndim == 0:
+        raise BagError(f"{path}: {name} is no array of numbers. {_FOREIGN}")
+    if data.external or data.is_virtual:
+        raise BagError(f"{path}: {name} lies in other files, which are not read. {_FOREIGN}")
+    if data.nbytes > max(data.id.get_storage_size(), 1024) * MAX_RATIO:
+        raise BagError(
+            f"{path}: {name} declares {data.nbytes:,} bytes that the file does not have. {_REMEDY}"
+        )
+    return data[()]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _attrs(file: h5py.File) -> dict[str, Any]:

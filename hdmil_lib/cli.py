@@ -167,10 +167,10 @@ def extract(
 
     setup()
     scale, gpus = _scale(mpp, force_mpp), resolve_all(device)
-    files = list_slides(slides)
+    list_slides(slides)  # nothing is loaded where there are none
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
-        options["int8_tiles"] = extraction.spread_tiles([file.path for file in files[:8]], mpp=scale)
+        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
     report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)

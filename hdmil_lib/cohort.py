@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, check_same_features, read_bag
-from hdmil_lib.errors import CohortError
-from hdmil_lib.storage import read_table
+from hdmil_lib.errors import BagError, CohortError
+from hdmil_lib.storage import read_table, write_table, write_whole
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,19 @@ class Cohort:
         """Read all bags into memory, by slide_id.
 
         Raises:
-            BagError: A bag is missing or damaged, or differs from the others in encoder, weights or width.
+            BagError: A bag is missing, damaged or of another slide, or differs from the others in encoder,
+                weights or width.
             CohortError: The cohort has no bags.
         """
         ids = tqdm(self.slide_ids, desc="bags", unit="bag", disable=not progress)
         bags = {slide_id: read_bag(self.bag_path(slide_id)) for slide_id in ids}
         check_same_features(bags.values())
+        for slide_id, bag in bags.items():
+            if bag.slide_id != slide_id:
+                raise BagError(
+                    f"{self.bag_path(slide_id)}: says that it is the bag of slide {bag.slide_id!r}; was it "
+                    "renamed? Extract the slide again"
+                )
         return bags
 
     def set_aside(self, share: float, seed: int) -> tuple["Cohort", "Cohort"]:
@@ -167,7 +175,7 @@ class Cohort:
 
     def to_csv(self, path: str | Path) -> None:
         """Write a label file that `from_csv` reads."""
-        self.table.to_csv(path, index=False)
+        write_table(Path(path), self.table)
 
     def _check_files(self, source: Path) -> None:
         if self.bag_dir is None:
@@ -178,7 +186,18 @@ class Cohort:
             return
         bags = {bag.stem for bag in self.bag_dir.glob("*.h5")}
         absent = [s for s in self.slide_ids if s not in bags]
+        if absent and Path(absent[0]).stem in bags:
+            raise CohortError(
+                f"{source}: there is no bag of {absent[0]!r} but one of {Path(absent[0]).stem!r}; write "
+                "slide_ids without the suffix of the file"
+            )
         _refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
+
+
+def _whole_number(label: str) -> str:
+    """A label such as "1.0", which spreadsheets make of 1, as "1"; others stay."""
+    whole, point, rest = label.partition(".")
+    return whole if point and whole.isdecimal() and set(rest) <= {"0"} else label
 
 
 def _case_classes(cohort: Cohort) -> pd.Series:
@@ -210,6 +229,7 @@ def _check_table(
     repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
     _refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
 
+    table["label"] = table["label"].map(_whole_number)
     found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
@@ -276,7 +296,8 @@ def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for k, split in enumerate(splits):
         columns = {part: pd.Series(getattr(split, part), dtype=str) for part in ("train", "val", "test")}
-        pd.DataFrame(columns).to_csv(folder / f"splits_{k}.csv")
+        text = pd.DataFrame(columns).to_csv()
+        write_whole(folder / f"splits_{k}.csv", partial(Path.write_text, data=text))
 
 
 def read_splits(folder: str | Path) -> list[Split]:

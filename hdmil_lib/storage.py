@@ -97,6 +97,8 @@ def read_table(path: Path) -> "pd.DataFrame":
         header, *rows = [[field.strip() for field in line] for line in lines if any(map(str.strip, line))]
     except csv.Error as error:
         raise CohortError(f"{path}: cannot be read as a table ({error})") from error
+    if repeated := sorted({name for name in header if name and header.count(name) > 1}):
+        raise CohortError(f"{path}: the column {repeated[0]!r} is there more than once; rename one")
     for number, row in enumerate(rows, 1):
         if len(row) > len(header):
             raise CohortError(

@@ -1,11 +1,13 @@
 """Bags on disk: what is written is read, and nothing damaged or mixed passes for a bag."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import hypothesis.extra.numpy as hnp
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from hdmil_lib.bags import (
     write_bag,
 )
 from hdmil_lib.batches import BagDataset
+from hdmil_lib.cohort import Cohort
 from hdmil_lib.encoders.extraction import extract_slide
 from hdmil_lib.errors import BagError
 
@@ -361,3 +364,93 @@ def test_bags_of_another_tool_train_what_needs_no_patches(tmp_path):
     assert model.dmin(**batch.inputs_for(model.dmin)).logits.shape == (2, 2)
     with pytest.raises(BagError, match="no patches, which this model needs"):
         batch.inputs_for(model)
+
+
+# Hostile and damaged files
+
+
+def test_links_and_other_files_are_not_followed(tmp_path):
+    write_bag(tmp_path / "a.h5", make_bag())
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["values"] = np.zeros((5, 8), np.float16)
+    (tmp_path / "raw.bin").write_bytes(bytes(80))
+    for name in ("external", "soft", "storage"):
+        path = tmp_path / f"{name}.h5"
+        path.write_bytes((tmp_path / "a.h5").read_bytes())
+        with h5py.File(path, "r+") as file:
+            del file["features"]
+            if name == "external":
+                file["features"] = h5py.ExternalLink("secret.h5", "values")
+            elif name == "soft":
+                file["features"] = h5py.SoftLink("/coords")
+            else:
+                where = [(str(tmp_path / "raw.bin"), 0, 80)]
+                file.create_dataset("features", (5, 8), np.float16, external=where)
+        with pytest.raises(BagError, match=r"not followed|not read"):
+            read_bag(path)
+
+
+def test_an_array_that_is_larger_than_its_file_is_refused(tmp_path):
+    write_bag(tmp_path / "a.h5", make_bag())
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        del file["features"]
+        file.create_dataset("features", (3_000_000, 320), np.float16, chunks=(1000, 320))
+    with pytest.raises(BagError, match="the file does not have"):
+        read_bag(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("change", ["group", "text", "look", "shape"])
+def test_what_is_no_bag_is_one_clear_error(tmp_path, change):
+    path = tmp_path / "a.h5"
+    write_bag(path, make_bag())
+    with h5py.File(path, "r+") as file:
+        if change == "shape":
+            file.attrs["shape"] = "abc"
+        elif change == "look":
+            file["look_x"] = np.zeros((5, 8))
+        else:
+            del file["features"]
+            if change == "group":
+                file.create_group("features")
+            else:
+                file["features"] = ["a"] * 5
+    with pytest.raises(BagError, match=r"no array of numbers|no look|shape of its grid"):
+        read_bag(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bytes_raise_nothing_foreign(tmp_path, seed):
+    path = tmp_path / "a.h5"
+    write_bag(path, make_bag())
+    content, rng = path.read_bytes(), np.random.default_rng(seed)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in rng.integers(0, min(len(content), 6000), 3):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        for read in (read_bag, bag_info, read_tile_labels):
+            with suppress(BagError):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(11, "has it open"), (13, "no permission"), (37, "has no locks")]
+)
+def test_a_healthy_bag_is_not_called_damaged(tmp_path, monkeypatch, number, reason):
+    write_bag(tmp_path / "a.h5", make_bag())
+
+    def refuse(*arguments):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(BagError, match=reason) as caught:
+        read_bag(tmp_path / "a.h5")
+    assert "Delete" not in str(caught.value)
+
+
+def test_a_bag_of_another_slide_is_noticed(tmp_path):
+    for name in ("a", "b"):
+        write_bag(tmp_path / f"{name}.h5", make_bag(slide_id="a"))
+    table = pd.DataFrame({"slide_id": ["a", "b"], "case_id": ["a", "b"], "label": ["x", "y"]})
+    with pytest.raises(BagError, match=r"b\.h5: says that it is the bag of slide 'a'"):
+        Cohort(table, ("x", "y"), tmp_path, tmp_path).load_bags()

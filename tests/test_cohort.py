@@ -326,3 +326,17 @@ def test_splits_that_do_not_fit_the_cohort_are_refused(splits, message):
 
 def test_splits_need_not_use_every_slide():
     check_splits([Split(("0-0",), ("2-0", "2-1"), ("1-0",))], cohort_of([1, 1, 2, 3]))
+
+
+def test_numbers_of_spreadsheets_are_one_class(tmp_path):
+    path = write_csv(tmp_path, "slide_id,case_id,label,path\na,a,1.0,a.tif\nb,b,1,b.tif\nc,c,0.0,c.tif\n")
+    assert Cohort.from_csv(path).classes == ("0", "1")
+
+
+def test_slide_ids_with_a_suffix_are_explained(tmp_path):
+    (tmp_path / "bags").mkdir()
+    for name in "abc":
+        (tmp_path / "bags" / f"{name}.h5").touch()
+    path = write_csv(tmp_path, "slide_id,case_id,label\na.svs,a,x\nb.svs,b,y\nc.svs,c,x\n")
+    with pytest.raises(CohortError, match="without the suffix of the file"):
+        Cohort.from_csv(path, bags=tmp_path / "bags")

@@ -89,7 +89,9 @@ def test_only_the_asked_tiles_are_read(opened, monkeypatch):
 
 def test_tiles_for_int8_are_spread_over_the_slides(opened, slide_path):
     slide, grid = opened
-    tiles = spread_tiles([slide_path, slide_path], n_tiles=7)
+    copy = slide_path.with_name("copy.tif")
+    copy.write_bytes(slide_path.read_bytes())
+    tiles = spread_tiles([slide_path, copy], n_tiles=7)
     expected = [grid.read_tile(slide, row) for row in (0, (len(grid) - 1) // 2, len(grid) - 1)]
     np.testing.assert_array_equal(tiles, expected + expected)
     assert len(spread_tiles([slide_path])) == len(grid)  # it has fewer than asked for

@@ -9,7 +9,7 @@ from model_factory import ColorEncoder, write_textured_slide
 from slide_factory import slide_properties
 
 from hdmil_lib.bags import read_bag
-from hdmil_lib.encoders.extraction import extract
+from hdmil_lib.encoders.extraction import extract, spread_tiles
 from hdmil_lib.errors import CohortError, SlideError
 from hdmil_lib.slides.listing import list_slides, slide_files
 from hdmil_lib.slides.scale import IfUnknown
@@ -147,3 +147,22 @@ def test_a_missing_table_is_named(tmp_path):
         read_table(tmp_path / "absent.csv")
     with pytest.raises(CohortError, match="give a CSV"):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "a\\b", "..", ".hidden", "a\x1b[31m"])
+def test_a_name_that_is_no_file_name_is_refused(slide, tmp_path, name):
+    (tmp_path / "labels.csv").write_text(f'slide_id,path\n"{name}",a.tif\n')
+    with pytest.raises(CohortError, match="cannot be the name of a bag"):
+        list_slides(tmp_path / "labels.csv")
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("slide_id,label,label\na,b,c\n")
+    with pytest.raises(CohortError, match="'label' is there more than once"):
+        read_table(tmp_path / "a.csv")
+
+
+def test_int8_tiles_are_read_at_the_scale_of_the_table(slide, tmp_path):
+    (tmp_path / "labels.csv").write_text("path,mpp\na.tif,0.25\n")
+    assert len(spread_tiles(tmp_path / "labels.csv")) == 1
+    assert len(spread_tiles(slide)) == 4

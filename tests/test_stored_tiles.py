@@ -1,6 +1,7 @@
 """Stored tiles have the pixels of OpenSlide, each is decoded once, and a damaged one affects no other."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -169,16 +170,58 @@ def test_a_damaged_tile_is_named_and_affects_no_other(tmp_path, path, how):
     assert (fine == openslide_pixels(path, 0, 130, 130, 90, 90)).all()
 
 
-def test_a_tile_that_the_file_does_not_store_is_white(tmp_path, pixels):
-    path = aperio(tmp_path / "a.svs", pixels)
+def overwritten(path, tag, change):
+    """The file with a tag of its first page changed."""
     with tifffile.TiffFile(path, mode="r+") as file:
-        counts = list(file.pages[0].databytecounts)
-        counts[0] = 0
-        file.pages[0].tags["TileByteCounts"].overwrite(counts)
-    with Slide(path, reader="stored") as slide:
+        values = file.pages[0].tags[tag].value
+        file.pages[0].tags[tag].overwrite(change(values))
+    return path
+
+
+def test_a_file_that_lacks_a_tile_is_left_to_openslide(tmp_path, pixels):
+    """Scanners mean different things by it: nothing, or the pixels of a finer level."""
+    path = overwritten(aperio(tmp_path / "a.svs", pixels), "TileByteCounts", lambda v: (0, *v[1:]))
+    with Slide(path) as slide:
+        assert slide._stored is None
         field = slide.read_field(0, 0, (256, 128), 0.5)
-    assert (field[:, :128] == 255).all()
-    assert (field[:, 128:] != 255).any()
+    assert (field == openslide_pixels(path, 0, 0, 0, 256, 128)).all()
+
+
+@pytest.mark.parametrize(
+    ("tag", "change"),
+    [
+        ("TileWidth", lambda v: 65_520),
+        ("TileByteCounts", lambda v: v[:-1]),
+        ("TileOffsets", lambda v: v[:1]),
+    ],
+)
+def test_a_file_with_an_odd_directory_is_not_read_here(tmp_path, pixels, tag, change):
+    path = aperio(tmp_path / "a.svs", pixels)
+    sizes = [page_size(path)]
+    assert StoredTiles.open(path, sizes) is not None
+    assert StoredTiles.open(overwritten(path, tag, change), sizes) is None
+
+
+def page_size(path):
+    with tifffile.TiffFile(path) as file:
+        return file.pages[0].imagewidth, file.pages[0].imagelength
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_of_a_directory_raise_nothing_foreign(tmp_path, pixels, seed):
+    path = aperio(tmp_path / "a.svs", pixels)
+    size, content = page_size(path), bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        start = file.pages[0].offset
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[start + rng.integers(0, 250)] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(damaged)
+        if (stored := StoredTiles.open(path, [size])) is not None:
+            with suppress(SlideError):
+                stored.read(0, 0, 0, 64, 64)
+            stored.close()
 
 
 def test_the_real_slide(real_data):

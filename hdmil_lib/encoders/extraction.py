@@ -16,7 +16,7 @@ from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
 from hdmil_lib.config import torch_threads
 from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.slides.listing import SlideFile, list_slides
+from hdmil_lib.slides.listing import SlideFile, Source, list_slides
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import readable
 
@@ -71,16 +71,18 @@ def encode_tiles(
 
 
 def spread_tiles(
-    slide_paths: Sequence[str | Path],
+    slides: Source | Sequence[Source],
     n_tiles: int = 96,
+    n_slides: int = 8,
     *,
     mpp: float | tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Tiles evenly spread over slides, with which an int8 encoder is calibrated.
 
     Args:
-        slide_paths: Slides like those to be encoded.
+        slides: Slides like those to be encoded, as `extract` takes them.
         n_tiles: Largest number of tiles in total.
+        n_slides: Largest number of slides, the first ones.
         mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
 
     Returns:
@@ -90,10 +92,11 @@ def spread_tiles(
         SlideError: A slide cannot be read or holds no tissue.
     """
     tiles = []
-    for path in slide_paths:
-        with Slide(path, mpp) as slide:
+    files = list_slides(slides)[:n_slides]
+    for file in files:
+        with Slide(file.path, file.scale(mpp)) as slide:
             grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP)
-            rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(slide_paths))).astype(int)
+            rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(files))).astype(int)
             tiles += [grid.read_tile(slide, row) for row in rows]
     return np.stack(tiles)
 

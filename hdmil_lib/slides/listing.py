@@ -139,8 +139,19 @@ def _in_table(source: Path) -> list[SlideFile]:
     for row in table[table["path"].notna()].to_dict("records"):
         path = source.parent / row["path"]
         name = row.get("slide_id")
-        slides.append(SlideFile(path, name if isinstance(name, str) else path.stem, _number(row, source)))
+        slide_id = name if isinstance(name, str) else path.stem
+        if not is_file_name(slide_id):
+            raise CohortError(
+                f"{source}: slide_id {slide_id!r} cannot be the name of a bag; leave out slashes, control "
+                "characters and dots in front"
+            )
+        slides.append(SlideFile(path, slide_id, _number(row, source)))
     return slides
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name can be that of a file in any folder, and of no other."""
+    return name.isprintable() and not name.startswith(".") and not any(c in name for c in "/\\")
 
 
 def _number(row: dict, source: Path) -> float | None:

@@ -80,6 +80,10 @@ class StoredLevel:
         return [(row, column) for row in rows for column in columns]
 
 
+MAX_SIDE = 4096
+"""Largest side of a stored tile in pixels."""
+
+
 class _DecodedTiles:
     """The most recently used decoded tiles of a level, in one block of memory.
 
@@ -131,20 +135,25 @@ class StoredTiles:
 
     def __init__(self, path: Path, levels: Sequence[StoredLevel]):
         self.path, self.levels = path, levels
-        self._file = os.open(path, os.O_RDONLY)
         self._decoded = [_DecodedTiles(level.n_held, level.shape) for level in levels]
+        self._file = os.open(path, os.O_RDONLY)
         self._lock = Lock()
 
     @classmethod
     def open(cls, path: Path, sizes: Sequence[tuple[int, int]]) -> "StoredTiles | None":
-        """Open a slide whose levels have these (width, height); None if they are stored in another way."""
+        """Open a slide whose levels have these (width, height).
+
+        None if they are stored in another way, or if this is not sure: a tile is missing, which scanners
+        mean in ways of their own, or the directory of the file is odd. OpenSlide then reads it.
+        """
         try:
             with tifffile.TiffFile(path) as file:
                 pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if _is_readable(p)}
                 if not all(size in pages for size in sizes):
                     return None
-                return cls(path, [_level(pages[size]) for size in sizes])
-        except (tifffile.TiffFileError, OSError, ValueError, KeyError, IndexError):
+                levels = [_level(pages[size]) for size in sizes]
+            return cls(path, levels) if all(map(_is_whole, levels)) else None
+        except Exception:  # a damaged directory can end in any of Python's errors
             return None
 
     def close(self) -> None:
@@ -266,6 +275,17 @@ def _is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tiff
     )
 
 
+def _is_whole(level: StoredLevel) -> bool:
+    """Whether the file has every tile of a level, of a size that scanners use."""
+    n_tiles = level.rows * level.columns
+    return (
+        all(1 <= side <= MAX_SIDE for side in level.shape[:2])
+        and len(level.offsets) == len(level.sizes) == n_tiles
+        and level.sizes.dtype.kind == level.offsets.dtype.kind == "i"
+        and bool((level.sizes > 0).all())
+    )
+
+
 def _level(page: tifffile.TiffPage) -> StoredLevel:
     """Collect what is needed to read the tiles of a page, while the file is open."""
     decode, stored = imagecodecs.jpeg2k_decode, None
@@ -278,5 +298,5 @@ def _level(page: tifffile.TiffPage) -> StoredLevel:
             imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
         )
     stores_rgb = stored == tifffile.PHOTOMETRIC.RGB
-    places = np.array(page.dataoffsets), np.array(page.databytecounts)
+    places = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     return StoredLevel(page, *places, decode, is_jpeg, stores_rgb)
