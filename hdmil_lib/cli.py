@@ -1,6 +1,8 @@
 """The command `hdmil`: samples, extract, train, calibrate, predict and encoders."""
 
+import io
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,6 +47,9 @@ class _OneLineErrors(TyperGroup):
         except (HDMILError, OSError) as error:
             _print_error(str(error))
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _print_error("interrupted; what is finished is kept, and the same command goes on from there")
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -214,7 +219,9 @@ def train(
         ),
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of folds, initial weights and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of folds, initial weights and training.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes, at least one per GPU.")] = 2,
     device: Devices = "auto",
 ) -> None:
@@ -230,6 +237,8 @@ def train(
 
     setup(seed)
     labeled = Cohort.from_csv(cohort, bags=bags)
+    for name, rows in labeled.table.groupby("label"):
+        typer.echo(f"{name}: {len(rows)} slides of {rows['case_id'].nunique()} patients")
     loaded = labeled.load_bags()
     dim = next(iter(loaded.values())).features.shape[1]
     wanted = "hdmil_cascade" if cascade else "hdmil"
@@ -524,4 +533,7 @@ def _recipe(name: str, epochs: int | None, *, n_slides: int, in_dim: int, subtyp
 
 def main() -> None:
     """Entry point of the command `hdmil`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no dagger shows a question mark
+            stream.reconfigure(errors="replace")
     app()

@@ -260,23 +260,16 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
 
     The cases are divided into `n_folds` groups. In fold k, group k is the test part, group k + 1 the
     validation part, and the others the training part. The class of a case is the highest class among its
-    slides. For choosing settings see `Cohort.set_aside`.
+    slides, or where that class is too rare all of them. For choosing settings see `Cohort.set_aside`.
 
     Raises:
-        CohortError: Fewer than three folds, or a class has fewer cases than there are folds.
+        CohortError: Fewer than three folds, or a class is in fewer cases than there are folds.
     """
     if n_folds < 3:
         raise CohortError(f"{n_folds} folds cannot hold train, validation and test; ask for three or more")
     from sklearn.model_selection import StratifiedKFold  # takes a second to import
 
-    cases = _case_classes(cohort)
-    for index, name in enumerate(cohort.classes):
-        count = int((cases == index).sum())
-        if count < n_folds:
-            raise CohortError(
-                f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
-                "ask for fewer folds, or add cases"
-            )
+    cases = _strata(cohort, n_folds)
     divider = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     divided = [cases.index[members] for _, members in divider.split(cases.index, cases)]
     group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(divided)])
@@ -288,6 +281,29 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
         test, val = groups == fold, groups == (fold + 1) % n_folds
         splits.append(Split(*(tuple(slides[part].tolist()) for part in (~test & ~val, val, test))))
     return splits
+
+
+def _strata(cohort: Cohort, n_folds: int) -> pd.Series:
+    """What the cases are stratified by: their highest class, or where that is too rare all their classes.
+
+    Where every patient has a normal and a tumor slide, the highest class of all of them is tumor.
+
+    Raises:
+        CohortError: A class is in fewer cases than there are folds.
+    """
+    highest = _case_classes(cohort)
+    counts = highest.value_counts()
+    if all(counts.get(index, 0) >= n_folds for index in range(len(cohort.classes))):
+        return highest
+    classes = pd.Series(cohort.labels, index=cohort.table["case_id"]).groupby(level=0).agg(lambda c: {*c})
+    for index, name in enumerate(cohort.classes):
+        count = sum(index in found for found in classes)
+        if count < n_folds:
+            raise CohortError(
+                f"{cohort.root}: class '{name}' has {count} case(s), fewer than the {n_folds} folds; "
+                "ask for fewer folds, or add cases"
+            )
+    return classes.map(lambda found: "+".join(map(str, sorted(found))))
 
 
 def write_splits(splits: Sequence[Split], folder: str | Path) -> None:

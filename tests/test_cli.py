@@ -1,6 +1,7 @@
 """Every command, from arguments to files; every bad input: one clear line, nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,6 +108,22 @@ def test_evaluate_scores_a_cohort_by_slide_and_by_patient(work, tmp_path):
     assert f"patients   {N_SLIDES // 2}" in hdmil(*arguments, tmp_path / "pairs.csv")
     labels.replace("tumor", "cancer").to_csv(tmp_path / "other.csv", index=False)
     assert "does not know class 'cancer'" in hdmil(*arguments, tmp_path / "other.csv", code=1)
+
+
+def test_an_interrupt_says_how_to_go_on(work, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hdmil_lib.encoders.extraction.extract", interrupted)
+    found = hdmil("extract", work / "slides", "--out", work / "interrupted", code=130)
+    assert "the same command goes on from there" in found
+
+
+def test_a_terminal_without_a_dagger_is_no_error(tmp_path):
+    code = "import hdmil_lib.cli as cli; cli.app = lambda: print('\\u2020'); cli.main()"
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr
 
 
 def test_the_version_is_printed():

@@ -340,3 +340,15 @@ def test_slide_ids_with_a_suffix_are_explained(tmp_path):
     path = write_csv(tmp_path, "slide_id,case_id,label\na.svs,a,x\nb.svs,b,y\nc.svs,c,x\n")
     with pytest.raises(CohortError, match="without the suffix of the file"):
         Cohort.from_csv(path, bags=tmp_path / "bags")
+
+
+def test_patients_with_a_slide_of_each_class_are_split_whole(tmp_path):
+    rows = [f"s{i}{c},p{i},{c},a.tif" for i in range(20) for c in ("normal", "tumor")]
+    path = write_csv(tmp_path, "slide_id,case_id,label,path\n" + "\n".join(rows) + "\n")
+    cohort = Cohort.from_csv(path)
+    for split in make_splits(cohort, 5, seed=0):
+        parts = [{s[1:].rstrip("normaltu") for s in part} for part in (split.train, split.val, split.test)]
+        assert not parts[0] & parts[1]
+        assert not parts[1] & parts[2]
+        assert not parts[0] & parts[2]
+        assert {cohort.label_of[s] for s in split.test} == {0, 1}

@@ -129,7 +129,7 @@ def test_a_thumbnail_shows_a_disc_where_it_is(mpp_x, aspect, center, offset, thu
         path = write_slide(
             Path(folder) / "disc.tif", paint_disc(size, mpp, center, 20), mpp, pyramid=pyramid, tile=16
         )
-        with Slide(path) as slide:
+        with Slide(path, mpp=mpp) as slide:
             thumbnail = slide.thumbnail(thumbnail_mpp)
             extent = [bounds[2] * slide.mpp[0], bounds[3] * slide.mpp[1]]
     assert thumbnail.shape[1::-1] == tuple(math.ceil(e / thumbnail_mpp - 1e-6) for e in extent)
@@ -275,3 +275,9 @@ def test_damaged_pixels_fail_at_every_read(tmp_path, noise):
                 slide.read_field(0, 0, (256, 256), 0.5)
         with pytest.raises(SlideError, match=r"bad\.tif"):
             slide.thumbnail()
+
+
+def test_a_mrxs_file_without_its_folder_says_so(tmp_path):
+    (tmp_path / "a.mrxs").write_bytes(b"\xff\xd8")
+    with pytest.raises(SlideError, match="its folder a/ is missing"):
+        Slide(tmp_path / "a.mrxs")

@@ -360,6 +360,10 @@ def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
         raise SlideError(f"{path}: no such file. Check the path of the slide.")
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise SlideError(
+            f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
+        )
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
@@ -368,7 +372,10 @@ def _open(path: Path) -> openslide.OpenSlide:
             "another program, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
         ) from None
     except openslide.OpenSlideError as error:
-        raise SlideError(f"{path}: damaged slide: {error}. Copy or download it again.") from error
+        raise SlideError(
+            f"{path}: OpenSlide cannot read it: {error}. It is damaged, or of a variant that OpenSlide does "
+            "not know: copy or download it again, or convert it to a tiled pyramidal TIFF."
+        ) from error
 
 
 def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:
