@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.storage import check_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,6 +237,7 @@ def train(
     from hdmil_lib.training.crossval import cross_validate
 
     setup(seed)
+    check_output(out, folder=True)
     labeled = Cohort.from_csv(cohort, bags=bags)
     for name, rows in labeled.table.groupby("label"):
         typer.echo(f"{name}: {len(rows)} slides of {rows['case_id'].nunique()} patients")
@@ -294,6 +296,8 @@ def evaluate(
     from hdmil_lib.storage import write_table
 
     setup()
+    if out is not None:
+        check_output(out)
     trained = HDMIL.from_pretrained(model).to(device)
     labeled = Cohort.from_csv(cohort, bags=bags)
     predictions = predictions_of(trained, labeled, all_tiles=all_tiles, device=device)
@@ -335,6 +339,7 @@ def calibrate(
     from hdmil_lib.models import HDMIL
 
     setup()
+    check_output(out, folder=True)
     if out.resolve() == model.resolve():
         raise HDMILError(
             f"{out}: is the model itself; give another folder, so that the trained model is kept"
@@ -404,6 +409,8 @@ def predict(
     from hdmil_lib.slides.listing import list_slides
 
     setup()
+    for output in filter(None, (heatmap, geojson, out)):
+        check_output(output)
     if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
         raise HDMILError(f"{heatmap}: cannot write such a picture; name it {' or '.join(PICTURE_SUFFIXES)}")
     budget = {"max_tiles": max_tiles, "max_seconds": max_seconds}
@@ -478,7 +485,10 @@ def _predict_anytime(model: "HDMIL", slide: Path, **options: Any) -> None:
             bar.total = step.n_tiles
             bar.update(len(step.rows) - bar.n)
     _print_answer(slide, model.classes, step.probabilities)
-    typer.echo(f"tiles    {len(step.rows):,} of {step.n_tiles:,} read, then stopped: {step.end}")
+    n_read = len(step.rows) - len(step.broken)
+    typer.echo(f"tiles    {n_read:,} of {step.n_tiles:,} read, then stopped: {step.end}")
+    if len(step.broken):
+        typer.echo(f"damaged  {len(step.broken):,} tiles could not be read and were ignored")
     _print_seconds(step.seconds)
 
 

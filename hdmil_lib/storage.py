@@ -10,11 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdmil_lib.errors import CheckpointError, CohortError
+from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
+
+
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """Check that a file, or with `folder` a folder, can be made here, before the work for it is done.
+
+    Raises:
+        HDMILError: Something else is there, or a part of the path is a file.
+    """
+    if path.is_dir() if not folder else path.is_file():
+        raise HDMILError(f"{path}: is a {'file' if folder else 'folder'} already; choose another name")
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise HDMILError(f"{path}: {parent} is a file, no folder; choose another place")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -110,6 +110,16 @@ def test_evaluate_scores_a_cohort_by_slide_and_by_patient(work, tmp_path):
     assert "does not know class 'cancer'" in hdmil(*arguments, tmp_path / "other.csv", code=1)
 
 
+@pytest.mark.parametrize("option", ["--heatmap", "--geojson", "--out"])
+def test_where_results_cannot_be_written_is_said_before_the_work(work, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(HDMIL, "from_pretrained", None)  # is not reached
+    arguments = ("predict", work / "slides" / "s00.tif", "--model", work / "model", option)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert "is a folder already" in hdmil(*arguments, tmp_path / "folder.png", code=1)
+    assert "is a file, no folder" in hdmil(*arguments, tmp_path / "file" / "a.png", code=1)
+
+
 def test_an_interrupt_says_how_to_go_on(work, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

@@ -362,8 +362,10 @@ def test_a_stream_leaves_out_damaged_tiles(tmp_path):
     bad = damage_tile(whole, tmp_path / "bad.tif", [28 * 5 + 9])
     model = make_model(whole)
     *_, last = model.stream(bad, block=1)
-    expected = model.predict(bad, all_tiles=True).probabilities
-    np.testing.assert_allclose(last.probabilities, expected, atol=1e-5)
+    expected = model.predict(bad, all_tiles=True)
+    np.testing.assert_allclose(last.probabilities, expected.probabilities, atol=1e-5)
+    assert last.broken.tolist() == expected.broken.tolist()
+    assert len(last.broken) == 1
     with pytest.raises(SlideError, match="none of the 35 tiles"):
         list(model.stream(damage_tile(whole, tmp_path / "worse.tif", range(20 * 28))))
 

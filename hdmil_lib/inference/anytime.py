@@ -16,7 +16,7 @@ A model with a second look knows from validation slides what answer of all tiles
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,7 @@ class AnytimeStep:
         seconds: Seconds since the slide was opened, by stage as in `Prediction`; "crop" is the sum over all
             reading threads, which run in parallel to the encoder.
         end: Why this is the last step: "margin", "all tiles", "max_tiles" or "max_seconds"; else `None`.
+        broken: Those of the tiles that could not be read and were ignored, int64.
     """
 
     rows: np.ndarray
@@ -109,6 +110,7 @@ class AnytimeStep:
     probabilities: np.ndarray
     seconds: dict[str, float]
     end: str | None
+    broken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def stream(
@@ -172,7 +174,7 @@ def stream(
             order = np.argsort(-scores, kind="stable")[:max_tiles]
             # Within a block tiles are read in the order of the file, since neighbors share stored tiles.
             rows = np.concatenate([np.sort(order[i : i + block]) for i in range(0, len(order), block)])
-            running, n_read = RunningDMIN(model.dmin), 0
+            running, n_read, broken = RunningDMIN(model.dmin), 0, np.empty(0, np.int64)
             blocks = encode_blocks(
                 slide,
                 grid,
@@ -185,8 +187,10 @@ def stream(
             )
             with closing(blocks):
                 for features in blocks:
+                    lost = np.isnan(features).all(axis=1)
+                    broken = np.concatenate((broken, rows[n_read : n_read + len(features)][lost]))
                     n_read += len(features)
-                    features = features[~np.isnan(features).all(axis=1)]
+                    features = features[~lost]
                     with stage(seconds, "dmin"):
                         if len(features):
                             running.update(torch.from_numpy(features).to(model.device))
@@ -203,7 +207,7 @@ def stream(
                     }
                     end = next((name for name, reached in ends.items() if reached), None)
                     all_seconds = seconds | {"total": spent}
-                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, all_seconds, end)
+                    yield AnytimeStep(rows[:n_read], len(grid), probabilities, all_seconds, end, broken)
                     if end:
                         return
             raise SlideError(f"{slide.path}: none of the {len(rows)} tiles to read can be read")
