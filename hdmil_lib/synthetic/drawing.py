@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from hdmil_lib.config import end_with_parent
 from hdmil_lib.errors import CohortError
 from hdmil_lib.synthetic.histology import Painter
 from hdmil_lib.synthetic.presets import CohortPreset, preset_named
@@ -96,7 +97,8 @@ def plan_cohort(preset: CohortPreset, n_slides: int, seed: int) -> pd.DataFrame:
 
 
 def worker_start() -> None:
-    """Start a process that draws: one thread each."""
+    """Start a process that draws: one thread each, and no longer than its parent."""
+    end_with_parent()
     cv2.setNumThreads(1)
 
 

@@ -23,7 +23,7 @@ from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
-from hdmil_lib.config import cache_dir, torch_threads
+from hdmil_lib.config import cache_dir, end_with_parent, torch_threads
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
@@ -250,6 +250,7 @@ _worker_data: list[BagDataset] = []
 
 
 def _start_worker(bags: dict[str, Bag], labels: dict[str, int], free: "SimpleQueue[str]") -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     _worker_data.append(BagDataset(bags, labels, free.get()))
 
