@@ -39,7 +39,7 @@ def test_tile_and_patch_show_the_same_place(mpp_x, aspect, offset, odd, rowcol, 
     with tempfile.TemporaryDirectory() as folder, slide_properties(bounds_properties(*offset, *extent)):
         path = Path(folder) / "disc.tif"
         write_slide(path, paint_disc(size, mpp, center, RADIUS_UM), mpp, pyramid=pyramid, tile=32)
-        with Slide(path) as slide:
+        with Slide(path, mpp=mpp) as slide:
             assert (len(slide.levels) >= 5) == pyramid
             grid = TileGrid.from_slide(slide, min_tissue=0)
             i = grid.rowcol.tolist().index(list(rowcol))
