@@ -46,7 +46,7 @@ def test_a_contradiction_is_said():
     assert scale_of(MPP | {"openslide.objective-power": "40"}).notes == ()
 
 
-@pytest.mark.parametrize("mpp", [0, -1.0, float("nan"), 1e9, (0.5, 0)])
+@pytest.mark.parametrize("mpp", [0, -1.0, float("nan"), 250, (0.5, 0)])
 def test_what_is_given_must_be_possible(mpp):
     with pytest.raises(ValueError, match="mpp must be positive"):
         scale_of(MPP, mpp)

@@ -11,8 +11,8 @@ PLAUSIBLE_MPP = (0.08, 1.1)
 """Scales that a file may state, in um/px: those at which microscopes scan. Others are units that were mixed
 up, defaults of image writers (72 dpi is 353 um/px), or scans that show no nuclei."""
 
-GIVEN_MPP = (0.01, 1000.0)
-"""Scales that a caller may give, in um/px."""
+GIVEN_MPP = (0.01, 20.0)
+"""Scales that a caller may give, in um/px; larger ones are nanometers."""
 
 CONTRADICTION = 1.5
 """Factor between scale and objective power from which they contradict each other."""
