@@ -1,9 +1,8 @@
-"""The command `hdmil`: samples, extract, train, calibrate, predict and encoders."""
+"""The command `hdmil`: samples, fetch-tiles, extract, train, evaluate, calibrate, predict and encoders."""
 
 import io
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,12 +11,16 @@ from typer.core import TyperGroup
 
 from hdmil_lib.errors import HDMILError, nearest
 from hdmil_lib.storage import check_output
+from hdmil_lib.terminal import (
+    predict_anytime,
+    predict_table,
+    print_answer,
+    print_error,
+    print_seconds,
+    write_heatmap,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from hdmil_lib.inference.prediction import Prediction
-    from hdmil_lib.models import HDMIL
     from hdmil_lib.training.recipes import Recipe
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
@@ -46,10 +49,10 @@ class _OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (HDMILError, OSError) as error:
-            _print_error(str(error))
+            print_error(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _print_error("interrupted; what is finished is kept, and the same command goes on from there")
+            print_error("interrupted; what is finished is kept, and the same command goes on from there")
             raise typer.Exit(130) from None
 
 
@@ -187,7 +190,7 @@ def extract(
     for slide_id, mpp_used, note in zip(odd["slide_id"], odd["mpp"], odd["note"], strict=True):
         typer.echo(f"note: {slide_id}: {mpp_used:.4g} um/px was used; {note}")
     for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
-        _print_error(f"{slide_id}: {error}")
+        print_error(f"{slide_id}: {error}")
     if len(failed):
         raise typer.Exit(1)
 
@@ -431,22 +434,22 @@ def predict(
                 "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
                 "--max-seconds, --heatmap or --geojson"
             )
-        _predict_table(loaded, slides, out, device=gpus, all_tiles=all_tiles, mpp=scale, strict=strict)
+        predict_table(loaded, slides, out, device=gpus, all_tiles=all_tiles, mpp=scale, strict=strict)
         return
     slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
-        _predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
+        predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
         return
     options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
     prediction = loaded.predict(slide, progress=True, **options)
-    _print_answer(slide, prediction.classes, prediction.probabilities)
+    print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")
     if len(prediction.broken):
         typer.echo(f"damaged  {len(prediction.broken):,} tiles could not be read and were ignored")
-    _print_seconds(prediction.seconds)
+    print_seconds(prediction.seconds)
     if heatmap is not None:
-        _write_heatmap(prediction, heatmap)
+        write_heatmap(prediction, heatmap)
         typer.echo(f"heatmap  {heatmap}")
     if geojson is not None:
         prediction.to_geojson(geojson)
@@ -463,52 +466,6 @@ def encoders() -> None:
         typer.echo(f"{name:20} {spec.dim:5} features, {spec.license}{gate}")
 
 
-def _predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
-    table = model.predict_many(paths, out=out, **options)
-    failed = table[table["error"] != ""]
-    typer.echo(f"{out}: {len(table) - len(failed)} of {len(table)} slides predicted")
-    for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
-        _print_error(f"{slide_id}: {error}")
-    if len(failed):
-        raise typer.Exit(1)
-
-
-def _predict_anytime(model: "HDMIL", slide: Path, **options: Any) -> None:
-    from tqdm.auto import tqdm
-
-    try:
-        steps = model.stream(slide, **options)
-    except ValueError as error:
-        raise HDMILError(str(error)) from error
-    with tqdm(unit="tile", leave=False) as bar:
-        for step in steps:
-            bar.total = step.n_tiles
-            bar.update(len(step.rows) - bar.n)
-    _print_answer(slide, model.classes, step.probabilities)
-    n_read = len(step.rows) - len(step.broken)
-    typer.echo(f"tiles    {n_read:,} of {step.n_tiles:,} read, then stopped: {step.end}")
-    if len(step.broken):
-        typer.echo(f"damaged  {len(step.broken):,} tiles could not be read and were ignored")
-    _print_seconds(step.seconds)
-
-
-def _write_heatmap(prediction: "Prediction", path: Path) -> None:
-    import matplotlib
-
-    from hdmil_lib.viz.style import use_style
-
-    matplotlib.use("Agg")  # no window, in any environment
-    use_style()
-    prediction.plot(path)
-
-
-def _print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray") -> None:
-    order = probabilities.argsort()[::-1]
-    ranked = ", ".join(f"{classes[c]} {probabilities[c]:.3f}" for c in order)
-    typer.echo(f"slide    {slide.stem}")
-    typer.echo(f"class    {classes[order[0]]} ({ranked})")
-
-
 def _scale(mpp: float | None, force_mpp: float | None) -> float | None:
     """The scale as `Slide` takes it: forced, or for slides that do not say."""
     from hdmil_lib.slides.scale import IfUnknown
@@ -516,14 +473,6 @@ def _scale(mpp: float | None, force_mpp: float | None) -> float | None:
     if force_mpp is not None:
         return force_mpp
     return None if mpp is None else IfUnknown(mpp)
-
-
-def _print_seconds(seconds: dict[str, float]) -> None:
-    typer.echo("seconds  " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
-
-
-def _print_error(message: str) -> None:
-    typer.secho(f"error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
 
 
 def _recipe(name: str, epochs: int | None, *, n_slides: int, in_dim: int, subtyping: bool) -> "Recipe":

@@ -1,0 +1,75 @@
+"""What the commands print on the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hdmil_lib.errors import HDMILError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hdmil_lib.inference.prediction import Prediction
+    from hdmil_lib.models import HDMIL
+
+
+def predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
+    """Predict many slides into a table; say what failed, and then exit with 1."""
+    table = model.predict_many(paths, out=out, **options)
+    failed = table[table["error"] != ""]
+    typer.echo(f"{out}: {len(table) - len(failed)} of {len(table)} slides predicted")
+    for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
+        print_error(f"{slide_id}: {error}")
+    if len(failed):
+        raise typer.Exit(1)
+
+
+def predict_anytime(model: "HDMIL", slide: Path, **options: Any) -> None:
+    """Predict one slide until it is certain or a budget is spent, and print the answer."""
+    from tqdm.auto import tqdm
+
+    try:
+        steps = model.stream(slide, **options)
+    except ValueError as error:
+        raise HDMILError(str(error)) from error
+    with tqdm(unit="tile", leave=False) as bar:
+        for step in steps:
+            bar.total = step.n_tiles
+            bar.update(len(step.rows) - bar.n)
+    print_answer(slide, model.classes, step.probabilities)
+    n_read = len(step.rows) - len(step.broken)
+    typer.echo(f"tiles    {n_read:,} of {step.n_tiles:,} read, then stopped: {step.end}")
+    if len(step.broken):
+        typer.echo(f"damaged  {len(step.broken):,} tiles could not be read and were ignored")
+    print_seconds(step.seconds)
+
+
+def write_heatmap(prediction: "Prediction", path: Path) -> None:
+    """Write the picture of a prediction, without a window in any environment."""
+    import matplotlib
+
+    from hdmil_lib.viz.style import use_style
+
+    matplotlib.use("Agg")
+    use_style()
+    prediction.plot(path)
+
+
+def print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray") -> None:
+    """Print the name of a slide and its classes by falling probability, (C,)."""
+    order = probabilities.argsort()[::-1]
+    ranked = ", ".join(f"{classes[c]} {probabilities[c]:.3f}" for c in order)
+    typer.echo(f"slide    {slide.stem}")
+    typer.echo(f"class    {classes[order[0]]} ({ranked})")
+
+
+def print_seconds(seconds: dict[str, float]) -> None:
+    """Print the seconds of each stage in one line."""
+    typer.echo("seconds  " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+
+
+def print_error(message: str) -> None:
+    """Print an error as one red line on stderr."""
+    typer.secho(f"error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
