@@ -8,6 +8,7 @@ from conftest import REPOSITORY
 
 from hdmil_lib import kernels
 from hdmil_lib.kernels import cost, work
+from hdmil_lib.kernels.segments import Segments
 
 pytest.importorskip("triton", reason="formulas read the sizes of blocks from the kernels")
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -75,7 +76,8 @@ def test_float32_products_do_not_run_on_matrix_units():
 def test_pooling_writes_and_reads_its_partial_sums():
     tiles, embed_dim, branches, bags = 130, 8, 2, 2
     embeddings, logits = torch.ones(tiles, embed_dim), torch.ones(tiles, branches)
-    done = work.work("hdmil::segment_softmax_pool", embeddings, logits, None, torch.tensor([0, 3, 130]))
+    table, first_chunk = Segments((3, 127)).chunks()
+    done = work.work("hdmil::segment_softmax_pool", embeddings, logits, None, table, first_chunk)
     chunks = 130 // 64 + 2
     partial_sums = chunks * branches * (embed_dim + 4)
     assert done.bytes == 4 * (130 * 8 + 130 * 2 + 2 * partial_sums + bags * branches * (embed_dim + 3))
@@ -98,11 +100,11 @@ def test_no_formula_is_below_what_the_operator_must_move():
     scan = (inputs, inputs, torch.ones(32, 16), states, states, torch.ones(32, **half))
     least = {
         "gated_attention_pool": (
-            (embeddings, *weights, None, torch.tensor([0, tiles]), 0.0, None),
+            (embeddings, *weights, None, *Segments([tiles]).chunks(), 0.0, None),
             cost.gated_attention_pool(tiles, embed_dim, hidden, branches),
         ),
         "segment_softmax_pool": (
-            (embeddings, logits, logits, torch.tensor([0, tiles])),
+            (embeddings, logits, logits, *Segments([tiles]).chunks()),
             cost.segment_softmax_pool(tiles, embed_dim, branches),
         ),
         "selective_scan": (scan, cost.selective_scan(2, 500, 32)),

@@ -153,7 +153,9 @@ def test_a_choice_without_waiting_describes_the_same_bags(lengths, seed):
         segment_softmax_pool(values[rows], logits[rows], None, exact),
     )
     if min(exact.lengths) > 0:
-        assert torch.equal(bag_mean(values[all_rows], open_ended), bag_mean(values[rows], exact))
+        torch.testing.assert_close(  # one bag whose length is known is added in another order
+            bag_mean(values[all_rows], open_ended), bag_mean(values[rows], exact)
+        )
         longest = exact.longest
         padded = pad(values[all_rows], open_ended, -1.0)
         assert torch.equal(padded[:, :longest], pad(values[rows], exact, -1.0))

@@ -11,8 +11,8 @@ import torch
 from gpu.cases import Case, Sizes, cases
 from torch import Tensor
 
-FORMS = ("eager", "triton", "compiled")
-"""The formula as PyTorch runs it, the kernel, and the formula compiled by `torch.compile`."""
+ORDER = (("eager", 0), ("triton", 0), ("triton", 1), ("compiled", 0), ("eager", 1), ("compiled", 1))
+"""Forms and, by place, types of numbers of an operator, the most telling first."""
 
 PASSES = ("forward", "forward and backward")
 
@@ -113,14 +113,13 @@ def measure(
         only: Types to measure; all if empty.
     """
     known = cases(sizes, bench.device)
-    for form in FORMS:
-        for place in range(2):
-            for case in known:
-                names = [bench.narrow if name == "narrow" else name for name in case.dtypes]
-                names = list(dict.fromkeys(names))[place : place + 1]
-                for name in names:
-                    if (not only or name in only) and (form != "compiled" or case.compiles):
-                        yield partial(rows, case, name, form, bench, peaks)
+    for form, place in ORDER:
+        for case in known:
+            names = [bench.narrow if name == "narrow" else name for name in case.dtypes]
+            names = list(dict.fromkeys(names))[place : place + 1]
+            for name in names:
+                if (not only or name in only) and (form != "compiled" or case.compiles):
+                    yield partial(rows, case, name, form, bench, peaks)
 
 
 def rows(case: Case, dtype: str, form: str, bench: Bench, peaks: dict[str, Any]) -> list[dict[str, Any]]:
@@ -190,6 +189,7 @@ def _time(
     output, *grads = results
     del results
     ms = bench.ms(lambda: run(call, tensors))
+    gpu = kernels_of(lambda: run(call, tensors)) if bench.device.type == "cuda" else {}
     work = case.cost(1 if dtype == "uint8" else getattr(torch, dtype).itemsize)
     n_bytes, flops = work.fused_bytes, work.flops
     if backward:
@@ -198,16 +198,34 @@ def _time(
     peak = dtype if work.matrix else "float32"
     by_memory = n_bytes / peaks["copy_gb_s"] / 1e6
     by_arithmetic = flops / peaks["matrix_tflop_s"][peak] / 1e9
-    floor = max(by_memory, by_arithmetic)
+    floor, busy = max(by_memory, by_arithmetic), gpu.get("gpu_ms", ms)
     return {
         "ms": _digits(ms),
-        "gb_s": _digits(n_bytes / ms / 1e6),
-        "tflop_s": _digits(flops / ms / 1e9),
+        **gpu,
+        "gb_s": _digits(n_bytes / busy / 1e6),
+        "tflop_s": _digits(flops / busy / 1e9),
         "roof_ms": _digits(floor),
-        "share_of_roof": _digits(floor / ms),
+        "share_of_roof": _digits(floor / busy),
         "roof": "copy" if by_memory >= by_arithmetic else f"{peak} matrix product",
         "deviation": _digits(deviation),
     }
+
+
+def kernels_of(call: Callable[[], Any], calls: int = 5) -> dict[str, Any]:
+    """Time that the GPU is busy in a call, and what it runs: `gpu_ms` and `launches`.
+
+    A call of small kernels takes as long as the host needs to launch them; how good the kernels are shows in
+    the time between the start and the end of each on the GPU, as the profiler reads it there.
+    """
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.time_range.elapsed_us() for event in ran)
+    return {"gpu_ms": _digits(busy / calls / 1000), "launches": round(len(ran) / calls)}
 
 
 def run(call: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from hdmil_lib.models import MODELS, create_model
 from hdmil_lib.training.fit import Classification, TrainSettings, make_optimizer, train_step
 from hdmil_lib.training.recipes import Recipe, published_recipe, recipe_for, small_recipe
 
+WARM_UP = 12  # steps, of bags of different lengths, after which the memory that they need is at hand
 BACKENDS, PRECISIONS = ("triton", "torch"), ("bf16", "fp32")
 
 
@@ -123,8 +124,11 @@ def rate(cohort: Cohort, data: BagDataset, name: str, precision: Any, seconds: f
         return time.perf_counter() - start
 
     n_steps, taken = 1, timed(1)
-    if seconds:  # the first step compiles, and the second tells how many the time suffices for
-        n_steps = max(1, min(500, int(seconds / timed(1))))
+    if (
+        seconds
+    ):  # the first step compiles, the next ones find memory, and one tells how many there is time for
+        timed(WARM_UP)
+        n_steps = max(3, min(500, int(seconds / timed(1))))
         taken = timed(n_steps)
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9 if on_gpu else None
     return {

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable
 from copy import copy
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CHUNK = 64
+"""Most tiles of a chunk of a bag that a program of the pooling kernels processes."""
 
 
 class derived(property):
@@ -52,8 +56,9 @@ class Segments:
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths is {self.lengths}, expected one bag or more, of 0 or more tiles each")
         self.n_tiles, self.longest, self.exact = sum(self.lengths), max(self.lengths), True
-        self._derived: dict[str, Tensor] = {}
-        self.offsets = to_device(torch.tensor([0, *accumulate(self.lengths)], device="cpu"), device)
+        self._derived: dict[str, Any] = {}
+        self._on_host = torch.tensor([0, *accumulate(self.lengths)], device="cpu")
+        self.offsets = to_device(self._on_host, device)
 
     @classmethod
     def from_offsets(cls, offsets: Tensor) -> "Segments":
@@ -106,6 +111,22 @@ class Segments:
             return self.offsets
         return torch.nn.functional.pad(self.offsets, (0, 1), value=self.n_tiles)
 
+    def chunks(self, size: int = CHUNK) -> tuple[Tensor, Tensor]:
+        """Chunks of at most `size` tiles of the bags of `covering`, as the function `chunks` cuts them.
+
+        They are cut once: on the host if the lengths are known there, since a dozen operators on small
+        tensors take a GPU longer than the pooling of a slide does.
+        """
+        name = f"chunks of {size}"
+        if name not in self._derived:
+            if self.exact and not torch.compiler.is_compiling():
+                with torch.inference_mode(False):  # a backward pass may keep them
+                    cut = chunks(self._on_host, self.n_tiles, size)
+                    self._derived[name] = tuple(to_device(part, self.offsets.device) for part in cut)
+            else:
+                self._derived[name] = chunks(self.covering, self.n_tiles, size)
+        return self._derived[name]
+
     @derived
     def sizes(self) -> Tensor:
         """Tiles of each bag on the device, int64 (B,)."""
@@ -138,6 +159,13 @@ class Segments:
     def __repr__(self) -> str:
         n_tiles = f"{self.n_tiles} tiles" if self.exact else f"at most {self.n_tiles} tiles"
         return f"Segments({self.n_bags} bags, {n_tiles}, {self.offsets.device})"
+
+
+@lru_cache(maxsize=4096)
+def one_bag(n_tiles: int, device: torch.device) -> Segments:
+    """One bag of this many tiles; it is made once, and its chunks are cut once."""
+    with torch.inference_mode(False):
+        return Segments([n_tiles], device)
 
 
 def may_wait(device: torch.device) -> bool:

@@ -229,35 +229,34 @@ def _gated_attention_backward(grad_logits: Tensor, embeddings: Tensor, *weights_
 
 
 @_work_of("hdmil::gated_attention_pool")
-def _gated_attention_pool(embeddings: Tensor, *weights_mask_offsets_dropout_key: Any) -> Work:
+def _gated_attention_pool(embeddings: Tensor, *weights_mask_chunks_dropout_key: Any) -> Work:
     """As both operators, but the embeddings are read once; gradients are computed by those of the two."""
-    *weights, mask, offsets, _dropout, _key = weights_mask_offsets_dropout_key
+    *weights, mask, table, first_chunk, _dropout, _key = weights_mask_chunks_dropout_key
     (tiles, embed_dim), (branches, hidden) = embeddings.shape, weights[4].shape
     logits = tiles * branches * embeddings.element_size()
     moved = _size(embeddings, mask, *weights) + logits + _copies(embeddings, mask, *weights)
-    moved += _chunk_sums(embeddings, branches, offsets)
+    moved += _chunk_sums(embeddings, branches, table, first_chunk)
     return _products(cost.gated_attention_pool(tiles, embed_dim, hidden, branches).flops, embeddings, moved)
 
 
 @_work_of("hdmil::segment_softmax_pool")
-def _segment_softmax_pool(embeddings: Tensor, logits: Tensor, mask: Tensor | None, offsets: Tensor) -> Work:
+def _segment_softmax_pool(
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, table: Tensor, first_chunk: Tensor
+) -> Work:
     """Embeddings, logits and mask are read once, sums over chunks written and read."""
     (tiles, embed_dim), branches = embeddings.shape, logits.shape[1]
     moved = _size(embeddings, logits, mask) + _copies(embeddings, logits, mask)
-    moved += _chunk_sums(embeddings, branches, offsets)
+    moved += _chunk_sums(embeddings, branches, table, first_chunk)
     return _products(2 * tiles * embed_dim * branches, embeddings, moved)
 
 
-def _chunk_sums(embeddings: Tensor, branches: int, offsets: Tensor) -> int:
+def _chunk_sums(embeddings: Tensor, branches: int, table: Tensor, first_chunk: Tensor) -> int:
     """Bytes of the pooling of chunks into bags.
 
     Sums (chunks, C, E) and four statistics (chunks, C) of 4 bytes are written and read, the pooled embeddings
     (B, C, E) and three statistics (B, C) written.
     """
-    from hdmil_lib.kernels.segment_softmax_pool import gpu
-
-    (tiles, embed_dim), bags = embeddings.shape, len(offsets) - 1
-    chunks = tiles // gpu.TILES + bags
+    embed_dim, bags, chunks = embeddings.shape[1], len(first_chunk) - 1, len(table)
     bag = embed_dim * embeddings.element_size() + 3 * 4
     return branches * (2 * chunks * 4 * (embed_dim + 4) + bags * bag)
 
@@ -269,7 +268,7 @@ def _segment_softmax_pool_backward(
     embeddings: Tensor,
     logits: Tensor,
     mask: Tensor | None,
-    offsets: Tensor,
+    table: Tensor,
     *statistics: Tensor,
 ) -> Work:
     """Embeddings, logits and mask are read and their gradients written.
@@ -299,11 +298,11 @@ def _gumbel_mask_backward(grad_mask: Tensor, logits: Tensor, *options: Any) -> W
 @_work_of("hdmil::self_distillation_pool")
 def _self_distillation_pool(embeddings: Tensor, *weights_and_options: Any) -> Work:
     """Embeddings and weights are read; logits, mask and the sums of 2 C branches are written."""
-    weights, offsets = weights_and_options[:6], weights_and_options[6]
+    weights, (table, first_chunk) = weights_and_options[:6], weights_and_options[6:8]
     (tiles, embed_dim), (branches, hidden) = embeddings.shape, weights[4].shape
     logits_and_mask = 2 * tiles * branches * embeddings.element_size()
     moved = _size(embeddings, *weights) + logits_and_mask + _copies(embeddings, *weights)
-    moved += _chunk_sums(embeddings, 2 * branches, offsets)
+    moved += _chunk_sums(embeddings, 2 * branches, table, first_chunk)
     flops = cost.gated_attention_pool(tiles, embed_dim, hidden, 2 * branches).flops
     return _products(flops, embeddings, moved, 30 * tiles * branches)
 
@@ -322,7 +321,7 @@ def _self_distillation_pool_backward(
     pooled: Tensor,
     logits: Tensor,
     mask: Tensor,
-    offsets: Tensor,
+    table: Tensor,
     *statistics_and_options: Any,
 ) -> Work:
     """One kernel, and one product that makes the gradients of the two large weights.
@@ -338,7 +337,7 @@ def _self_distillation_pool_backward(
     large, biases = _size(tanh_weight, gate_weight), _size(tanh_bias, gate_bias)
     copied = sum(_size(t) + 4 * t.numel() for t in (grad_pooled, pooled) if t.element_size() != 4)
     inner = copied + 4 * 4 * pooled.numel()  # two factors are read, the product written and read
-    chunks = tiles // gpu.backward_blocks(embeddings.dtype, "sm_90")[0] + len(offsets) - 1
+    chunks = len(table) * (gpu.TILES // gpu.backward_blocks(embeddings.dtype, "sm_90")[0])
     sums = 4 * chunks * ((2 * branches + 2) * hidden + 2 * branches)
     scores = _size(grad_pooled, grad_logits, grad_mask, logits, mask, *statistics_and_options[:3])
     kernel = scores + 2 * f + h + large + biases + _size(score_weight) + 2 * sums

@@ -12,7 +12,7 @@ from comparison import assert_kernel_equals_reference
 from hdmil_lib.kernels import blocks, s4d_convolution
 
 
-@pytest.mark.parametrize("target", ["sm_75", "gfx1100"])
+@pytest.mark.parametrize("target", ["sm_75", "sm_90", "gfx1100"])
 def test_a_kernel_with_the_blocks_of_a_target_equals_its_reference(target, device, monkeypatch):
     monkeypatch.setattr(blocks, "INTERPRETED", target)
     test_lipn_forward.test_branches(device, 3)

@@ -118,7 +118,8 @@ def test_a_step_through_the_kernels_has_the_gradients_of_the_references(name, de
     monkeypatch.setattr(layers, "use_triton", lambda *_: True)  # both draw the seeds of the kernels
     terms, grads, entered = step(name, device, "triton")
     wanted_terms, wanted, none = step(name, device, "torch")
-    assert entered == KERNELS[name]
+    screened = {"lipn_forward"} if name == "joint" and device == "cuda" else set()
+    assert entered == KERNELS[name] | screened
     assert not none
     assert terms == pytest.approx(wanted_terms, rel=1e-5, abs=1e-7)
     assert grads.keys() == wanted.keys()

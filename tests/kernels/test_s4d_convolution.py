@@ -62,7 +62,9 @@ def test_no_tiles(device, batch, length):
 
 
 def test_the_operator_is_registered_correctly(device):
-    pairs = [torch.randn(2, 3, 2, device=device).sub(1).requires_grad_() for _ in range(2)]
+    amplitudes, exponents = torch.randn(2, 2, 3, 2, device=device).unbind()
+    exponents[..., 0].abs_().neg_()  # states decay: growing ones overflow behind the last position
+    pairs = [t.clone().requires_grad_() for t in (amplitudes, exponents)]
     torch.library.opcheck(_forward, (*pairs, 5))
 
 

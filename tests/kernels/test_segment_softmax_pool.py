@@ -75,8 +75,8 @@ def test_tensors_that_are_not_contiguous(device):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operator_is_registered_correctly(device, masked):
     embeddings, logits, mask = (t.requires_grad_() for t in draw(device, 5))
-    offsets = Segments((2, 3), device).offsets
-    torch.library.opcheck(_forward, (embeddings, logits, mask if masked else None, offsets))
+    bags = Segments((2, 3), device).chunks()
+    torch.library.opcheck(_forward, (embeddings, logits, mask if masked else None, *bags))
 
 
 @pytest.mark.gpu

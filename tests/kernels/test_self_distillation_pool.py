@@ -11,7 +11,7 @@ from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.kernels.self_distillation_pool.gpu import TILES, backward_blocks
 from hdmil_lib.kernels.self_distillation_pool.op import MAX_BRANCHES, _forward
 
-BACKWARD_TILES, _, _ = backward_blocks(torch.float32, "sm_80")
+BACKWARD_TILES = backward_blocks(torch.float32, "sm_80")[0]
 
 
 def far_from_the_threshold(tensors, **options):
@@ -84,8 +84,8 @@ def test_more_branches_than_a_product_has_run_one_operator_after_the_other(devic
 
 def test_the_operator_is_registered_correctly(device):
     tensors = [t.requires_grad_() for t in draw(device, 5, 4, 5)]
-    offsets = Segments((2, 3), device).offsets
-    torch.library.opcheck(_forward, (*tensors, offsets, 0.25, key(1, device), key(2, device), 0.7, 0.5))
+    bags = Segments((2, 3), device).chunks()
+    torch.library.opcheck(_forward, (*tensors, *bags, 0.25, key(1, device), key(2, device), 0.7, 0.5))
 
 
 @pytest.mark.gpu

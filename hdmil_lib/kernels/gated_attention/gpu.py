@@ -24,6 +24,7 @@ TILES, HIDDEN, EMBED = 64, 64, 32  # tiles, hidden units and embedding dimension
 BACKWARD_TILES = 32  # tiles per block in the backward pass, which needs more registers per tile
 BRANCHES = 16  # branches per program: the smallest width of a matrix product
 WARPS = 8  # warps per program in the forward pass
+VARYING = ("n_tiles",)  # differs from bag to bag and must not cause a recompilation
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def attention_logits(
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, logits,
     n_tiles, embed_dim, n_hidden, n_branches, key, level, scale,
@@ -85,7 +86,7 @@ def forward_kernel(
     tl.store(logits + tile[:, None] * n_branches + branch[None, :], values, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_kernel(
     grad_logits, hidden_sums, gate_sums, score_weight, partials, n_tiles, n_hidden, n_branches,
     key, level, scale, TILES: tl.constexpr, HIDDEN: tl.constexpr, DROPOUT: tl.constexpr,
@@ -142,18 +143,26 @@ def forward(
     logits = embeddings.new_empty(n_tiles, n_branches)
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
     dtype, target = embeddings.dtype, target_of(embeddings.device)
+    tiles, hidden = tile_block(dtype, target), hidden_block(dtype, target)
     if n_tiles:
-        forward_kernel[(triton.cdiv(n_tiles, TILES), triton.cdiv(n_branches, BRANCHES))](
+        forward_kernel[(triton.cdiv(n_tiles, tiles), triton.cdiv(n_branches, BRANCHES))](
             embeddings.contiguous(), *(w.contiguous() for w in weights), logits,
             n_tiles, embed_dim, n_hidden, n_branches, *drop_arguments(dropout, key),
-            TILES, hidden_block(dtype), embed_block(dtype, target), BRANCHES, dropout > 0, num_warps=WARPS,
+            tiles, hidden, embed_block(dtype, target), BRANCHES, dropout > 0, num_warps=WARPS,
         )  # fmt: skip
     return logits
 
 
-def hidden_block(dtype: torch.dtype) -> int:
+def tile_block(dtype: torch.dtype, target: str) -> int:
+    """Return the block size in tiles: twice as many in 16 bits on sm_90 (25 instead of 35 us per slide)."""
+    return 2 * TILES if target == "sm_90" and dtype != torch.float32 else TILES
+
+
+def hidden_block(dtype: torch.dtype, target: str) -> int:
     """Return the block size in hidden units: half for float32, whose products need more registers."""
-    return HIDDEN // 2 if dtype == torch.float32 else HIDDEN
+    if dtype == torch.float32:
+        return HIDDEN // 2
+    return 2 * HIDDEN if target == "sm_90" else HIDDEN
 
 
 def embed_block(dtype: torch.dtype, target: str) -> int:
@@ -214,10 +223,10 @@ def variants(target: str) -> Iterator[Variant]:
             types = dict.fromkeys(("embeddings", *WEIGHTS, "logits"), number)
             key, options = drop_options(dropout)
             types |= {"n_tiles": "i32"} | SIZES | DROP | key
-            blocks = {"TILES": TILES, "HIDDEN": HIDDEN} | options
-            wide = blocks | {"HIDDEN": hidden_block(dtype), "BRANCHES": BRANCHES}
-            wide["EMBED"] = embed_block(dtype, target)
+            blocks = {"TILES": BACKWARD_TILES, "HIDDEN": HIDDEN} | options
+            wide = options | {"TILES": tile_block(dtype, target), "HIDDEN": hidden_block(dtype, target)}
+            wide |= {"EMBED": embed_block(dtype, target), "BRANCHES": BRANCHES}
             yield Variant(forward_kernel, types, wide, WARPS, uses_tensor_cores=number != "*fp32")
             types = dict.fromkeys(("grad_logits", "hidden_sums", "gate_sums", "score_weight"), number)
             types |= {"partials": "*fp32", "n_tiles": "i32"} | SIZES | DROP | key
-            yield Variant(backward_kernel, types, blocks | {"TILES": BACKWARD_TILES})
+            yield Variant(backward_kernel, types, blocks)

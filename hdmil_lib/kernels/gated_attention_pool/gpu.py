@@ -8,6 +8,7 @@ combined, and gradients computed, by the kernels of the two operators.
 
 from collections.abc import Iterator, Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,7 @@ from hdmil_lib.kernels.segment_softmax_pool import gpu as pooling
 from hdmil_lib.kernels.segment_softmax_pool.gpu import pool_chunk
 from hdmil_lib.kernels.variants import Variant
 
-TILES, BRANCHES, WARPS = pooling.TILES, pooling.BRANCHES, attention.WARPS
+TILES, BRANCHES = pooling.TILES, pooling.BRANCHES
 
 
 @triton.jit
@@ -57,7 +58,8 @@ def forward(
     embeddings: Tensor,
     weights: Sequence[Tensor],
     mask: Tensor | None,
-    offsets: Tensor,
+    table: Tensor,
+    first_chunk: Tensor,
     dropout: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -69,18 +71,24 @@ def forward(
     """
     (n_tiles, embed_dim), (n_branches, n_hidden) = embeddings.shape, weights[4].shape
     embeddings, masked = embeddings.contiguous(), mask is not None
-    partials = pooling.Partials(offsets, n_tiles, n_branches, embed_dim)
+    partials = pooling.Partials(table, first_chunk, n_branches, embed_dim)
     logits = embeddings.new_empty(n_tiles, n_branches)
+    hidden, embed, warps = blocks(embeddings.dtype, target_of(embeddings.device))
     forward_kernel[(len(partials.table), triton.cdiv(n_branches, BRANCHES))](
         embeddings, *(w.contiguous() for w in weights), mask.contiguous() if masked else logits,
         partials.table, logits, *partials.tensors, embed_dim, n_hidden, n_branches,
-        *attention.drop_arguments(dropout, key), TILES,
-        attention.hidden_block(embeddings.dtype),
-        attention.embed_block(embeddings.dtype, target_of(embeddings.device)),
-        BRANCHES, dropout > 0, masked, num_warps=WARPS,
+        *attention.drop_arguments(dropout, key), TILES, hidden, embed,
+        BRANCHES, dropout > 0, masked, num_warps=warps,
     )  # fmt: skip
     pooled, *statistics = partials.combine(embeddings, masked)
     return pooled, logits, *statistics
+
+
+def blocks(dtype: torch.dtype, target: str) -> tuple[int, int, int]:
+    """Return hidden units and embedding dimensions per block, and warps: as on sm_90 by measurement."""
+    if target == "sm_90" and dtype != torch.float32:
+        return 64, 64, 4
+    return attention.HIDDEN // (2 if dtype == torch.float32 else 1), attention.embed_block(dtype, target), 8
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -88,15 +96,11 @@ def variants(target: str) -> Iterator[Variant]:
     for dtype, number in attention.NUMBER.items():
         types = dict.fromkeys(("embeddings", *attention.WEIGHTS, "mask", "logits"), number)
         types |= {"table": "*i32"} | attention.SIZES | attention.DROP | pooling.PARTIALS
-        blocks = {
-            "TILES": TILES,
-            "HIDDEN": attention.hidden_block(dtype),
-            "EMBED": attention.embed_block(dtype, target),
-            "BRANCHES": BRANCHES,
-        }
+        hidden, embed, warps = blocks(dtype, target)
+        sides = {"TILES": TILES, "HIDDEN": hidden, "EMBED": embed, "BRANCHES": BRANCHES}
         for dropout in (False, True):
             for masked in (False, True):
                 key, options = attention.drop_options(dropout)
                 matrix = {"uses_tensor_cores": number != "*fp32"}
-                options = blocks | options | {"MASKED": masked}
-                yield Variant(forward_kernel, types | key, options, WARPS, **matrix)
+                options = sides | options | {"MASKED": masked}
+                yield Variant(forward_kernel, types | key, options, warps, **matrix)

@@ -62,8 +62,8 @@ def gated_attention_pool(
     if not use_triton(backend, embeddings):
         number = 0 if seed is None else seed
         return reference.gated_attention_pool(embeddings, weights, mask, segments, dropout, number)
-    bags, key = pooling.bag_offsets(segments, embeddings), attention.drop_key(dropout, seed, embeddings)
-    pooled, logits, *_ = _forward(embeddings, *weights, mask, bags, dropout, key)
+    bags, key = pooling.bag_chunks(segments, embeddings), attention.drop_key(dropout, seed, embeddings)
+    pooled, logits, *_ = _forward(embeddings, *weights, mask, *bags, dropout, key)
     return pooling.of_bags(pooled, segments), logits
 
 
@@ -77,7 +77,8 @@ def _forward(
     score_weight: Tensor,
     score_bias: Tensor,
     mask: Tensor | None,
-    offsets: Tensor,
+    table: Tensor,
+    first_chunk: Tensor,
     dropout: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -85,34 +86,34 @@ def _forward(
     from hdmil_lib.kernels.gated_attention_pool import gpu
 
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    return gpu.forward(embeddings, weights, mask, offsets, dropout, key)
+    return gpu.forward(embeddings, weights, mask, table, first_chunk, dropout, key)
 
 
 @_forward.register_fake
 def _(
-    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, mask, offsets,
-    dropout, key,
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, mask, table,
+    first_chunk, dropout, key,
 ):  # fmt: skip
     logits = embeddings.new_empty(embeddings.shape[0], score_weight.shape[0])
-    pooled, *statistics = pooling.empty_results(embeddings, logits, offsets)
+    pooled, *statistics = pooling.empty_results(embeddings, logits, first_chunk)
     return pooled, logits, *statistics
 
 
 def _save(ctx, inputs, output):
-    *tensors, _score_bias, mask, offsets, ctx.dropout, key = inputs
+    *tensors, _score_bias, mask, table, _first_chunk, ctx.dropout, key = inputs
     pooled, logits, *statistics = output
-    ctx.save_for_backward(*tensors, pooled, logits, mask, offsets, *statistics, key)
+    ctx.save_for_backward(*tensors, pooled, logits, mask, table, *statistics, key)
 
 
 def _differentiate(ctx, grad_pooled, grad_logits, *_):
     """The gradients of the pooling, then those of the attention for the logits' whole gradient."""
-    embeddings, *weights, pooled, logits, mask, offsets, largest, total, fallback, key = ctx.saved_tensors
-    saved = (pooled, embeddings, logits, mask, offsets, largest, total, fallback)
+    embeddings, *weights, pooled, logits, mask, table, largest, total, fallback, key = ctx.saved_tensors
+    saved = (pooled, embeddings, logits, mask, table, largest, total, fallback)
     from_pool, through_logits, grad_mask = pooling.backward(grad_pooled, *saved)
     through_logits = through_logits + grad_logits
     grads = attention.backward(through_logits, embeddings, *weights, ctx.dropout, key)
     grad_mask = grad_mask if grad_mask.numel() else None
-    return from_pool + grads[0], *grads[1:], grad_mask, None, None, None
+    return from_pool + grads[0], *grads[1:], grad_mask, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

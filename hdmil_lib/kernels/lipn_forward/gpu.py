@@ -69,7 +69,7 @@ def first_row(patches, weight, bias, patch, n_patches, y, PART: tl.constexpr):
     return activate(total, bias, 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_patches",))
 def forward_kernel(
     patches, logits, first, b1, second, b2, point, b3, third, b4, reduce, b5, expand, b6,
     shrink, b7, widen, b8, scale, b9, head, b10, classifier, b11,

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hdmil_lib.kernels.blocks import target_of
-from hdmil_lib.kernels.segments import chunks
+from hdmil_lib.kernels.segments import CHUNK
 from hdmil_lib.kernels.variants import Variant
 
-TILES, EMBED = 64, 64  # tiles per chunk and embedding dimensions per block
+TILES, EMBED = CHUNK, 64  # tiles per chunk and embedding dimensions per block
 WARPS = 8  # warps per program in the forward pass; 4 spill registers on sm_75 and gfx1100
 BACKWARD_EMBED = 32  # in the backward pass, which needs more registers per dimension
+CHUNKS, COMBINE_EMBED = 128, 32  # chunks that are combined at a time, and embedding dimensions per block
 BRANCHES = 16  # branches per program: the smallest width of a matrix product
 LOWEST = tl.constexpr(-3.0e38)  # stands for "no logit"; unlike with -inf, differences are not nan
 
@@ -82,28 +83,37 @@ def chunk_kernel(
 def combine_kernel(
     embeddings, largest, total, best, best_tile, sums, first_chunk,
     pooled, bag_largest, bag_total, fallback, embed_dim, n_branches,
-    EMBED: tl.constexpr, MASKED: tl.constexpr,
+    CHUNKS: tl.constexpr, EMBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Combine the chunks of one bag, for one branch and one block of the embedding."""
+    """Combine the chunks of one bag, for one branch and one block of the embedding, CHUNKS at a time."""
     bag, c = tl.program_id(0), tl.program_id(1)
     e = tl.program_id(2) * EMBED + tl.arange(0, EMBED)
     first, end = tl.load(first_chunk + bag), tl.load(first_chunk + bag + 1)
     highest = tl.full((), LOWEST, tl.float32)
     top = tl.full((), LOWEST, tl.float32)
     holder = tl.full((), -1, tl.int32)
-    for chunk in range(first, end):
-        highest = tl.maximum(highest, tl.load(largest + chunk * n_branches + c))
+    for start in range(first, end, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        place = chunk * n_branches + c
+        highest = tl.maximum(highest, tl.max(tl.load(largest + place, chunk < end, LOWEST), 0))
         if MASKED:
-            value = tl.load(best + chunk * n_branches + c)
-            holder = tl.where(value > top, tl.load(best_tile + chunk * n_branches + c), holder)
+            values = tl.load(best + place, chunk < end, LOWEST)
+            value = tl.max(values, 0)
+            tiles = tl.load(best_tile + place, chunk < end, 2147483647)
+            tile = tl.min(tl.where(values == value, tiles, 2147483647), 0)
+            holder = tl.where(value > top, tile, holder)
             top = tl.maximum(top, value)
     weight = tl.zeros((), tl.float32)
     sum_of_tiles = tl.zeros((EMBED,), tl.float32)
-    for chunk in range(first, end):
-        scale = tl.exp(tl.load(largest + chunk * n_branches + c) - highest)
-        weight += scale * tl.load(total + chunk * n_branches + c)
-        place = sums + (chunk * n_branches + c) * embed_dim + e
-        sum_of_tiles += scale * tl.load(place, e < embed_dim, 0.0)
+    for start in range(first, end, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        place = chunk * n_branches + c
+        scale = tl.exp(tl.load(largest + place, chunk < end, LOWEST) - highest)
+        scale = tl.where(chunk < end, scale, 0.0)
+        weight += tl.sum(scale * tl.load(total + place, chunk < end, 0.0), 0)
+        there = (chunk[:, None] < end) & (e[None, :] < embed_dim)
+        part = tl.load(sums + place[:, None] * embed_dim + e[None, :], there, 0.0)
+        sum_of_tiles += tl.sum(scale[:, None] * part, 0)
     if MASKED:
         alone = (weight == 0) & (holder >= 0)
         row = embeddings + tl.maximum(holder, 0).to(tl.int64) * embed_dim + e
@@ -209,10 +219,11 @@ class Partials:
         sums: Weighted sum of the embeddings of each chunk, (chunks, C, E).
     """
 
-    def __init__(self, offsets: Tensor, n_tiles: int, n_branches: int, embed_dim: int):
-        self.table, self.first_chunk = chunks(offsets, n_tiles, TILES)
-        shape, device = (len(self.table), n_branches), offsets.device
-        self.largest, self.total, self.best = torch.empty(3, *shape, device=device).unbind()
+    def __init__(self, table: Tensor, first_chunk: Tensor, n_branches: int, embed_dim: int):
+        self.table, self.first_chunk = table, first_chunk
+        shape, device = (len(table), n_branches), table.device
+        # Views into one tensor would start at other alignments for other shapes, and Triton compile for each.
+        self.largest, self.total, self.best = (torch.empty(shape, device=device) for _ in range(3))
         self.best_tile = torch.empty(shape, dtype=torch.int32, device=device)
         self.sums = torch.empty(*shape, embed_dim, device=device)
 
@@ -231,22 +242,22 @@ class Partials:
         (_, n_branches), n_bags = self.largest.shape, len(self.first_chunk) - 1
         embed_dim, device = embeddings.shape[1], embeddings.device
         pooled = embeddings.new_empty(n_bags, n_branches, embed_dim)
-        largest, total = torch.empty(2, n_bags, n_branches, device=device).unbind()
+        largest, total = (torch.empty(n_bags, n_branches, device=device) for _ in range(2))
         fallback = torch.empty(n_bags, n_branches, dtype=torch.int32, device=device)
-        combine_kernel[(n_bags, n_branches, triton.cdiv(embed_dim, EMBED))](
+        combine_kernel[(n_bags, n_branches, triton.cdiv(embed_dim, COMBINE_EMBED))](
             embeddings, *self.tensors, self.first_chunk, pooled, largest, total, fallback,
-            embed_dim, n_branches, EMBED, masked,
+            embed_dim, n_branches, CHUNKS, COMBINE_EMBED, masked,
         )  # fmt: skip
-        return pooled, largest, total.clone(), fallback
+        return pooled, largest, total, fallback
 
 
 def forward(
-    embeddings: Tensor, logits: Tensor, mask: Tensor | None, offsets: Tensor
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, table: Tensor, first_chunk: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch `chunk_kernel` and return what `Partials.combine` returns."""
-    (n_tiles, embed_dim), n_branches = embeddings.shape, logits.shape[1]
+    embed_dim, n_branches = embeddings.shape[1], logits.shape[1]
     embeddings, masked = embeddings.contiguous(), mask is not None
-    partials = Partials(offsets, n_tiles, n_branches, embed_dim)
+    partials = Partials(table, first_chunk, n_branches, embed_dim)
     grid = (len(partials.table), triton.cdiv(embed_dim, EMBED), triton.cdiv(n_branches, BRANCHES))
     chunk_kernel[grid](
         embeddings, logits.contiguous(), mask.contiguous() if masked else logits, partials.table,
@@ -261,7 +272,7 @@ def backward(
     embeddings: Tensor,
     logits: Tensor,
     mask: Tensor | None,
-    offsets: Tensor,
+    table: Tensor,
     largest: Tensor,
     total: Tensor,
     fallback: Tensor,
@@ -271,9 +282,8 @@ def backward(
     Returns:
         Gradients of the embeddings, the logits and the mask; the last one is empty without a mask.
     """
-    (n_tiles, embed_dim), n_branches = embeddings.shape, logits.shape[1]
+    embed_dim, n_branches = embeddings.shape[1], logits.shape[1]
     embeddings, logits, masked = embeddings.contiguous(), logits.contiguous(), mask is not None
-    table, _ = chunks(offsets, n_tiles, TILES)
     inner = (grad_pooled.float() * pooled.float()).sum(-1)
     grad_embeddings, grad_logits = torch.empty_like(embeddings), torch.empty_like(logits)
     grad_mask = torch.empty_like(logits) if masked else logits.new_empty(0)
@@ -302,7 +312,8 @@ def variants(target: str) -> Iterator[Variant]:
             yield Variant(chunk_kernel, tiles | PARTIALS, blocks | {"MASKED": masked}, WARPS, **matrix)
             bag = {"first_chunk": "*i32", "pooled": number, "bag_largest": "*fp32", "bag_total": "*fp32"}
             bag |= {"embeddings": number, "fallback": "*i32"} | PARTIALS | SIZES
-            yield Variant(combine_kernel, bag, {"EMBED": EMBED, "MASKED": masked})
+            constants = {"CHUNKS": CHUNKS, "EMBED": COMBINE_EMBED, "MASKED": masked}
+            yield Variant(combine_kernel, bag, constants)
             grads = ("grad_pooled", "grad_embeddings", "grad_logits", "grad_mask")
             bag = {"inner": "*fp32", "largest": "*fp32", "total": "*fp32", "fallback": "*i32"}
             types = tiles | dict.fromkeys(grads, number) | bag

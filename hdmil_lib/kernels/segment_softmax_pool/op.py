@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hdmil_lib.kernels.dispatch import Backend, check, check_tensor, kernel_op, same_type, use_triton
 from hdmil_lib.kernels.segment_softmax_pool import reference
-from hdmil_lib.kernels.segments import Segments, check_segments
+from hdmil_lib.kernels.segments import Segments, check_segments, one_bag
 
 
 def segment_softmax_pool(
@@ -43,7 +43,7 @@ def segment_softmax_pool(
     check_segments(segments, len(embeddings), embeddings.device)
     if not use_triton(backend, embeddings):
         return reference.segment_softmax_pool(embeddings, logits, mask, segments)
-    pooled = _forward(embeddings, logits, mask, bag_offsets(segments, embeddings))[0]
+    pooled = _forward(embeddings, logits, mask, *bag_chunks(segments, embeddings))[0]
     return of_bags(pooled, segments)
 
 
@@ -56,31 +56,38 @@ def as_numbers(mask: Tensor | None, embeddings: Tensor) -> Tensor | None:
     return mask.to(embeddings.dtype)
 
 
-def bag_offsets(segments: Segments | None, embeddings: Tensor) -> Tensor:
-    """Offsets of the bags, or of one bag of all tiles, such that every tile has a bag."""
+def bag_chunks(segments: Segments | None, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunks of the bags, or of one bag of all tiles, such that every tile has a bag.
+
+    Returns:
+        table: Bag, first tile and end of each chunk, int32 (chunks, 3).
+        first_chunk: Index of the first chunk of each bag, int32 (B + 1,).
+    """
     if segments is None:
-        segments = Segments([len(embeddings)], embeddings.device)
-    return segments.covering
+        made_up = type(embeddings) is not Tensor or torch.compiler.is_compiling()  # such as a fake tensor
+        make = one_bag.__wrapped__ if made_up else one_bag
+        segments = make(len(embeddings), embeddings.device)
+    return segments.chunks()
 
 
 def of_bags(pooled: Tensor, segments: Segments | None) -> Tensor:
-    """Results (B, ...) of the bags of `bag_offsets` for the segments, or that of the only bag."""
+    """Results (B, ...) of the bags of `bag_chunks` for the segments, or that of the only bag."""
     return pooled[0] if segments is None else pooled[: segments.n_bags]
 
 
 @kernel_op("hdmil::segment_softmax_pool")
 def _forward(
-    embeddings: Tensor, logits: Tensor, mask: Tensor | None, offsets: Tensor
+    embeddings: Tensor, logits: Tensor, mask: Tensor | None, table: Tensor, first_chunk: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pooled (B, C, E); largest kept logit, sum of weights, and tile pooled where none is kept: (B, C)."""
     from hdmil_lib.kernels.segment_softmax_pool import gpu
 
-    return gpu.forward(embeddings, logits, mask, offsets)
+    return gpu.forward(embeddings, logits, mask, table, first_chunk)
 
 
-def empty_results(embeddings: Tensor, logits: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+def empty_results(embeddings: Tensor, logits: Tensor, first_chunk: Tensor) -> tuple[Tensor, ...]:
     """Tensors as `_forward` returns them, without values."""
-    shape = (len(offsets) - 1, logits.shape[1])
+    shape = (len(first_chunk) - 1, logits.shape[1])
     largest, total = (embeddings.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return (
         embeddings.new_empty(*shape, embeddings.shape[1]),
@@ -91,8 +98,8 @@ def empty_results(embeddings: Tensor, logits: Tensor, offsets: Tensor) -> tuple[
 
 
 @_forward.register_fake
-def _(embeddings, logits, mask, offsets):
-    return empty_results(embeddings, logits, offsets)
+def _(embeddings, logits, mask, table, first_chunk):
+    return empty_results(embeddings, logits, first_chunk)
 
 
 @kernel_op("hdmil::segment_softmax_pool_backward")
@@ -102,7 +109,7 @@ def backward(
     embeddings: Tensor,
     logits: Tensor,
     mask: Tensor | None,
-    offsets: Tensor,
+    table: Tensor,
     largest: Tensor,
     total: Tensor,
     fallback: Tensor,
@@ -110,25 +117,26 @@ def backward(
     """Gradients of embeddings, logits and mask; the last one is empty without a mask."""
     from hdmil_lib.kernels.segment_softmax_pool import gpu
 
-    saved = (embeddings, logits, mask, offsets, largest, total, fallback)
+    saved = (embeddings, logits, mask, table, largest, total, fallback)
     return gpu.backward(grad_pooled, pooled, *saved)
 
 
 @backward.register_fake
-def _(grad_pooled, pooled, embeddings, logits, mask, offsets, largest, total, fallback):
+def _(grad_pooled, pooled, embeddings, logits, mask, table, largest, total, fallback):
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_mask = logits.new_empty(0) if mask is None else torch.empty_like(grad_logits)
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format), grad_logits, grad_mask
 
 
 def _save(ctx, inputs, output):
+    *tensors, _first_chunk = inputs
     pooled, *statistics = output
-    ctx.save_for_backward(pooled, *inputs, *statistics)
+    ctx.save_for_backward(pooled, *tensors, *statistics)
 
 
 def _differentiate(ctx, grad_pooled, *_):
     grad_embeddings, grad_logits, grad_mask = backward(grad_pooled, *ctx.saved_tensors)
-    return grad_embeddings, grad_logits, grad_mask if grad_mask.numel() else None, None
+    return grad_embeddings, grad_logits, grad_mask if grad_mask.numel() else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -81,9 +81,9 @@ def self_distillation_pool(
             attention.drop_key(dropout, seed, embeddings),
             None if noise_seed is None else key(noise_seed, embeddings.device),
         )
-        offsets = pooling.bag_offsets(segments, embeddings)
+        bags = pooling.bag_chunks(segments, embeddings)
         pooled, logits, mask, *_ = _forward(
-            embeddings, *weights, offsets, dropout, *keys, temperature, threshold
+            embeddings, *weights, *bags, dropout, *keys, temperature, threshold
         )
         student, teacher = pooling.of_bags(pooled, segments).chunk(2, -2)
         return student, teacher, logits, mask
@@ -102,7 +102,8 @@ def _forward(
     gate_bias: Tensor,
     score_weight: Tensor,
     score_bias: Tensor,
-    offsets: Tensor,
+    table: Tensor,
+    first_chunk: Tensor,
     dropout: float,
     key: Tensor | None,
     noise_key: Tensor | None,
@@ -113,18 +114,20 @@ def _forward(
     from hdmil_lib.kernels.self_distillation_pool import gpu
 
     weights = (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias)
-    return gpu.forward(embeddings, weights, offsets, dropout, key, noise_key, temperature, threshold)
+    return gpu.forward(
+        embeddings, weights, table, first_chunk, dropout, key, noise_key, temperature, threshold
+    )
 
 
 @_forward.register_fake
 def _(
-    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, offsets,
-    dropout, key, noise_key, temperature, threshold,
+    embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight, score_bias, table,
+    first_chunk, dropout, key, noise_key, temperature, threshold,
 ):  # fmt: skip
     n_branches = score_weight.shape[0]
     logits = embeddings.new_empty(embeddings.shape[0], n_branches)
     both = logits.new_empty(0, 2 * n_branches)
-    pooled, *statistics = pooling.empty_results(embeddings, both, offsets)
+    pooled, *statistics = pooling.empty_results(embeddings, both, first_chunk)
     return pooled, logits, torch.empty_like(logits), *statistics
 
 
@@ -142,7 +145,7 @@ def _backward(
     pooled: Tensor,
     logits: Tensor,
     mask: Tensor,
-    offsets: Tensor,
+    table: Tensor,
     largest: Tensor,
     total: Tensor,
     fallback: Tensor,
@@ -158,7 +161,7 @@ def _backward(
         (grad_pooled, grad_logits, grad_mask),
         embeddings,
         (tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight),
-        (pooled, logits, mask, offsets, largest, total, fallback),
+        (pooled, logits, mask, table, largest, total, fallback),
         dropout,
         key,
         noise_key,
@@ -169,7 +172,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad_pooled, grad_logits, grad_mask, embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias,
-    score_weight, pooled, logits, mask, offsets, largest, total, fallback, dropout, key, noise_key,
+    score_weight, pooled, logits, mask, table, largest, total, fallback, dropout, key, noise_key,
     temperature,
 ):  # fmt: skip
     tensors = (embeddings, tanh_weight, tanh_bias, gate_weight, gate_bias, score_weight)
@@ -178,16 +181,16 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, _score_bias, offsets, ctx.dropout, key, noise_key, ctx.temperature, _threshold = inputs
+    *tensors, _score_bias, table, _first_chunk, ctx.dropout, key, noise_key, ctx.temperature, _ = inputs
     pooled, logits, mask, *statistics = output
-    ctx.save_for_backward(*tensors, pooled, logits, mask, offsets, *statistics, key, noise_key)
+    ctx.save_for_backward(*tensors, pooled, logits, mask, table, *statistics, key, noise_key)
 
 
 def _differentiate(ctx, grad_pooled, grad_logits, grad_mask, *_):
     *saved, key, noise_key = ctx.saved_tensors
     grads = (grad_pooled, grad_logits, grad_mask)
     found = _backward(*grads, *saved, ctx.dropout, key, noise_key, ctx.temperature)
-    return *found, None, None, None, None, None, None
+    return *found, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
