@@ -98,7 +98,10 @@ def test_the_tables_show_what_the_run_measured(interpreted):
     operators = operator_table(interpreted)
     scan = operators.loc["selective_scan"]
     assert scan["compiled, ms"] == NOT_MEASURED
-    assert not operators.drop(index="selective_scan").isin([NOT_MEASURED, FAILED]).any(axis=None)
+    busy = [c for c in operators.columns if c.startswith("GPU busy")]
+    assert (operators[[*busy, "times faster"]] == NOT_MEASURED).all(axis=None)  # there is no GPU
+    others = operators.drop(index="selective_scan", columns=[*busy, "times faster"])
+    assert not others.isin([NOT_MEASURED, FAILED]).any(axis=None)
     training = training_table(interpreted, cohort="tiny")
     assert (
         not training[["kernels, bags/s", "formulas, bags/s", "times faster"]]
@@ -191,10 +194,10 @@ def result(**parts):
 
 def operator_rows():
     row = {"operator": "gumbel_mask", "size": "N = 9", "dtype": "bfloat16", "pass": "forward"}
-    fast = row | {"form": "triton", "ms": 0.01, "share_of_roof": 0.256}
+    fast = row | {"form": "triton", "ms": 0.05, "gpu_ms": 0.01, "share_of_roof": 0.256}
     return [
         fast,
-        row | {"form": "eager", "ms": 0.123},
+        row | {"form": "eager", "ms": 0.4, "gpu_ms": 0.123},
         row | {"form": "compiled", "error": "it broke"},
         fast | {"dtype": "float32", "ms": 7},
         fast | {"size": "N = 8", "ms": 7},
@@ -211,9 +214,11 @@ def test_cells_say_what_was_not_measured_and_what_failed():
     assert shown == {
         "size": "N = 9, bfloat16",
         "pass": "forward",
-        "formula, ms": "0.123",
+        "call of the formula, ms": "0.4",
         "compiled, ms": FAILED,
-        "kernel, ms": "0.01",
+        "kernel, ms": "0.05",
+        "GPU busy with the formula, ms": "0.123",
+        "GPU busy with the kernel, ms": "0.01",
         "times faster": "12.3",
         "of the roof": "25.6 %",
     }
@@ -258,3 +263,20 @@ def test_the_readme_names_the_device_and_its_roof():
     assert NOT_MEASURED in text
     lost = publish_gpu.render({"Some GPU": result(tests=parts["tests"])})  # all parts broke
     assert "| gumbel_mask |" in lost
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("interpreter")
+def test_the_search_for_blocks_launches_every_kernel_with_others():
+    """One candidate for each kernel, in the interpreter and in a process of its own."""
+    code = (
+        "import torch; from gpu import blocks as b; b.TILES, b.FEATURES, b.EMBED, b.HIDDEN = 70, 64, 64, 32\n"
+        "slide, seen = b.Slide(torch.device('cpu')), set()\n"
+        "for name, sizes in b.candidates():\n"
+        "    if name not in seen: b.run(slide, name, sizes, lambda call, kernel: call()); seen.add(name)\n"
+        "print(len(seen))"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(REPOSITORY / "benchmarks")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["7"], run.stderr[-2000:]

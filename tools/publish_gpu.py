@@ -29,8 +29,9 @@ machine with a GPU, in about eight minutes.
 """
 OPERATORS = """**{device}**, {day}, with torch {torch} and Triton {triton}
 ([all figures](benchmarks/results/gpu)). Tests on it: {passed} passed, {failed} failed, {skipped} skipped.
-Operators, in 16 bits where they have them: how long a call takes, in which the host launches the kernels, and how long
-the GPU is busy with them, against the roof of a copy and of matrix products in the same run ({roof}).{note}
+Operators, in 16 bits where they have them: how long a call takes, in which the host launches the kernels,
+and how long the GPU is busy with them, against the roof of a copy and of matrix products in the same run
+({roof}).{note}
 
 """
 TRAINING = """Training in bf16 on {bags} random features, one bag a step; memory besides that of the bags.

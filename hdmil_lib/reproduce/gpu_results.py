@@ -57,11 +57,11 @@ def operator_table(result: Result | None) -> pd.DataFrame:
         rows[name] = {
             "size": f"{own[0]['size']}, {own[0]['dtype']}" if own else NOT_MEASURED,
             "pass": own[0]["pass"] if own else NOT_MEASURED,
-            "call: formula, ms": _figure(eager, "ms"),
-            "compiled": _figure(forms.get("compiled"), "ms"),
-            "kernel": _figure(kernel, "ms"),
-            "GPU busy: formula, ms": _figure(eager, "gpu_ms"),
-            "kernel, ms": _figure(kernel, "gpu_ms"),
+            "call of the formula, ms": _figure(eager, "ms"),
+            "compiled, ms": _figure(forms.get("compiled"), "ms"),
+            "kernel, ms": _figure(kernel, "ms"),
+            "GPU busy with the formula, ms": _figure(eager, "gpu_ms"),
+            "GPU busy with the kernel, ms": _figure(kernel, "gpu_ms"),
             "times faster": _ratio(eager, kernel, "gpu_ms"),
             "of the roof": share if share in (NOT_MEASURED, FAILED) else f"{share} %",
         }

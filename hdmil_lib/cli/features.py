@@ -1,0 +1,75 @@
+"""Commands from slides to features: extract and encoders."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hdmil_lib.cli.app import app
+from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Looks, Mpp, scale_of
+from hdmil_lib.terminal import print_error
+
+
+@app.command()
+def extract(
+    slides: Annotated[
+        list[Path], typer.Argument(help="Slide files, folders, or a CSV with a column `path`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the bags, one <slide>.h5 per slide.")],
+    encoder: Annotated[
+        str, typer.Option(help="Name of an encoder; see `hdmil encoders`.")
+    ] = "efficientnet_lite0",
+    device: Devices = "auto",
+    mpp: Mpp = None,
+    force_mpp: ForceMpp = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "int8"],
+        typer.Option(
+            help="int8 is the fastest on a CPU; it is calibrated on tiles of the first eight slides."
+        ),
+    ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile the encoder first; for a GPU and many slides.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Tiles per encoder call; by default chosen for the device.")
+    ] = None,
+    look: Looks = [],  # noqa: B006
+    decoder: Decoder = "cpu",
+) -> None:
+    """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
+    from hdmil_lib.config import setup
+    from hdmil_lib.devices import resolve_all
+    from hdmil_lib.encoders import extraction
+    from hdmil_lib.encoders.loading import load_encoder
+    from hdmil_lib.slides.listing import list_slides
+
+    setup()
+    scale, gpus = scale_of(mpp, force_mpp), resolve_all(device)
+    list_slides(slides)  # nothing is loaded where there are none
+    options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
+    if precision == "int8":
+        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
+    loaded = load_encoder(encoder, device=gpus[0], **options)
+    copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
+    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)
+    failed = report[report["status"] == "failed"]
+    for status, rows in report.groupby("status", sort=False):
+        typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    odd = report[report["note"].fillna("") != ""]
+    for slide_id, mpp_used, note in zip(odd["slide_id"], odd["mpp"], odd["note"], strict=True):
+        typer.echo(f"note: {slide_id}: {mpp_used:.4g} um/px was used; {note}")
+    for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
+        print_error(f"{slide_id}: {error}")
+    if len(failed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def encoders() -> None:
+    """List the encoders that `hdmil extract` knows."""
+    from hdmil_lib.encoders.loading import ENCODERS
+
+    for name, spec in ENCODERS.items():
+        gate = ", accept its license on the hub first" if spec.gated else ""
+        typer.echo(f"{name:20} {spec.dim:5} features, {spec.license}{gate}")
