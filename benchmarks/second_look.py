@@ -6,7 +6,9 @@ On each cohort and for each seed one DMIN is trained, and networks that rank til
 its masks, as published, and from its evidence, and second looks of several sides from its evidence. "8 um/px,
 encoder" is the second look on LIPN's own patches, enlarged to 64 pixels: it has the pretrained features and
 not the scale. With `--scratch` a small convolutional network learns from the pixels of the look at 2 um/px:
-it has the scale and not the pretrained features.
+it has the scale and not the pretrained features. "ranks" learns which of two tiles of a slide has more evidence,
+not how much. "second round" learns from the evidence of a DMIN that was fine-tuned on the fifth of the tiles
+that the first look chose.
 
 DMIN then reads the highest tiles of each test slide, the same share of every slide. The test slides serve no
 choice: epochs are chosen on validation slides. On drawn cohorts three folds are averaged, composed cohorts
@@ -17,23 +19,26 @@ have a test part whose tiles occur in no other slide. Cohorts that are not at ha
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag
-from hdmil_lib.batches import BagDataset
+from hdmil_lib.batches import BagBatch, BagDataset
 from hdmil_lib.cohort import Cohort, Split
 from hdmil_lib.config import setup
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
+from hdmil_lib.models import DMIN, HDMIL, LIPN, LossTerms, SecondLook
 from hdmil_lib.reproduce.keep_ratio import (
     attention_scores,
     lipn_scores,
@@ -44,12 +49,13 @@ from hdmil_lib.reproduce.keep_ratio import (
 )
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.storage import weights_digest
 from hdmil_lib.synthetic.cohorts import prepare_cohort
 from hdmil_lib.synthetic.composed import compose_cohort
 from hdmil_lib.training.crossval import cross_validate
-from hdmil_lib.training.fit import TrainSettings
+from hdmil_lib.training.fit import TrainSettings, optimize
 from hdmil_lib.training.lipn import evidence_targets, fit_lipn
-from hdmil_lib.training.look import LOOK_TRAINING, fit_look
+from hdmil_lib.training.look import KEEP_RATIO, LOOK_TRAINING, LookLearning, fit_look
 
 RESULTS = Path(__file__).resolve().parent / "results" / "second_look.json"
 KEEP_RATIOS = (1.0, 0.6, 0.3, 0.1, 0.05)
@@ -105,6 +111,15 @@ def rankings(
         look = SecondLook(data.dim, side)
         fit_look(look, dmin, data, split, replace(LOOK_TRAINING, seed=seed), out=folder / f"look{side}")
         scores[name] = look_scores(look, data, split.test)
+    looks = {"ranks": RankLearning(SecondLook(data.dim, 64), dmin, data, split.train)}
+    looks["second round"] = second_round(dmin, data, split, seed, folder)
+    for name, objective in looks.items():
+        torch.manual_seed(seed)
+        objective.look.standardize([data.batch(split.train).look(64)])
+        settings = replace(LOOK_TRAINING, seed=seed)
+        config = {"what": name, "dmin": weights_digest(objective.dmin), "settings": asdict(settings)}
+        optimize(objective, data, split, settings, out=folder / name, config=config)
+        scores[f"{SIDES[64]}, {name}"] = look_scores(objective.look, data, split.test)
     segments = Segments([data.length(slide_id) for slide_id in split.test])
     for side in (64, 128):
         coarse, fine = scores["LIPN, evidence"], scores[SIDES[side]]
@@ -115,6 +130,43 @@ def rankings(
     if pixels is not None:
         scores["2 um/px, from scratch"] = from_scratch(dmin, data, split, seed, pixels)
     return scores
+
+
+class RankLearning(LookLearning):
+    """For pairs of tiles of a slide, the look learns which has more evidence, weighted by the difference."""
+
+    def loss(self, batch: BagBatch) -> LossTerms:
+        logits = self.look(batch.look(self.look.side))
+        target = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
+        start, size = batch.segments.offsets[batch.segments.bag], batch.segments.sizes[batch.segments.bag]
+        losses, weights = [], []
+        for _ in range(8):  # each tile meets eight others
+            other = start + (torch.rand(len(target)) * size).long()
+            difference = target - target[other]
+            losses.append(softplus(-difference.sign() * (logits - logits[other])) * difference.abs())
+            weights.append(difference.abs())
+        return {"ranks": torch.cat(losses).sum() / torch.cat(weights).sum().clamp(min=1e-6)}
+
+
+def second_round(dmin: DMIN, data: BagDataset, split: Split, seed: int, folder: Path) -> LookLearning:
+    """A new look, and a DMIN that first learned a little more from the tiles that the first look chose."""
+    first = SecondLook(data.dim, 64)
+    first.load_state_dict(load_file(folder / "look64" / "model.safetensors"))
+    learned = deepcopy(dmin)
+    optimizer = torch.optim.Adam(learned.parameters(), 1e-4, weight_decay=1e-4)
+    torch.manual_seed(seed)
+    for _ in range(3):
+        for place in torch.randperm(len(split.train)).tolist():
+            batch = data.batch([split.train[place]])
+            scores = first.eval()(batch.look(64)).detach()
+            rows, segments = batch.segments.select(scores >= scores.quantile(1 - KEEP_RATIO))
+            loss = sum(
+                learned.train().loss(learned(batch.features, segments, rows=rows), batch.labels).values()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return LookLearning(SecondLook(data.dim, 64), learned.eval(), data, split.train)
 
 
 def standard(scores: Tensor) -> Tensor:
