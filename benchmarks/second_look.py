@@ -6,14 +6,14 @@ On each cohort and for each seed one DMIN is trained, and networks that rank til
 its masks, as published, and from its evidence, and second looks of several sides from its evidence. "8 um/px,
 encoder" is the second look on LIPN's own patches, enlarged to 64 pixels: it has the pretrained features and
 not the scale. With `--scratch` a small convolutional network learns from the pixels of the look at 2 um/px:
-it has the scale and not the pretrained features. "ranks" learns which of two tiles of a slide has more evidence,
-not how much. "second round" learns from the evidence of a DMIN that was fine-tuned on the fifth of the tiles
-that the first look chose.
+it has the scale and not the pretrained features. "ranks" learns which of two tiles of a slide has more
+evidence, not how much. "second round" learns from the evidence of a DMIN that was fine-tuned on the fifth of
+the tiles that the first look chose.
 
 DMIN then reads the highest tiles of each test slide, the same share of every slide. The test slides serve no
 choice: epochs are chosen on validation slides. On drawn cohorts three folds are averaged, composed cohorts
-have a test part whose tiles occur in no other slide. Cohorts that are not at hand keep their rows in
-`benchmarks/results/second_look.json`.
+have a test part whose tiles occur in no other slide. Cohorts and networks that are left out keep their rows
+in `benchmarks/results/second_look.json`.
 """
 
 import argparse
@@ -160,9 +160,8 @@ def second_round(dmin: DMIN, data: BagDataset, split: Split, seed: int, folder: 
             batch = data.batch([split.train[place]])
             scores = first.eval()(batch.look(64)).detach()
             rows, segments = batch.segments.select(scores >= scores.quantile(1 - KEEP_RATIO))
-            loss = sum(
-                learned.train().loss(learned(batch.features, segments, rows=rows), batch.labels).values()
-            )
+            output = learned.train()(batch.features, segments, rows=rows)
+            loss = sum(learned.loss(output, batch.labels).values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -283,7 +282,8 @@ def main() -> None:
         cohort = make()
         scores = scores_of(name, cohort, recipe, given.seeds, given.scratch)
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        results[name] = {"slides": len(cohort), "seeds": given.seeds, "sources": summary(scores)}
+        sources = results.get(name, {}).get("sources", {}) | summary(scores)
+        results[name] = {"slides": len(cohort), "seeds": given.seeds, "sources": sources}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
