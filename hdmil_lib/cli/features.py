@@ -6,7 +6,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Looks, Mpp, scale_of
+from hdmil_lib.cli.options import (
+    Decoder,
+    Devices,
+    ForceMpp,
+    Looks,
+    MaxHole,
+    MinPiece,
+    MinSaturation,
+    MinSharpness,
+    MinTissue,
+    Mpp,
+    Tissue,
+    scale_of,
+    tissue_of,
+)
 from hdmil_lib.terminal import print_error
 
 
@@ -36,6 +50,12 @@ def extract(
     ] = None,
     look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
+    tissue: Tissue = "default",
+    min_tissue: MinTissue = None,
+    min_saturation: MinSaturation = None,
+    min_piece: MinPiece = None,
+    max_hole: MaxHole = None,
+    min_sharpness: MinSharpness = None,
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
     from hdmil_lib.config import setup
@@ -45,14 +65,17 @@ def extract(
     from hdmil_lib.slides.listing import list_slides
 
     setup()
+    settings = tissue_of(tissue, min_tissue, min_saturation, min_piece, max_hole, min_sharpness)
     scale, gpus = scale_of(mpp, force_mpp), resolve_all(device)
     list_slides(slides)  # nothing is loaded where there are none
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
-        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
+        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)
+    report = extraction.extract(
+        slides, copies, out, mpp=scale, batch_size=batch_size, tissue=settings, looks=look
+    )
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")

@@ -1,8 +1,11 @@
 """Options that several commands have."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from hdmil_lib.slides.tissue import TissueSettings
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Decoder = Annotated[
@@ -20,6 +23,52 @@ Mpp = Annotated[
 ForceMpp = Annotated[
     float | None, typer.Option(help="Micrometers per level-0 pixel of all slides, whatever their files say.")
 ]
+Tissue = Annotated[
+    str,
+    typer.Option(
+        help="Preset of tissue detection: default, he, faint, ihc, biopsy or tma; see `hdmil tissue`."
+    ),
+]
+MinTissue = Annotated[
+    float | None, typer.Option(help="Smallest share of tissue in a tile, 0 to 1; else that of the preset.")
+]
+MinSaturation = Annotated[
+    int | None, typer.Option(help="Lowest saturation of tissue, 0 to 255; else that of the preset.")
+]
+MinPiece = Annotated[
+    float | None, typer.Option(help="Smallest piece of tissue in mm2; else that of the preset.")
+]
+MaxHole = Annotated[
+    float | None, typer.Option(help="Largest hole that is filled in mm2; else that of the preset.")
+]
+MinSharpness = Annotated[
+    float | None,
+    typer.Option(help="Leave out tiles that are less sharp: 0.05 is a blur of 2 um; reads all tiles twice."),
+]
+
+
+def tissue_of(
+    preset: str,
+    min_tissue: float | None,
+    min_saturation: int | None,
+    min_piece: float | None,
+    max_hole: float | None,
+    min_sharpness: float | None,
+) -> "TissueSettings":
+    """Tissue settings of a preset with those options that are given; areas are in mm2."""
+    from hdmil_lib.slides.presets import tissue_settings
+
+    settings = tissue_settings(preset)
+    lowest = None if min_saturation is None else max(min_saturation, settings.max_saturation)
+    return tissue_settings(
+        settings,
+        min_tissue=min_tissue,
+        min_saturation=min_saturation,
+        max_saturation=lowest,
+        min_object_um2=None if min_piece is None else min_piece * 1e6,
+        max_hole_um2=None if max_hole is None else max_hole * 1e6,
+        min_sharpness=min_sharpness,
+    )
 
 
 def scale_of(mpp: float | None, force_mpp: float | None) -> float | None:

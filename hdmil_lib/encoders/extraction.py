@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
 from hdmil_lib.config import torch_threads
 from hdmil_lib.errors import BagError, HDMILError, SlideError
-from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides
+from hdmil_lib.slides.presets import describe
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import readable
 
@@ -76,6 +77,7 @@ def spread_tiles(
     n_slides: int = 8,
     *,
     mpp: float | tuple[float, float] | None = None,
+    tissue: TissueSettings | str | None = None,
 ) -> np.ndarray:
     """Tiles evenly spread over slides, with which an int8 encoder is calibrated.
 
@@ -84,6 +86,7 @@ def spread_tiles(
         n_tiles: Largest number of tiles in total.
         n_slides: Largest number of slides, the first ones.
         mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
+        tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
 
     Returns:
         The tiles, uint8 (n, 256, 256, 3).
@@ -95,7 +98,7 @@ def spread_tiles(
     files = list_slides(slides)[:n_slides]
     for file in files:
         with Slide(file.path, file.scale(mpp)) as slide:
-            grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP)
+            grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, tissue=tissue)
             rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(files))).astype(int)
             tiles += [grid.read_tile(slide, row) for row in rows]
     return np.stack(tiles)
@@ -161,7 +164,8 @@ def extract_slide(
     slide_id: str | None = None,
     mpp: float | tuple[float, float] | None = None,
     batch_size: int | None = None,
-    min_tissue: float = 0.25,
+    min_tissue: float | None = None,
+    tissue: TissueSettings | str | None = None,
     looks: Sequence[int] = (),
     tile_labels: TileLabels | None = None,
     progress: bool = False,
@@ -175,7 +179,8 @@ def extract_slide(
         slide_id: Name of the slide; by default that of the file without its suffix.
         mpp: Micrometers per level-0 pixel, as `Slide` takes it.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
-        min_tissue: Smallest share of tissue in a tile.
+        min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
+        tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
         looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
         tile_labels: Function that gives the share of tumor in each tile, stored for teaching and evaluation.
         progress: Whether a bar is shown.
@@ -188,11 +193,12 @@ def extract_slide(
         BagError: The features are not finite.
     """
     with Slide(slide_path, mpp=mpp, name=slide_id) as slide:
-        grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
+        settings = tissue_settings(tissue, min_tissue=min_tissue)
+        grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, tissue=settings)
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
+        attrs = _settings(encoder, settings) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
@@ -218,7 +224,8 @@ def extract(
     *,
     mpp: float | tuple[float, float] | None = None,
     batch_size: int | None = None,
-    min_tissue: float = 0.25,
+    min_tissue: float | None = None,
+    tissue: TissueSettings | str | None = None,
     looks: Sequence[int] = (),
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
@@ -239,7 +246,8 @@ def extract(
             files say, `IfUnknown` fills in where they do not. A column `mpp` of a table comes before what the
             files say.
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
-        min_tissue: Smallest share of tissue in a tile.
+        min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
+        tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
         looks: Further sides at which each tile is encoded; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
@@ -252,11 +260,12 @@ def extract(
     Raises:
         SlideError: No slide is named, or a folder or table names none.
         BagError: Two slides have the same name, or `out` cannot be a folder.
-        HDMILError: The encoders are not copies of one.
+        HDMILError: The encoders are not copies of one, or a tissue setting is out of its range.
     """
     import pandas as pd
 
     encoders = _copies_of_one(encoder)
+    settings = tissue_settings(tissue, min_tissue=min_tissue)
     files, out = list_slides(slides), Path(out)
     twice = [name for name, count in Counter(file.slide_id for file in files).items() if count > 1]
     if twice:
@@ -273,7 +282,7 @@ def extract(
     def run(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            expected = _settings(own, min_tissue) | _given_scale(scale)
+            expected = _settings(own, settings) | _given_scale(scale)
             info = _check_made_by(out_path, expected, looks, scale)
             return "skipped", info["n_tiles"], info
         bag = extract_slide(
@@ -283,7 +292,7 @@ def extract(
             slide_id=file.slide_id,
             mpp=scale,
             batch_size=batch_size,
-            min_tissue=min_tissue,
+            tissue=settings,
             looks=looks,
             tile_labels=tile_labels,
             progress=progress and len(encoders) == 1,
@@ -420,7 +429,7 @@ def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCo
     return decoder if slide.can_decode(grid.mpp, decoder) else None
 
 
-def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
+def _settings(encoder: "Encoder", tissue: TissueSettings) -> dict[str, Any]:
     """Attributes that an existing bag must have to be skipped."""
     return {
         "encoder": encoder.name,
@@ -428,7 +437,8 @@ def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
         "decoder": _wanted_decoder(encoder),
         "patch_size": TILE_SIZE,
         "tile_mpp": TILE_MPP,
-        "min_tissue": min_tissue,
+        "min_tissue": tissue.min_tissue,
+        "tissue": describe(tissue),
     }
 
 
@@ -461,7 +471,7 @@ def _check_made_by(
     scale: float | tuple[float, float] | None,
 ) -> dict[str, Any]:
     """What a bag says of itself; raises a BagError unless it was made with the wanted settings and looks."""
-    info = {"decoder": "cpu"} | bag_info(path)  # bags of version 0.2.0 do not say so
+    info = {"decoder": "cpu", "tissue": "default"} | bag_info(path)  # bags of version 0.2.0 do not say so
     for key, value in wanted.items():
         if info.get(key) != value:
             raise BagError(

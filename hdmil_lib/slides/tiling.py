@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.focus import SHARPNESS_MPP, sharpness
+from hdmil_lib.slides.presets import PRESETS, tissue_settings
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
 
@@ -56,8 +58,8 @@ class TileGrid:
         tile_size: int = 256,
         mpp: float = 0.5,
         patch_size: int = 16,
-        min_tissue: float = 0.25,
-        tissue: TissueSettings | None = None,
+        min_tissue: float | None = None,
+        tissue: TissueSettings | str | None = None,
     ) -> "TileGrid":
         """Lay the grid over a slide's bounds and keep the tiles with tissue.
 
@@ -69,32 +71,35 @@ class TileGrid:
             mpp: Scale of the tiles in um/px.
             patch_size: Side of a patch in pixels. The scale of the patches is mpp * tile_size / patch_size,
                 8 um/px with the default values.
-            min_tissue: Smallest share of tissue in a tile, 0 to 1.
-            tissue: Settings of the tissue mask; None takes the defaults.
+            min_tissue: Smallest share of tissue in a tile, 0 to 1; that of `tissue` if not given.
+            tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
 
         Returns:
-            The grid, with the N tiles that have enough tissue.
+            The grid, with the N tiles that have enough tissue, and are sharp if the settings ask for it.
 
         Raises:
-            SlideError: The slide is smaller than one tile, or no tile has enough tissue.
+            SlideError: The slide is smaller than one tile, or no tile has enough tissue or is sharp.
+            HDMILError: There is no such preset, or a setting is out of its range.
         """
+        settings = tissue_settings(tissue, min_tissue=min_tissue)
         patch_mpp = mpp * tile_size / patch_size
-        shape = _grid_shape(slide, tile_size * mpp)
+        shape = grid_shape(slide, tile_size * mpp)
         thumbnail = slide.thumbnail(patch_mpp)
-        mask = tissue_mask(thumbnail, patch_mpp, tissue)
-        share = _blocks(mask, shape, patch_size).mean(axis=(2, 3))
-        rowcol = np.argwhere(share >= min_tissue)
+        mask = tissue_mask(thumbnail, patch_mpp, settings)
+        share = blocks(mask, shape, patch_size).mean(axis=(2, 3))
+        rowcol = np.argwhere(share >= settings.min_tissue)
         if len(rowcol) == 0:
             raise SlideError(
-                f"{slide.path}: no tile has {min_tissue:.0%} tissue (largest share {share.max():.0%}). Look "
-                "at the thumbnail: if there is tissue, lower min_tissue or TissueSettings.min_saturation."
+                f"{slide.path}: no tile has {settings.min_tissue:.0%} tissue (largest share "
+                f"{share.max():.0%}). Compare the presets with `hdmil tissue`, then lower min_tissue "
+                f"(--min-tissue) or choose another preset (--tissue {', '.join(PRESETS)})."
             )
         pitch = tile_size * mpp / np.array(slide.mpp)  # exact tile size in level-0 pixels
-        return cls(
+        grid = cls(
             coords=np.rint(slide.bounds[:2] + rowcol[:, ::-1] * pitch).astype(np.int64),
             rowcol=rowcol,
             shape=shape,
-            patches=_blocks(thumbnail, shape, patch_size)[rowcol[:, 0], rowcol[:, 1]],
+            patches=blocks(thumbnail, shape, patch_size)[rowcol[:, 0], rowcol[:, 1]],
             thumbnail=thumbnail,
             tissue=mask,
             tile_size=tile_size,
@@ -102,6 +107,7 @@ class TileGrid:
             patch_mpp=patch_mpp,
             tile_size_level0=(round(pitch[0]), round(pitch[1])),
         )
+        return grid._sharp(slide, settings.min_sharpness) if settings.min_sharpness else grid
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -109,6 +115,41 @@ class TileGrid:
     def at(self, side: int) -> "TileGrid":
         """The same tiles, read with `side` pixels along each side: a coarser look at the same tissue."""
         return replace(self, tile_size=side, mpp=self.mpp * self.tile_size / side)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "TileGrid":
+        """The grid with these tiles only, in this order.
+
+        Args:
+            rows: Rows of the tiles, (n,).
+        """
+        rows = np.asarray(rows, np.int64)
+        return replace(self, coords=self.coords[rows], rowcol=self.rowcol[rows], patches=self.patches[rows])
+
+    def sharpness(self, slide: Slide, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Read tiles at 1 um/px and measure how sharp they are; see `hdmil_lib.slides.focus`.
+
+        Args:
+            slide: The slide of this grid.
+            rows: Rows of the tiles, (n,).
+
+        Returns:
+            float (n,), without a unit.
+
+        Raises:
+            SlideError: The file is damaged in a tile.
+        """
+        coarse = self.at(max(1, round(self.tile_size * self.mpp / SHARPNESS_MPP)))
+        return np.array([sharpness(coarse.read_tile(slide, int(row))) for row in rows])
+
+    def _sharp(self, slide: Slide, least: float) -> "TileGrid":
+        """The grid without tiles that are out of focus."""
+        kept = np.flatnonzero(self.sharpness(slide, range(len(self))) >= least)
+        if len(kept) == 0:
+            raise SlideError(
+                f"{slide.path}: none of {len(self)} tiles has a sharpness of {least:g}; lower min_sharpness "
+                "(--min-sharpness), or scan the slide again."
+            )
+        return self.select(kept)
 
     def read_tile(self, slide: Slide, i: int, out: np.ndarray | None = None) -> np.ndarray:
         """Read tile i at the grid's scale, uint8 (tile_size, tile_size, 3), into `out` if given.
@@ -146,8 +187,12 @@ class TileGrid:
         return grid
 
 
-def _grid_shape(slide: Slide, tile_um: float) -> tuple[int, int]:
-    """Number of rows and columns of tiles that lie completely inside the bounds."""
+def grid_shape(slide: Slide, tile_um: float) -> tuple[int, int]:
+    """Number of rows and columns of tiles of `tile_um` um that lie completely inside the bounds.
+
+    Raises:
+        SlideError: The slide is smaller than a tile.
+    """
     width_um, height_um = slide.bounds[2] * slide.mpp[0], slide.bounds[3] * slide.mpp[1]
     rows, cols = (int(extent / tile_um + 1e-6) for extent in (height_um, width_um))
     if rows == 0 or cols == 0:
@@ -158,7 +203,7 @@ def _grid_shape(slide: Slide, tile_um: float) -> tuple[int, int]:
     return rows, cols
 
 
-def _blocks(image: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+def blocks(image: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
     """View an image (H, W, ...) as its grid of blocks, (rows, cols, size, size, ...)."""
     rows, cols = shape
     cropped = image[: rows * size, : cols * size]
