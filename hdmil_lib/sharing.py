@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -86,12 +86,14 @@ class Owner:
         machine: What tells machines, boots and containers apart; process numbers compare within one only.
         pid: Its number.
         started: When it started, in units of its machine; empty where that is not known.
+        since: Seconds since 1970 by its clock when it took the lock; for people.
     """
 
     host: str
     machine: str
     pid: int
     started: str
+    since: float = 0.0
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -155,7 +157,7 @@ class SharedRun:
             processes.
         """
         locks = self._locks(name)
-        if locks and not self._is_dead(locks[-1]):
+        if locks and not self.is_dead(locks[-1]):
             return "busy"
         if len(locks) >= TRIES:
             return "set aside"
@@ -245,7 +247,7 @@ class SharedRun:
     def _make_lock(self, name: str, number: int) -> bool:
         lock = self.folder / "locks" / f"{name}.{number}.lock"
         part = lock.with_name(f".{uuid.uuid4().hex[:12]}")
-        part.write_text(json.dumps(asdict(self._owner)), encoding="utf-8")
+        part.write_text(json.dumps(asdict(replace(self._owner, since=time.time()))), encoding="utf-8")
         with self._guard:
             try:
                 _link(part, lock)
@@ -256,7 +258,7 @@ class SharedRun:
             self._held[name] = lock
         return True
 
-    def _is_dead(self, lock: Path) -> bool:
+    def is_dead(self, lock: Path) -> bool:
         """Whether the process that made a lock is gone; a lock that vanishes meanwhile is not dead."""
         owner = read_owner(lock)
         if owner is not None and owner.started and owner.machine == self._owner.machine:
@@ -270,7 +272,10 @@ class SharedRun:
     def _now(self) -> float:
         """The time of the file system, whose clock may be another one than ours."""
         probe = self.folder / "locks" / f".{uuid.uuid4().hex[:12]}"
-        probe.touch()
+        try:
+            probe.touch()
+        except PermissionError:  # one who may only look on
+            return time.time()
         try:
             return probe.stat().st_mtime
         finally:
@@ -335,9 +340,12 @@ class WorkList:
 def read_owner(lock: Path) -> Owner | None:
     """The process that made a lock, or None if the lock is gone or does not say."""
     try:
-        return Owner(**json.loads(lock.read_text(encoding="utf-8")))
+        owner = Owner(**json.loads(lock.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    texts = (owner.host, owner.machine, owner.started)
+    numbers = isinstance(owner.pid, int) and isinstance(owner.since, int | float)
+    return owner if numbers and all(isinstance(text, str) for text in texts) else None
 
 
 def this_process() -> Owner:

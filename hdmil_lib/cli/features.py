@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Looks, Mpp, scale_of
+from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Looks, Mpp, ShardOption, scale_of, shard_of
 from hdmil_lib.terminal import print_error
 
 
@@ -36,8 +36,12 @@ def extract(
     ] = None,
     look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
+    shard: ShardOption = None,
 ) -> None:
-    """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
+    """Turn slides into bags of features; skip existing bags, and continue if a slide fails.
+
+    Several such commands with the same --out share the slides; `hdmil status OUT` shows how far they are.
+    """
     from hdmil_lib.config import setup
     from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders import extraction
@@ -45,14 +49,17 @@ def extract(
     from hdmil_lib.slides.listing import list_slides
 
     setup()
-    scale, gpus = scale_of(mpp, force_mpp), resolve_all(device)
-    list_slides(slides)  # nothing is loaded where there are none
+    scale, gpus, part = scale_of(mpp, force_mpp), resolve_all(device), shard_of(shard)
+    files = list_slides(slides)  # nothing is loaded where there are none
+    if part is not None and not part.of(files):
+        typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
+        return
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)
+    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look, shard=part)
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")

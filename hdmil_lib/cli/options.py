@@ -1,8 +1,11 @@
 """Options that several commands have."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from hdmil_lib.sharing import Shard
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Decoder = Annotated[
@@ -20,6 +23,20 @@ Mpp = Annotated[
 ForceMpp = Annotated[
     float | None, typer.Option(help="Micrometers per level-0 pixel of all slides, whatever their files say.")
 ]
+
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", help="The part of the slides to do, such as 3/16: the third of sixteen; for job arrays."
+    ),
+]
+
+
+def shard_of(text: str | None) -> "Shard | None":
+    """The shard that `--shard` names, if any."""
+    from hdmil_lib.sharing import Shard
+
+    return None if text is None else Shard.parse(text)
 
 
 def scale_of(mpp: float | None, force_mpp: float | None) -> float | None:
