@@ -48,9 +48,10 @@ def progress_of(out: Path) -> Progress:
     last |= {note["slide_id"]: note for note in notes}
     last |= {row["slide_id"]: row for row in _locked(folder)}
     columns = ["slide_id", "status", "n_tiles", "seconds", "host", "pid", "error"]
-    slides = pd.DataFrame(list(last.values()), columns=columns)
+    blank = {"host": "", "error": ""}
+    slides = pd.DataFrame([blank | row for row in last.values()], columns=columns)
     slides["status"] = slides["status"].replace("skipped", "done")
-    slides = slides.astype({"n_tiles": "Int64", "pid": "Int64"}).fillna({"error": "", "host": ""})
+    slides = slides.astype({"n_tiles": "Int64", "pid": "Int64"})
     return Progress(slides, _processes(notes, slides))
 
 

@@ -230,7 +230,7 @@ def predict_many(
             own.encoder  # noqa: B018  loaded first, so that a missing encoder is noticed at once
             while (taken := todo.take()) is not None:
                 name, reason = taken
-                start, settled = time.perf_counter(), False
+                start, settled, status = time.perf_counter(), False, "skipped"
                 try:
                     row = _rows_of(out, model.classes).get(name, {"error": "new"})
                     if row["error"]:  # no other process has done it meanwhile
@@ -239,10 +239,11 @@ def predict_many(
                         with shared.exclusive(".table"):
                             rows = _rows_of(out, model.classes) | {name: row}
                             write_table(out, _table(rows.values()))
+                        status = "failed" if row["error"] else "done"
                     settled = reason is None
                 finally:
                     shared.release(name, settled=settled)
-                status, spent = "failed" if row["error"] else "done", time.perf_counter() - start
+                spent = time.perf_counter() - start
                 shared.record(name, status, row.get("n_read", 0), spent, row["error"])
                 with showing:
                     n_failed += status == "failed"
