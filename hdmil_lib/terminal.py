@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from hdmil_lib.inference.prediction import Prediction
     from hdmil_lib.models import HDMIL
+    from hdmil_lib.progress import Progress
 
 
 def predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
@@ -68,6 +69,18 @@ def print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray
 def print_seconds(seconds: dict[str, float]) -> None:
     """Print the seconds of each stage in one line."""
     typer.echo("seconds  " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+
+
+def print_progress(out: Path, progress: "Progress") -> None:
+    """Print the counts of a run, a line per process, and what failed."""
+    counts = progress.slides["status"].value_counts()
+    order = ("done", "running", "waiting", "interrupted", "failed")
+    shown = ", ".join(f"{counts[name]} {name}" for name in order if name in counts)
+    typer.echo(f"{out}: {len(progress.slides)} slides: {shown}")
+    if len(progress.processes):
+        typer.echo(progress.processes.rename(columns={"tiles_per_second": "tiles/s"}).to_string(index=False))
+    for slide in progress.slides[progress.slides["status"].isin(["interrupted", "failed"])].itertuples():
+        print_error(f"{slide.slide_id}: {slide.status}: {slide.error}")
 
 
 def print_error(message: str) -> None:

@@ -61,7 +61,7 @@ def test_each_slide_gets_a_row(folder, model, tmp_path):
         assert row | {"seconds": 0} == prediction.to_row() | {"seconds": 0, "error": ""}
     written = pd.read_csv(out, keep_default_na=False)
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
-    assert [path.name for path in out.parent.iterdir()] == ["predictions.csv"]
+    assert [path.name for path in out.parent.glob("[!.]*")] == ["predictions.csv"]
 
 
 def test_a_second_run_predicts_nothing_anew(folder, model, tmp_path, encoded):

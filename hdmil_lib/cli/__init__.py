@@ -1,12 +1,13 @@
 """The command `hdmil`, with one module per group of commands."""
 
 import io
+import signal
 import sys
 
-from hdmil_lib.cli import cohorts, features, models, prediction, quality  # registers their commands
+from hdmil_lib.cli import cluster, cohorts, features, models, prediction, quality  # registers commands
 from hdmil_lib.cli.app import app
 
-__all__ = ["app", "cohorts", "features", "main", "models", "prediction", "quality"]
+__all__ = ["app", "cluster", "cohorts", "features", "main", "models", "prediction", "quality"]
 
 
 def main() -> None:
@@ -14,4 +15,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that has no dagger shows a question mark
             stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP"):  # a time limit or a closed terminal ends as Ctrl-C does
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     app()

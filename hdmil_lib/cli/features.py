@@ -17,8 +17,10 @@ from hdmil_lib.cli.options import (
     MinSharpness,
     MinTissue,
     Mpp,
+    ShardOption,
     Tissue,
     scale_of,
+    shard_of,
     tissue_of,
 )
 from hdmil_lib.terminal import print_error
@@ -56,8 +58,12 @@ def extract(
     min_piece: MinPiece = None,
     max_hole: MaxHole = None,
     min_sharpness: MinSharpness = None,
+    shard: ShardOption = None,
 ) -> None:
-    """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
+    """Turn slides into bags of features; skip existing bags, and continue if a slide fails.
+
+    Several such commands with the same --out share the slides; `hdmil status OUT` shows how far they are.
+    """
     from hdmil_lib.config import setup
     from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders import extraction
@@ -66,15 +72,18 @@ def extract(
 
     setup()
     settings = tissue_of(tissue, min_tissue, min_saturation, min_piece, max_hole, min_sharpness)
-    scale, gpus = scale_of(mpp, force_mpp), resolve_all(device)
-    list_slides(slides)  # nothing is loaded where there are none
+    scale, gpus, part = scale_of(mpp, force_mpp), resolve_all(device), shard_of(shard)
+    files = list_slides(slides)  # nothing is loaded where there are none
+    if part is not None and not part.of(files):
+        typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
+        return
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
     report = extraction.extract(
-        slides, copies, out, mpp=scale, batch_size=batch_size, tissue=settings, looks=look
+        slides, copies, out, mpp=scale, batch_size=batch_size, tissue=settings, looks=look, shard=part
     )
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):

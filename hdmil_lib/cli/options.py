@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from hdmil_lib.sharing import Shard
     from hdmil_lib.slides.tissue import TissueSettings
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
@@ -69,6 +70,21 @@ def tissue_of(
         max_hole_um2=None if max_hole is None else max_hole * 1e6,
         min_sharpness=min_sharpness,
     )
+
+
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", help="The part of the slides to do, such as 3/16: the third of sixteen; for job arrays."
+    ),
+]
+
+
+def shard_of(text: str | None) -> "Shard | None":
+    """The shard that `--shard` names, if any."""
+    from hdmil_lib.sharing import Shard
+
+    return None if text is None else Shard.parse(text)
 
 
 def scale_of(mpp: float | None, force_mpp: float | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Mpp, scale_of
+from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Mpp, ShardOption, scale_of, shard_of
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.storage import check_output
 from hdmil_lib.terminal import (
@@ -47,11 +47,13 @@ def predict(
     mpp: Mpp = None,
     force_mpp: ForceMpp = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
+    shard: ShardOption = None,
 ) -> None:
     """Classify slides from the tiles that LIPN selects on the thumbnail.
 
     With --anytime, --max-tiles or --max-seconds the most suspicious tiles are read first. With --out the
-    predictions are written to a table; slides that are in it already are skipped.
+    predictions are written to a table; slides that are in it already are skipped. Several such commands with
+    the same --out share the slides; `hdmil status OUT` shows how far they are.
     """
     from hdmil_lib.config import setup
     from hdmil_lib.devices import resolve_all
@@ -71,7 +73,12 @@ def predict(
             "--anytime, --max-tiles and --max-seconds cannot be combined with --all-tiles, --strict, --out, "
             "--heatmap or --geojson"
         )
-    scale, files = scale_of(mpp, force_mpp), list_slides(slides)
+    scale, files, part = scale_of(mpp, force_mpp), list_slides(slides), shard_of(shard)
+    if part is not None and out is None:
+        raise HDMILError("--shard needs --out, the table that all shards write")
+    if part is not None and not part.of(files):
+        typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
+        return
     gpus = resolve_all(device)
     loaded = HDMIL.from_pretrained(model).to(gpus[0])
     loaded.decoder = decoder
@@ -81,14 +88,15 @@ def predict(
                 "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
                 "--max-seconds, --heatmap or --geojson"
             )
-        predict_table(loaded, slides, out, device=gpus, all_tiles=all_tiles, mpp=scale, strict=strict)
+        options: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
+        predict_table(loaded, slides, out, device=gpus, shard=part, **options)
         return
     slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
         predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
         return
-    options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
+    options = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
     prediction = loaded.predict(slide, progress=True, **options)
     print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")

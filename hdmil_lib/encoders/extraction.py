@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
+from hdmil_lib.bags import Bag, EncoderIdentity, read_bag, write_bag
 from hdmil_lib.config import torch_threads
+from hdmil_lib.encoders import made_by
+from hdmil_lib.encoders.made_by import TILE_MPP, TILE_SIZE, wanted_decoder
 from hdmil_lib.errors import BagError, HDMILError, SlideError
+from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides
-from hdmil_lib.slides.presets import describe
-from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
 """Function from a slide file and its grid to the share of tumor in each tile, or None if it is unknown."""
-
-TILE_SIZE, TILE_MPP = 256, 0.5
 
 
 def encode_tiles(
@@ -198,7 +197,7 @@ def extract_slide(
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = _settings(encoder, settings) | _geometry(slide, grid)
+        attrs = made_by.settings(encoder, settings) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
@@ -229,12 +228,14 @@ def extract(
     looks: Sequence[int] = (),
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
 
     Existing bags of the same encoder and settings are skipped, so an interrupted run resumes if started
-    again.
+    again. Several processes, also of several machines, may fill one folder: each slide is done by one of
+    them, and all end when all slides are done. See `hdmil_lib.sharing`.
 
     Args:
         slides: A folder, a CSV file with a column `path` and optionally `slide_id` and `mpp`, slide files, or
@@ -251,6 +252,7 @@ def extract(
         looks: Further sides at which each tile is encoded; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
+        shard: The part of the slides to extract; all by default.
         progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
 
     Returns:
@@ -267,7 +269,7 @@ def extract(
     encoders = _copies_of_one(encoder)
     settings = tissue_settings(tissue, min_tissue=min_tissue)
     files, out = list_slides(slides), Path(out)
-    twice = [name for name, count in Counter(file.slide_id for file in files).items() if count > 1]
+    twice = [name for name, count in Counter(readable(f.slide_id) for f in files).items() if count > 1]
     if twice:
         raise BagError(
             f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
@@ -282,8 +284,7 @@ def extract(
     def run(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            expected = _settings(own, settings) | _given_scale(scale)
-            info = _check_made_by(out_path, expected, looks, scale)
+            info = made_by.check_made_by(out_path, made_by.settings(own, settings), looks, scale)
             return "skipped", info["n_tiles"], info
         bag = extract_slide(
             file.path,
@@ -299,34 +300,40 @@ def extract(
         )
         return "done", len(bag), bag.attrs
 
-    todo, records = deque(files), dict[SlideFile, tuple]()
+    if shard is not None:
+        files = shard.of(files)
+    by_name, records = {readable(file.slide_id): file for file in files}, dict[str, tuple]()
     bar = tqdm(total=len(files), desc="slides", unit="slide", disable=not progress)
     showing = Lock()
 
     def work(own: "Encoder") -> None:
         """Extract slides until none is left."""
-        while True:
+        while (taken := todo.take()) is not None:
+            name, message = taken
+            start, about, settled = time.perf_counter(), dict[str, Any](), False
             try:
-                file = todo.popleft()
-            except IndexError:
-                return
-            start, message = time.perf_counter(), ""
-            about: Mapping[str, Any] = {}
-            try:
-                status, n_tiles, about = run(file, own)
+                if message is not None:
+                    raise SlideError(message)
+                status, n_tiles, made = run(by_name[name], own)
+                message, about, settled = "", dict(made), True
             except Exception as error:  # any error concerns this slide only
+                settled = message is None
                 status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
             except BaseException:
                 todo.clear()  # the other encoders end with their slide
                 raise
+            finally:
+                shared.release(name, settled=settled)
+            spent = time.perf_counter() - start
             with showing:
                 scale = (about.get(key) for key in ("mpp_x", "mpp_source", "mpp_note"))
-                spent = time.perf_counter() - start
-                records[file] = (readable(file.slide_id), status, n_tiles, spent, message, *scale)
+                records[name] = (name, status, n_tiles, spent, message, *scale)
+                shared.record(name, status, n_tiles, spent, message)
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
-    with bar:
+    with bar, SharedRun(run_folder(out), list(by_name)) as shared:
+        todo = WorkList(shared, by_name)
         if len(encoders) == 1:
             work(encoders[0])
         else:
@@ -340,7 +347,7 @@ def extract(
                     todo.clear()
                     raise
     columns = ["slide_id", "status", "n_tiles", "seconds", "error", "mpp", "mpp_source", "note"]
-    return pd.DataFrame([records[file] for file in files], columns=columns)
+    return pd.DataFrame([records[name] for name in by_name], columns=columns)
 
 
 def _read_batches(
@@ -406,7 +413,7 @@ def _read_batches(
 def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
     """The encoders as a list, checked to give the same features."""
     encoders = list(encoder) if isinstance(encoder, Sequence) else [encoder]
-    kinds = {(e.name, e.weights_hash, e.engine, e.precision, _wanted_decoder(e)) for e in encoders}
+    kinds = {(e.name, e.weights_hash, e.engine, e.precision, wanted_decoder(e)) for e in encoders}
     if len(kinds) != 1 or len(set(map(id, encoders))) < len(encoders):
         raise HDMILError(
             f"{len(encoders)} encoders of {len(kinds)} kinds; give one, or copies of one from Encoder.to."
@@ -414,38 +421,14 @@ def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
     return encoders
 
 
-def _wanted_decoder(encoder: "Encoder") -> str:
-    """The decoder of an encoder; one of the user's own need not name any."""
-    return getattr(encoder, "decoder", "cpu")
-
-
 def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCodec | None":
     """The decoder of the encoder's GPU if the encoder asks for it and the slide allows it, else None."""
-    if _wanted_decoder(encoder) != "nvjpeg":
+    if wanted_decoder(encoder) != "nvjpeg":
         return None
     from hdmil_lib.slides.gpu_decoding import nvjpeg
 
     decoder = nvjpeg(encoder.device)
     return decoder if slide.can_decode(grid.mpp, decoder) else None
-
-
-def _settings(encoder: "Encoder", tissue: TissueSettings) -> dict[str, Any]:
-    """Attributes that an existing bag must have to be skipped."""
-    return {
-        "encoder": encoder.name,
-        "weights_hash": encoder.weights_hash,
-        "decoder": _wanted_decoder(encoder),
-        "patch_size": TILE_SIZE,
-        "tile_mpp": TILE_MPP,
-        "min_tissue": tissue.min_tissue,
-        "tissue": describe(tissue),
-    }
-
-
-def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
-    if mpp is None or isinstance(mpp, IfUnknown):
-        return {}
-    return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
 
 
 def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
@@ -462,33 +445,6 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
         "mpp_source": slide.scale.source,
         "mpp_note": "; ".join(slide.scale.notes),
     }
-
-
-def _check_made_by(
-    path: Path,
-    wanted: dict[str, Any],
-    looks: Sequence[int],
-    scale: float | tuple[float, float] | None,
-) -> dict[str, Any]:
-    """What a bag says of itself; raises a BagError unless it was made with the wanted settings and looks."""
-    info = {"decoder": "cpu", "tissue": "default"} | bag_info(path)  # bags of version 0.2.0 do not say so
-    for key, value in wanted.items():
-        if info.get(key) != value:
-            raise BagError(
-                f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
-                "another folder, or delete the bag to extract the slide again."
-            )
-    if info.get("mpp_source") == "given" and (scale is None or isinstance(scale, IfUnknown)):
-        raise BagError(
-            f"{path}: already there, but made with a scale that was given, {info['mpp_x']:g} um/px. Give it "
-            "again (--force-mpp), use another folder, or delete the bag to extract the slide again."
-        )
-    if missing := set(looks) - set(info["looks"]):
-        raise BagError(
-            f"{path}: already there, but without a look of {min(missing)} pixels. Use another folder, or "
-            "delete the bag to extract the slide again."
-        )
-    return info
 
 
 def _show_rate(bar: tqdm, records: list[tuple]) -> None:

@@ -1,6 +1,7 @@
 """Prediction of slide files and bags."""
 
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
+from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.slides.listing import list_slides
+from hdmil_lib.slides.listing import SlideFile, list_slides
 from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
@@ -173,13 +175,15 @@ def predict_many(
     out: str | Path,
     all_tiles: bool = False,
     device: str | torch.device | Sequence[str | torch.device] = "auto",
+    shard: Shard | None = None,
     progress: bool = True,
     **options: Any,
 ) -> "pd.DataFrame":
     """Classify many slides into a CSV file, one row per slide, written after every slide.
 
     Slides that are in the file without an error are skipped, so an interrupted run resumes if started again.
-    If a slide fails, its row holds the error and the run continues. Several GPUs take the slides in turn.
+    If a slide fails, its row holds the error and the run continues. Several GPUs take the slides in turn, and
+    so do several processes that write the same file; see `hdmil_lib.sharing`.
 
     Args:
         model: The model.
@@ -187,6 +191,7 @@ def predict_many(
         out: The CSV file.
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
         device: Device or devices, as `devices.resolve_all` takes them; "auto" is the model's GPU, or all.
+        shard: The part of the slides to classify; all by default.
         progress: Whether a bar over slides is shown.
         **options: Further options of `predict_slide`.
 
@@ -205,40 +210,48 @@ def predict_many(
     targets = devices.resolve_all(device) if moved else [model.device]
 
     files, out = list_slides(slides), Path(out)
-    names = {file: readable(file.slide_id) for file in files}
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    twice = [name for name, count in Counter(readable(f.slide_id) for f in files).items() if count > 1]
     if twice:
         raise SlideError(
             f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
         )
-    rows = _rows_of(out, model.classes)
-    todo = deque(file for file in files if rows.get(names[file], {"error": "new"})["error"])
-    bar = tqdm(total=len(files), initial=len(files) - len(todo), unit="slide", disable=not progress)
-    writing = Lock()
+    if shard is not None:
+        files = shard.of(files)
+    by_name = {readable(file.slide_id): file for file in files}
+    finished = {name for name, row in _rows_of(out, model.classes).items() if not row["error"]}
+    todo_names = [name for name in by_name if name not in finished]
+    n_failed, showing = 0, Lock()
+    bar = tqdm(total=len(files), initial=len(files) - len(todo_names), unit="slide", disable=not progress)
 
     def work(own: HDMIL, target: torch.device) -> None:
         """Classify slides until none is left."""
+        nonlocal n_failed
         with running_on(own, target):
             own.encoder  # noqa: B018  loaded first, so that a missing encoder is noticed at once
-            while True:
+            while (taken := todo.take()) is not None:
+                name, reason = taken
+                start, settled, status = time.perf_counter(), False, "skipped"
                 try:
-                    file = todo.popleft()
-                except IndexError:
-                    return
-                try:
-                    given = options | {"mpp": file.scale(options.get("mpp"))}
-                    prediction = predict_slide(own, file.path, all_tiles=all_tiles, device=target, **given)
-                    row = prediction.to_row() | {"slide_id": names[file], "error": ""}
-                except Exception as error:  # any error concerns this slide only
-                    message = readable(" ".join(str(error).split())) or type(error).__name__
-                    row = {"slide_id": names[file], "error": message}
-                with writing:
-                    rows[names[file]] = row
-                    write_table(out, _table(rows.values()))
+                    row = _rows_of(out, model.classes).get(name, {"error": "new"})
+                    if row["error"]:  # no other process has done it meanwhile
+                        given = {"all_tiles": all_tiles, "device": target, **options}
+                        row = _row_of(own, by_name[name], reason, given)
+                        with shared.exclusive(".table"):
+                            rows = _rows_of(out, model.classes) | {name: row}
+                            write_table(out, _table(rows.values()))
+                        status = "failed" if row["error"] else "done"
+                    settled = reason is None
+                finally:
+                    shared.release(name, settled=settled)
+                spent = time.perf_counter() - start
+                shared.record(name, status, row.get("n_read", 0), spent, row["error"])
+                with showing:
+                    n_failed += status == "failed"
                     bar.update()
-                    bar.set_postfix(failed=sum(bool(row["error"]) for row in rows.values()), refresh=False)
+                    bar.set_postfix(failed=n_failed, refresh=False)
 
-    with bar:
+    with bar, SharedRun(run_folder(out), todo_names) as shared:
+        todo = WorkList(shared, todo_names)
         if len(targets) == 1:
             work(model, targets[0])
         else:
@@ -249,14 +262,28 @@ def predict_many(
                 except BaseException:
                     todo.clear()  # the other threads end with their slide
                     raise
-    return _table(rows[names[file]] for file in files)
+    rows = _rows_of(out, model.classes)
+    return _table(rows[name] for name in by_name)
+
+
+def _row_of(model: HDMIL, file: SlideFile, reason: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The row of a slide in the table: its prediction, or why there is none."""
+    name = readable(file.slide_id)
+    try:
+        if reason is not None:
+            raise SlideError(reason)
+        given = options | {"mpp": file.scale(options.get("mpp"))}
+        return predict_slide(model, file.path, **given).to_row() | {"slide_id": name, "error": ""}
+    except Exception as error:  # any error concerns this slide only
+        message = readable(" ".join(str(error).split())) or type(error).__name__
+        return {"slide_id": name, "error": message}
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
     """Rows as a table; counts are integers also if slides without counts are among them."""
     import pandas as pd
 
-    table = pd.DataFrame(list(rows))
+    table = pd.DataFrame(list(rows) or {"slide_id": [], "error": []})
     table = table[[name for name in table if name != "error"] + ["error"]]
     return table.astype({name: "Int64" for name in COUNTS if name in table})
 
@@ -281,6 +308,7 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
             dtype={"slide_id": str, "label": str, "error": str},
             keep_default_na=False,  # a slide or a class may be called "NA"
             na_values=[""],
+            float_precision="round_trip",
         )
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise CheckpointError(f"{out}: no table of predictions ({error}); choose another file") from error
