@@ -46,8 +46,9 @@ def _quotas(strata: dict[tuple[str, str], list[RemoteSlide]], n_slides: int) -> 
         share = n_slides // len(classes) + (index < n_slides % len(classes))
         parts = sorted(part for found, part in strata if found == label)
         total = sum(len(strata[label, part]) for part in parts)
+        most = max(share - len(parts) + 1, 0)
         for part in parts[1:]:
-            quotas[label, part] = min(max(1, round(share * len(strata[label, part]) / total)), share)
+            quotas[label, part] = min(max(1, round(share * len(strata[label, part]) / total)), most)
         quotas[label, parts[0]] = share - sum(quotas[label, part] for part in parts[1:])
     return quotas
 
