@@ -1,16 +1,21 @@
 """Commands for public cohorts: fetch and reproduce."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.errors import HDMILError
+from hdmil_lib.cli.options import Devices
+from hdmil_lib.errors import CohortError, HDMILError, nearest
+from hdmil_lib.storage import check_output
 from hdmil_lib.terminal import print_error
 
 if TYPE_CHECKING:
     from hdmil_lib.public.fetching import Fetched, Plan
+    from hdmil_lib.reproduce.experiment import Experiment
 
 
 @app.command()
@@ -100,3 +105,102 @@ def _print_fetched(fetched: "Fetched") -> None:
     typer.echo(f"{fetched.n_slides} slides are here; files checked: {counts}")
     for slide_id, reason in fetched.failed.items():
         print_error(f"{slide_id}: {reason}")
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="camelyon16, nsclc or brca.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of slides, bags, runs and tables.")],
+    slides: Annotated[
+        int | None, typer.Option(min=2, help="The small version, on this many slides; see `hdmil fetch`.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="resnet50 is the paper's; efficientnet_lite0 needs no download.")
+    ] = "resnet50",
+    method: Annotated[
+        list[str], typer.Option(help="A system to train, instead of the paper's; can be repeated.")
+    ] = [],  # noqa: B006
+    folds: Annotated[int, typer.Option(help="Number of folds, three or more.")] = 10,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
+    timed: Annotated[int, typer.Option(min=1, help="Number of slides for Table 2.")] = 3,
+    skip: Annotated[
+        list[str], typer.Option(help="Stage to skip: fetch, extract, train, time; can be repeated.")
+    ] = [],  # noqa: B006
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of folds, initial weights and training.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes, at least one per GPU.")] = 2,
+    device: Devices = "auto",
+    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking.")] = False,
+) -> None:
+    """Fetch a cohort of the paper, train its systems, and write Tables 1 to 3 beside the paper's figures.
+
+    What it takes is shown first. An interrupted run goes on from where it stopped. On Camelyon16 all folds
+    are tested on the official test part.
+    """
+    from hdmil_lib.config import setup
+    from hdmil_lib.reproduce import experiment as stages
+
+    methods = tuple(method) if method else ()
+    wanted = stages.Experiment(
+        name, folder, encoder, methods, folds, epochs, timed, seed, device=device, workers=workers
+    )
+    stages.check_experiment(wanted)
+    _check_stages(skip, stages.STAGES[:-1])
+    setup(seed)
+    check_output(folder, folder=True)
+    if not methods:
+        wanted = replace(wanted, methods=stages.paper_methods(name))
+    plan = None if "fetch" in skip else _plan_of_paper(name, folder, slides)
+    n_slides = len(plan.slides) if plan else len(stages.labels_of(wanted))
+    for stage, line in stages.remaining(wanted, n_slides).items():
+        typer.echo(f"  {stage:8} {'skipped' if stage in skip else line}")
+    if not yes:
+        typer.confirm("Begin?", abort=True)
+    failed = _run_stages(wanted, plan, skip)
+    typer.echo(stages.write_tables(wanted, failed))
+    typer.echo(f"tables  {wanted.tables / 'report.md'}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run_stages(experiment: "Experiment", plan: "Plan | None", skip: Sequence[str]) -> dict[str, str]:
+    """Run the stages up to the tables; returns reasons by slide_id of slides that failed."""
+    from hdmil_lib.public.fetching import fetch as fetch_slides
+    from hdmil_lib.reproduce import experiment as stages
+
+    failed: dict[str, str] = {}
+    if plan is not None:
+        fetched = fetch_slides(plan)
+        _print_fetched(fetched)
+        failed |= fetched.failed
+    if "extract" not in skip:
+        failed |= stages.extract_bags(experiment)
+    for slide_id, reason in failed.items():
+        print_error(f"{slide_id}: {reason}; left out")
+    if "train" not in skip:
+        stages.train_systems(experiment)
+    if "time" not in skip:
+        stages.time_systems(experiment)
+    return failed
+
+
+def _plan_of_paper(name: str, folder: Path, slides: int | None) -> "Plan":
+    """The plan of the download, printed."""
+    from hdmil_lib.public.fetching import plan_fetch
+
+    try:
+        plan = plan_fetch(name, folder, n_slides=slides)
+    except CohortError as error:
+        raise CohortError(f"{error}; or use the slides in {folder} with --skip fetch") from error
+    _print_plan(plan)
+    plan.check_space()
+    return plan
+
+
+def _check_stages(skip: Sequence[str], known: Sequence[str]) -> None:
+    for stage in skip:
+        if stage not in known:
+            raise HDMILError(
+                f"there is no stage {stage!r}{nearest(stage, known)}; --skip takes {', '.join(known)}"
+            )
