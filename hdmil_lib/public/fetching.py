@@ -20,6 +20,9 @@ from hdmil_lib.storage import check_output, read_table, write_json, write_table
 SLIDES, LABELS, FILES, SOURCE = "slides", "cohort.csv", "files.csv", "source.json"
 """What the folder of a fetched cohort holds: slides, labels, one row per file, and where all comes from."""
 
+ALL_SLIDES = "slides of the whole cohort"
+"""Entry of `source.json`: their number, faulty ones left out."""
+
 RESERVE = 10**9
 """Bytes that stay free on the disk."""
 
@@ -272,7 +275,7 @@ def _finish(plan: Plan, done: _Progress) -> Fetched:
             "licence": plan.cohort.licence,
             "home": plan.cohort.home,
             "slides": len(arrived),
-            "slides of the whole cohort": plan.n_all,
+            ALL_SLIDES: plan.n_all,
             "faults": describe(plan.cohort.faults),
             "notes": list(plan.cohort.notes),
         },

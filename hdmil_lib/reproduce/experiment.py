@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hdmil_lib.errors import CohortError, HDMILError, nearest
 from hdmil_lib.methods import METHODS, check_methods
-from hdmil_lib.storage import read_table, write_table, write_whole
+from hdmil_lib.public.fetching import ALL_SLIDES, LABELS, SOURCE
+from hdmil_lib.storage import read_json, read_table, write_table, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ class Experiment:
     @property
     def labels(self) -> Path:
         """Label table that `hdmil fetch` wrote."""
-        return self.folder / "cohort.csv"
+        return self.folder / LABELS
 
     @property
     def bags(self) -> Path:
@@ -83,7 +84,7 @@ class Experiment:
     @property
     def timings(self) -> Path:
         """Table of seconds per slide."""
-        return self.folder / "timings" / f"{self.encoder}.csv"
+        return self.runs / "timings.csv"
 
     @property
     def tables(self) -> Path:
@@ -277,11 +278,13 @@ def _heading(experiment: Experiment, cv: "CrossValidation", failed: dict[str, st
     table = labels_of(experiment)
     n_slides = len(experiment.slides_with_bags())
     counts = ", ".join(f"{n} {label}" for label, n in table["label"].value_counts().sort_index().items())
+    source = experiment.folder / SOURCE
+    whole = f" The whole cohort has {read_json(source)[ALL_SLIDES]}." if source.is_file() else ""
     official = "split" in table
     lines = [
         f"# {PAPER_NAMES[experiment.name]}",
         "",
-        f"- {n_slides} slides with features of {len(table)} fetched ones ({counts}).",
+        f"- {n_slides} slides with features of {len(table)} fetched ones ({counts}).{whole}",
         f"- Encoder {experiment.encoder}, {_of_the_paper(experiment.encoder)}.",
         f"- {cv.n_folds} folds"
         + (" of the official training part, each tested on the official test part." if official else "."),
