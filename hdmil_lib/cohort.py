@@ -267,13 +267,7 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
     """
     if n_folds < 3:
         raise CohortError(f"{n_folds} folds cannot hold train, validation and test; ask for three or more")
-    from sklearn.model_selection import StratifiedKFold  # takes a second to import
-
-    cases = _strata(cohort, n_folds)
-    divider = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    divided = [cases.index[members] for _, members in divider.split(cases.index, cases)]
-    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(divided)])
-    groups = cohort.table["case_id"].map(group_of).to_numpy()
+    groups = _groups(cohort, n_folds, seed)
     slides = cohort.table["slide_id"].to_numpy()
 
     splits = []
@@ -281,6 +275,45 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
         test, val = groups == fold, groups == (fold + 1) % n_folds
         splits.append(Split(*(tuple(slides[part].tolist()) for part in (~test & ~val, val, test))))
     return splits
+
+
+def splits_with_test(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
+    """Divide the training part of an official split into folds, which all have the official test part.
+
+    The cases whose `split` is "train" are divided into `n_folds` groups, stratified by class. In fold k,
+    group k is the validation part, and the others the training part.
+
+    Raises:
+        CohortError: `split` is neither "train" nor "test" for a slide, fewer than two folds, or a class is in
+            fewer training cases than there are folds.
+    """
+    parts = cohort.table["split"].astype(str).str.strip().str.lower()
+    ids = cohort.table["slide_id"]
+    what = f"{cohort.root}: `split` is neither train nor test for"
+    _refuse(ids[~parts.isin(("train", "test"))].tolist(), what, "correct it, or drop the column")
+    if n_folds < 2:
+        raise CohortError(f"{n_folds} folds cannot hold train and validation; ask for two or more")
+    test, rest = tuple(ids[parts == "test"]), cohort.select(ids[parts == "train"].tolist())
+    groups, slides = _groups(rest, n_folds, seed), rest.table["slide_id"].to_numpy()
+    return [
+        Split(tuple(slides[groups != fold].tolist()), tuple(slides[groups == fold].tolist()), test)
+        for fold in range(n_folds)
+    ]
+
+
+def _groups(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
+    """Group of each slide, int64 (n_slides,): cases are divided at random, stratified by class.
+
+    Raises:
+        CohortError: A class is in fewer cases than there are groups.
+    """
+    from sklearn.model_selection import StratifiedKFold  # takes a second to import
+
+    cases = _strata(cohort, n_folds)
+    divider = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    divided = [cases.index[members] for _, members in divider.split(cases.index, cases)]
+    group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(divided)])
+    return cohort.table["case_id"].map(group_of).to_numpy()
 
 
 def _strata(cohort: Cohort, n_folds: int) -> pd.Series:

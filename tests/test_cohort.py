@@ -18,6 +18,7 @@ from hdmil_lib.cohort import (
     column_split,
     make_splits,
     read_splits,
+    splits_with_test,
     write_splits,
 )
 from hdmil_lib.errors import BagError, CohortError
@@ -293,6 +294,28 @@ def test_a_bad_column_split_is_refused():
         column_split(with_column(["train", "dev", "val", None, "test"]))
     with pytest.raises(CohortError, match="no slide has `split` val"):
         column_split(with_column(["train", "test", "test"]))
+
+
+def test_an_official_test_part_is_that_of_all_folds():
+    parts = ["train"] * 12 + ["test"] * 4
+    cohort = with_column(parts)
+    splits = splits_with_test(cohort, 3, seed=0)
+    check_splits(splits, cohort)
+    assert {split.test for split in splits} == {tuple(cohort.slide_ids[12:])}
+    assert sorted(name for split in splits for name in split.val) == sorted(cohort.slide_ids[:12])
+    for split in splits:
+        assert sorted(split.train + split.val) == sorted(cohort.slide_ids[:12])
+        assert sorted(cohort.label_of[name] for name in split.val) == [0, 0, 1, 1]
+    assert splits_with_test(cohort, 3, seed=1) != splits
+
+
+def test_an_official_test_part_that_cannot_be_used_is_refused():
+    with pytest.raises(CohortError, match="neither train nor test for 2-0"):
+        splits_with_test(with_column(["train", "test", "val"]), 2, 0)
+    with pytest.raises(CohortError, match="two or more"):
+        splits_with_test(with_column(["train", "train", "test"]), 1, 0)
+    with pytest.raises(CohortError, match="fewer than the 5 folds"):
+        splits_with_test(with_column(["train"] * 6 + ["test"] * 2), 5, 0)
 
 
 def test_the_column_split_is_read_from_the_table(tmp_path):

@@ -4,10 +4,18 @@ import io
 import signal
 import sys
 
-from hdmil_lib.cli import cluster, cohorts, features, models, prediction, quality  # registers commands
+from hdmil_lib.cli import (  # importing a module registers its commands
+    cluster,
+    cohorts,
+    features,
+    models,
+    prediction,
+    public,
+    quality,
+)
 from hdmil_lib.cli.app import app
 
-__all__ = ["app", "cluster", "cohorts", "features", "main", "models", "prediction", "quality"]
+__all__ = ["app", "cluster", "cohorts", "features", "models", "prediction", "public", "quality", "main"]
 
 
 def main() -> None:

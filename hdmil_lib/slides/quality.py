@@ -27,7 +27,7 @@ FOLD_DENSITY = 1.9
 
 MIN_FOLD_UM, MIN_FOLD_WIDTH_UM, FOLD_ASPECT = 400.0, 40.0, 3.0
 """Least length and width in um of a fold, and how many times longer than wide it is. Dense round areas, such
-as follicles of lymphocytes, are no folds. Dense bands may be taken for one, so that folds are reported only."""
+as follicles of lymphocytes, are no folds. Dense bands may be taken for one, so folds are only reported."""
 
 
 class Square(IntEnum):

@@ -1,0 +1,1 @@
+"""Public cohorts: what there is, which slides of it, and their download."""
