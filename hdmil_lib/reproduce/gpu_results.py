@@ -88,7 +88,8 @@ def operator_box(
     """
     moved = [_short(n / 1e6) for n in (bound.eager_bytes, bound.fused_bytes)]
     table = {"MB moved, calculated": moved}
-    for device, result in (results or {"a GPU": None}).items():
+    devices: Mapping[str, Result | None] = results or {"a GPU": None}
+    for device, result in devices.items():
         wanted = (operator, size, step)
         own = [r for r in _rows(result, "operators") if (r["operator"], r["size"], r["pass"]) == wanted]
         forms = {row["form"]: row for row in _best(own, "dtype", WIDTHS)}

@@ -1,7 +1,7 @@
 """Pictures of how a kernel uses a processor: the roofline, blocks, memory transactions, measured times."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -156,7 +156,7 @@ def gpu_times(times: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax, (8.4, 0.42 * len(times) + 1.2))
     rows = np.arange(len(times))
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "roof": {"marker": "|", "color": VERMILION, "ms": 15, "mew": 2.5},
         "kernel": {"marker": "o", "color": BLUE, "ms": 8},
         "formula": {"marker": "o", "mfc": "white", "color": INK, "ms": 8},
