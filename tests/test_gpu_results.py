@@ -11,10 +11,12 @@ import pytest
 from conftest import REPOSITORY
 
 from hdmil_lib import kernels
+from hdmil_lib.kernels import cost
 from hdmil_lib.models import MODELS
 from hdmil_lib.reproduce.gpu_results import (
     FAILED,
     NOT_MEASURED,
+    operator_box,
     operator_table,
     prediction_table,
     read_gpu_results,
@@ -280,3 +282,22 @@ def test_the_search_for_blocks_launches_every_kernel_with_others():
     environment |= {"PYTHONPATH": str(REPOSITORY / "benchmarks")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout.split() == ["7"], run.stderr[-2000:]
+
+
+def test_the_box_of_an_operator_has_bytes_and_what_was_measured():
+    row = {"operator": "gumbel_mask", "size": "N = 10", "pass": "forward", "dtype": "float32"}
+    rows = [
+        {**row, "form": "eager", "gpu_ms": 2.0, "ms": 3.0, "launches": 9},
+        {**row, "form": "triton", "gpu_ms": 0.5, "ms": 1.0},
+    ]
+    bound = cost.gumbel_mask(10, 2)
+    box = operator_box({"A": {"operators": {"rows": rows}}}, "gumbel_mask", "N = 10", bound)
+    assert box.loc["MB moved, calculated"].astype(float).tolist() == [
+        bound.eager_bytes / 1e6,
+        bound.fused_bytes / 1e6,
+    ]
+    assert box.loc["GPU busy, ms, A"].tolist() == ["2", "0.5"]
+    assert box.loc["launches, A"].tolist() == ["9", NOT_MEASURED]
+    for results in ({}, {"A": None}):
+        box = operator_box(results, "gumbel_mask", "N = 10", bound)
+        assert (box.iloc[1:] == NOT_MEASURED).all(axis=None)

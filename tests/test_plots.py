@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 
 from hdmil_lib.bags import Bag
-from hdmil_lib.viz import overlays, plots
+from hdmil_lib.viz import hardware, overlays, plots
 from hdmil_lib.viz.guarantee import anytime_curves
 from hdmil_lib.viz.pipeline import LIT_EDGE, STEPS
 from hdmil_lib.viz.scores import auc_intervals, reliability_plot
@@ -357,6 +357,7 @@ GROWN = SimpleNamespace(n_read=np.array([1, 2]), probabilities=np.full((2, 2), 0
 COST = SimpleNamespace(flops=1e9, eager_bytes=1e8, intensity=20.0, matrix=True)
 DEVICE = SimpleNamespace(name=NAME, bytes=3e12, matrix_flops=8e14, vector_flops=6e13)
 INTERVAL = {"pooled_auc": 0.9, "pooled_low": 0.8, "pooled_high": 0.95, "p_holm": np.nan}
+TIMES = pd.DataFrame({"roof": 0.1, "kernel": 0.3, "formula": np.nan, "call of the kernel": 1.0}, ["op"])
 NAMED = {
     "attention_overlay": lambda grid: overlays.attention_overlay(grid, np.ones(len(grid.rowcol)), label=NAME),
     "gallery": lambda grid: overlays.gallery(np.zeros((1, 16, 16, 3), np.uint8), [NAME]),
@@ -374,6 +375,7 @@ NAMED = {
     "roofline, operator": lambda grid: plots.roofline({NAME: COST}, DEVICE),
     "roofline, device": lambda grid: plots.roofline({"a": COST}, DEVICE),
     "program_grid": lambda grid: plots.program_grid(4, 4, (2, 2), axes=(NAME, "column")),
+    "gpu_times": lambda grid: plots.gpu_times(TIMES.rename(index={"op": NAME})),
     "anytime_curves, legend": lambda grid: anytime_curves([GROWN], [0], classes=(NAME, "tumor")),
     "anytime_curves, axis": lambda grid: anytime_curves([GROWN], [1], classes=("normal", NAME)),
     "reliability_plot": lambda grid: reliability_plot(folds_of_name()),
@@ -422,6 +424,22 @@ def test_a_prediction_is_not_left_open_in_pyplot(grid):
     figure = overlays.prediction_figure(made_up_prediction(grid))
     assert isinstance(figure, Figure)
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("stride", "moved"), [(1, 4), (2, 8), (8, 32), (13, 32)])
+def test_a_warp_touches_as_many_sectors_as_counted_by_hand(stride, moved):
+    assert hardware.sectors(stride) == moved
+
+
+def test_coalescing_tells_the_share_of_bytes_that_is_used():
+    labels = [label.get_text() for label in plots.coalescing((1, 13)).get_yticklabels()]
+    assert labels == ["stride 1: 128 B moved, 100% used", "stride 13: 1,024 B moved, 12% used"]
+
+
+def test_a_measured_operator_stands_below_the_roof():
+    ax = plots.roofline({"a": COST}, DEVICE, seconds={"a": 1e-5})
+    (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
+    assert cross.get_xydata()[0] == pytest.approx([20, 100])  # 1e9 operations in 10 us are 100 TFLOP/s
 
 
 def test_tissue_needs_a_mask(grid):

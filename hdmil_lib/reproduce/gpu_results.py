@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from hdmil_lib import kernels
+from hdmil_lib.kernels.cost import Cost
 from hdmil_lib.models import MODELS
 from hdmil_lib.reproduce.timing import STAGES
 
@@ -66,6 +67,36 @@ def operator_table(result: Result | None) -> pd.DataFrame:
             "of the roof": share if share in (NOT_MEASURED, FAILED) else f"{share} %",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("operator")
+
+
+def operator_box(
+    results: Mapping[str, Result], operator: str, size: str, bound: Cost, *, step: str = "forward"
+) -> pd.DataFrame:
+    """One operator on a GPU: the bytes of its formula and of its fused form, and what was measured.
+
+    Args:
+        results: Results of `read_gpu_results`.
+        operator: Name of the operator in `hdmil_lib.kernels`.
+        size: Size as in the results.
+        bound: Its calculated cost at this size.
+        step: "forward" or "forward and backward".
+
+    Returns:
+        Text with the columns `formula` and `kernel`: megabytes moved (calculated), and for each device with
+        results the milliseconds in which the GPU is busy, those of a whole call, and the number of launches.
+        A device without this operator, and the absence of devices, read "not measured".
+    """
+    moved = [_short(n / 1e6) for n in (bound.eager_bytes, bound.fused_bytes)]
+    table = {"MB moved, calculated": moved}
+    devices: Mapping[str, Result | None] = results or {"a GPU": None}
+    for device, result in devices.items():
+        wanted = (operator, size, step)
+        own = [r for r in _rows(result, "operators") if (r["operator"], r["size"], r["pass"]) == wanted]
+        forms = {row["form"]: row for row in _best(own, "dtype", WIDTHS)}
+        pair = forms.get("eager"), forms.get("triton")
+        for key, name in (("gpu_ms", "GPU busy, ms"), ("ms", "whole call, ms"), ("launches", "launches")):
+            table[f"{name}, {device}"] = [_figure(row, key) for row in pair]
+    return pd.DataFrame.from_dict(table, orient="index", columns=["formula", "kernel"])
 
 
 def training_table(result: Result | None, *, precision: str = "bf16", cohort: str = "paper") -> pd.DataFrame:

@@ -1,24 +1,44 @@
-"""Pictures of how a kernel uses a processor: the roofline, and which program owns which block."""
+"""Pictures of how a kernel uses a processor: the roofline, blocks, memory transactions, measured times."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from hdmil_lib.viz.style import BLUE, CYCLE, MUTED, PALE, VERMILION, axes_or_new, plain
+from hdmil_lib.viz.style import BLUE, CYCLE, INK, MUTED, ORANGE, PALE, VERMILION, axes_or_new, plain
 
 if TYPE_CHECKING:  # drawing needs no operator: their import would take seconds
     from hdmil_lib.kernels.cost import Cost, Device
 
+SECTOR = 32
+"""Bytes of the smallest piece of memory that a GPU reads: a sector of a cache line."""
 
-def roofline(costs: "Mapping[str, Cost]", device: "Device", ax: Axes | None = None) -> Axes:
+WARP, FLOAT32 = 32, 4
+"""Threads that load together, and bytes of a number."""
+
+
+def roofline(
+    costs: "Mapping[str, Cost]",
+    device: "Device",
+    ax: Axes | None = None,
+    *,
+    seconds: Mapping[str, float] | None = None,
+) -> Axes:
     """Operations per second that a device can reach at each intensity, and where operators stand.
 
-    An open dot is the textbook form with all its intermediate tensors, a filled dot the fused operator. All
-    dots lie on the roof: they show what the arithmetic allows, not what was measured.
+    An open dot is the textbook form with all its intermediate tensors, a filled dot the fused operator. These
+    dots lie on the roof: they show what the arithmetic allows. A cross is what a fused operator reached.
+
+    Args:
+        costs: Calculated cost of each operator, by its name.
+        device: The processor.
+        ax: Axes to draw on.
+        seconds: Measured time of fused operators in seconds, by the names in `costs`.
     """
+    seconds = seconds or {}
     ax = axes_or_new(ax, (8, 4.2))
     x = np.geomspace(0.02, 3000, 200)
     for peak, name in ((device.vector_flops, "vector units"), (device.matrix_flops, "tensor cores")):
@@ -42,12 +62,15 @@ def roofline(costs: "Mapping[str, Cost]", device: "Device", ax: Axes | None = No
                 va="bottom",
                 bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )
+        if name in seconds:
+            reached = cost.flops / seconds[name] / 1e12
+            ax.plot(cost.intensity, reached, "X", color=color, mec="white", ms=9)
         ax.plot([], [], "o", color=color, label=f"{i + 1}  {plain(name)}")
-    ax.set(
-        xscale="log", yscale="log", xlabel="operations per byte", ylabel="10¹² operations per second, at most"
-    )
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="10¹² operations per second")
+    measured = "cross = measured" if seconds else "not measured"
     ax.set_title(
-        f"{plain(device.name)}: open = textbook form, filled = fused (arithmetic, not measured)", fontsize=10
+        f"{plain(device.name)}: open = textbook form, filled = fused (both calculated), {measured}",
+        fontsize=10,
     )
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     return ax
@@ -83,4 +106,67 @@ def program_grid(
     ax.set(xlabel=plain(axes[1]), ylabel=plain(axes[0]))
     ax.set_title(f"{n_programs} programs; {idle:.0%} of their elements are masked (gray)", fontsize=10)
     ax.grid(False)
+    return ax
+
+
+def sectors(stride: int) -> int:
+    """Number of sectors that a warp touches when thread i loads the float32 with index i * stride."""
+    return len({i * stride * FLOAT32 // SECTOR for i in range(WARP)})
+
+
+def coalescing(strides: Sequence[int] = (1, 2, 13), ax: Axes | None = None) -> Axes:
+    """What one load of a warp brings from memory, for several distances between the numbers of its threads.
+
+    Every square is a float32 in memory. Blue ones are asked for; pale ones share a sector with them and are
+    moved without being asked for. White ones stay where they are.
+
+    Args:
+        strides: Distances between the numbers of neighboring threads, in numbers; each becomes a row.
+        ax: Axes to draw on.
+    """
+    ax = axes_or_new(ax, (9, 0.55 * len(strides) + 1.1))
+    per_sector, shown = SECTOR // FLOAT32, 128
+    picture = np.zeros((len(strides), shown))
+    labels = []
+    for row, stride in enumerate(strides):
+        asked = np.arange(WARP) * stride
+        moved = (asked // per_sector)[:, None] * per_sector + np.arange(per_sector)
+        picture[row, moved[moved < shown]] = 1
+        picture[row, asked[asked < shown]] = 2
+        useful = WARP * FLOAT32 / (sectors(stride) * SECTOR)
+        labels.append(f"stride {stride}: {sectors(stride) * SECTOR:,} B moved, {useful:.0%} used")
+    ax.imshow(picture, cmap=ListedColormap(["white", "#cfe3f3", BLUE]), vmin=0, vmax=2, aspect="auto")
+    ax.set_yticks(range(len(strides)), labels)
+    ax.set_xticks(np.arange(0, shown + 1, per_sector) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(strides) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=1.5)
+    ax.tick_params(which="both", length=0)
+    ax.set(xlabel=f"index of the number in memory (the first {shown}); lines separate sectors of {SECTOR} B")
+    return ax
+
+
+def gpu_times(times: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Milliseconds of operators on a GPU: what the roof allows, kernel and formula, and whole calls.
+
+    Args:
+        times: Indexed by operator; columns `roof`, `kernel` and `formula` (milliseconds in which the GPU is
+            busy) and `call of the kernel` (milliseconds of a call, the host's part included). nan is left
+            out.
+        ax: Axes to draw on; the times have a logarithmic axis.
+    """
+    ax = axes_or_new(ax, (8.4, 0.42 * len(times) + 1.2))
+    rows = np.arange(len(times))
+    looks: dict[str, dict[str, Any]] = {
+        "roof": {"marker": "|", "color": VERMILION, "ms": 15, "mew": 2.5},
+        "kernel": {"marker": "o", "color": BLUE, "ms": 8},
+        "formula": {"marker": "o", "mfc": "white", "color": INK, "ms": 8},
+        "call of the kernel": {"marker": "x", "color": ORANGE, "ms": 8, "mew": 2},
+    }
+    ax.hlines(rows, times.min(axis=1), times.max(axis=1), color=PALE, lw=5, zorder=0)
+    for name, look in looks.items():
+        label = name if name in ("roof", "call of the kernel") else f"GPU busy, {name}"
+        ax.plot(times[name], rows, ls="none", label=label, **look)
+    ax.set_yticks(rows, [plain(name) for name in times.index])
+    ax.set(xscale="log", xlabel="milliseconds", ylim=(len(times) - 0.5, -0.5))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
     return ax

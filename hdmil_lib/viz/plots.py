@@ -13,7 +13,7 @@ from numpy.polynomial import chebyshev
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from hdmil_lib.viz.hardware import program_grid, roofline
+from hdmil_lib.viz.hardware import coalescing, gpu_times, program_grid, roofline
 from hdmil_lib.viz.overlays import (
     attention_overlay,
     gallery,
@@ -46,9 +46,11 @@ from hdmil_lib.viz.style import (
 __all__ = [
     "attention_overlay",
     "chebyshev_polynomials",
+    "coalescing",
     "cost_growth",
     "cost_of_screening",
     "gallery",
+    "gpu_times",
     "gumbel_sigmoid",
     "keep_ratio_curve",
     "kept_overlay",
