@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,8 @@ def test_jpeg_tiles_of_an_ome_tiff_go_through_the_stored_reader(tmp_path):
 
 def test_libvips_writes_the_same_kind_of_file(tmp_path, noise):
     xml = (
-        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Image ID="Image:0">'
         f'<Pixels DimensionOrder="XYCZT" ID="Pixels:0" SizeC="3" SizeT="1" SizeX="{W}" SizeY="{H}" SizeZ="1" '
         'Type="uint8" PhysicalSizeX="500" PhysicalSizeXUnit="nm" PhysicalSizeY="0.0005" '
         'PhysicalSizeYUnit="mm"><Channel ID="Channel:0:0" SamplesPerPixel="3"/></Pixels></Image></OME>'
@@ -339,7 +341,7 @@ def test_a_tiff_in_strips_of_too_many_pixels_is_refused(tmp_path, noise):
 
 def test_a_full_disk_is_said(tmp_path, noise, monkeypatch):
     Image.fromarray(noise).save(tmp_path / "a.png")
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda: Path("/dev/full").open("r+b", buffering=0))
+    monkeypatch.setattr("tempfile.TemporaryFile", partial(Path("/dev/full").open, "r+b", buffering=0))
     with pytest.raises(SlideError, match="No space left on device.*set TMPDIR"):
         Slide(tmp_path / "a.png", 0.5)
 

@@ -1,12 +1,13 @@
 """Which reader takes a file: OpenSlide, or one of ours for what OpenSlide does not open."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.image import Image
 from hdmil_lib.slides.openslide_file import OpenSlideFile, detect
-from hdmil_lib.slides.raster import is_raster, open_raster
-from hdmil_lib.slides.tiff_image import is_ome, open_tiff
+from hdmil_lib.slides.raster import color_size, is_raster, open_raster
+from hdmil_lib.slides.tiff_image import is_ome, open_tiff, tiff_size
 
 GENERIC = "generic-tiff"
 """OpenSlide's name of tiled TIFF files without a vendor; of OME-TIFF it reads the finest level alone."""
@@ -46,3 +47,38 @@ def is_tiff(path: Path) -> bool:
     """Whether a file starts as TIFF and BigTIFF files do."""
     with path.open("rb") as file:
         return file.read(4) in TIFF_SIGNATURES
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of a color PNG or JPEG, or of a TIFF, from its header; None for anything else."""
+    try:
+        return tiff_size(path) if is_tiff(path) else color_size(path)
+    except OSError:
+        return None
+
+
+class Series(NamedTuple):
+    """The DICOM series of a file.
+
+    Attributes:
+        uid: Its identifier.
+        container: Name of the glass slide; may be empty.
+    """
+
+    uid: str
+    container: str
+
+
+def series_of(path: Path) -> Series | None:
+    """The DICOM series to which a slide file belongs; None for other files and damaged ones."""
+    with path.open("rb") as file:
+        file.seek(128)
+        if file.read(4) != b"DICM":
+            return None
+    try:
+        slide = OpenSlideFile(path)
+    except SlideError:
+        return None
+    slide.close()
+    uid = slide.properties.get("dicom.SeriesInstanceUID")
+    return Series(uid, slide.properties.get("dicom.ContainerIdentifier", "").strip()) if uid else None

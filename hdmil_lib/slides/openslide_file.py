@@ -28,7 +28,7 @@ class OpenSlideFile:
         """
         self.path = path
         self._slide = _open(path)
-        self.properties = self._slide.properties
+        self.properties = dict(self._slide.properties)
         self.vendor = self.properties[openslide.PROPERTY_NAME_VENDOR]
         self.sizes = self._slide.level_dimensions
         self.downsamples = self._slide.level_downsamples

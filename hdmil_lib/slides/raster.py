@@ -39,7 +39,7 @@ def color_size(path: Path) -> tuple[int, int] | None:
     try:
         with _opened(path) as image:
             return image.size if image.mode in COLOR_MODES else None
-    except (SlideError, OSError):
+    except SlideError:
         return None
 
 

@@ -49,6 +49,15 @@ def is_ome(path: Path) -> bool:
         return False
 
 
+def tiff_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of the largest page of a TIFF file; None if it cannot be found out."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            return max(((p.imagewidth, p.imagelength) for p in map(_page, file.pages)), key=max, default=None)
+    except Exception:  # a damaged directory can end in any of Python's errors
+        return None
+
+
 def open_tiff(path: Path) -> Image:
     """Open a TIFF or BigTIFF file, tiled or in strips; the pyramid of an OME-TIFF is in its SubIFDs.
 
