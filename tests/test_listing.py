@@ -2,16 +2,20 @@
 
 import shutil
 
-import openslide
+import numpy as np
 import pandas as pd
 import pytest
+import tifffile
+from dicom_factory import write_series
 from model_factory import ColorEncoder, write_textured_slide
+from PIL import Image
 from slide_factory import slide_properties
 
 from hdmil_lib.bags import read_bag
 from hdmil_lib.encoders.extraction import extract, spread_tiles
 from hdmil_lib.errors import CohortError, SlideError
-from hdmil_lib.slides.listing import list_slides, slide_files
+from hdmil_lib.slides import Slide
+from hdmil_lib.slides.listing import LARGE_IMAGE, list_slides, slide_files
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import read_table
 
@@ -41,25 +45,80 @@ def test_the_data_of_a_mrxs_file_is_part_of_it(slide, tmp_path):
     assert [path.name for path in slide_files(folder)] == ["s.mrxs"]
 
 
-def test_files_of_a_dicom_series_are_one_slide(tmp_path, monkeypatch):
-    hashes = {"1.dcm": "A", "2.dcm": "A", "3.dcm": "B", "4.dcm": None}
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
 
-    class Opened:
-        def __init__(self, path):
-            if hashes[path.name] is None:
-                raise openslide.OpenSlideError("damaged")
-            self.properties = {openslide.PROPERTY_NAME_QUICKHASH1: hashes[path.name]}
 
-        def __enter__(self):
-            return self
+@pytest.mark.parametrize("named", ["{uid}.dcm", "level{level}"])
+def test_files_of_a_dicom_series_are_one_slide(tmp_path, pixels, named):
+    first = write_series(tmp_path / "all" / "one", pixels, container="S-1", named=named)
+    second = write_series(tmp_path / "all" / "two", pixels, container="S-2", named=named)
+    (tmp_path / "all" / "bad.dcm").write_bytes(b"damaged")
+    expected = [("bad", "all"), ("S-1", "one"), ("S-2", "two")]
+    assert [(s.slide_id, s.path.parent.name) for s in list_slides(tmp_path / "all")] == expected
+    assert [s.slide_id for s in list_slides([*first, second[1], tmp_path / "all" / "one"])] == ["S-1", "S-2"]
+    for path in first:
+        with Slide(path) as slide:
+            np.testing.assert_array_equal(slide.read_field(0, 0, (200, 150), 0.5), pixels)
 
-        def __exit__(self, *exc_info):
-            pass
 
-    for name in hashes:
-        (tmp_path / name).write_bytes(b"")
-    monkeypatch.setattr(openslide, "OpenSlide", Opened)
-    assert [path.name for path in slide_files(tmp_path)] == ["1.dcm", "3.dcm", "4.dcm"]
+def test_series_without_a_container_are_named_by_their_folder(tmp_path, pixels):
+    write_series(tmp_path / "case 7", pixels, container="")
+    assert [slide.slide_id for slide in list_slides(tmp_path)] == ["case 7"]
+
+
+def test_series_of_one_container_have_names_of_their_own(tmp_path, pixels):
+    for _ in range(2):
+        write_series(tmp_path / "all", pixels, container="S-1")
+    names = [slide.slide_id for slide in list_slides(tmp_path)]
+    assert len({*names}) == 2
+    assert all(name.startswith("S-1_") for name in names)
+
+
+def test_a_table_may_name_a_series(tmp_path, pixels):
+    path = write_series(tmp_path / "one", pixels)[0]
+    (tmp_path / "labels.csv").write_text(f"slide_id,path\nmine,one/{path.name}\n")
+    assert [slide.slide_id for slide in list_slides(tmp_path / "labels.csv")] == ["mine"]
+
+
+def test_large_color_images_of_a_folder_are_slides(slide, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    wide = np.full((64, LARGE_IMAGE, 3), 200, np.uint8)
+    for name, image in {
+        "large.png": wide,
+        "large.jpg": wide,
+        "tile.png": wide[:, :512],
+        "tile.jpg": wide[:, :512],
+        "mask.png": wide[..., 0],
+        "s1_heatmap.png": wide,
+        "s10.png": wide,
+    }.items():
+        Image.fromarray(image).save(folder / name)
+    shutil.copy(slide, folder / "s1.tif")
+    tifffile.imwrite(folder / "tile.tif", wide[:, :512], photometric="rgb")
+    tifffile.imwrite(folder / "strips.tif", wide, photometric="rgb")
+    (folder / "damaged.tif").write_bytes(b"damaged")
+    (folder / "damaged.png").write_bytes(b"damaged")
+    (folder / "gone.svs").symlink_to(tmp_path / "nowhere.svs")
+    expected = ["damaged.tif", "gone.svs", "large.jpg", "large.png", "s1.tif", "s10.png", "strips.tif"]
+    assert [path.name for path in slide_files(folder)] == expected
+    assert slide_files(folder / "tile.png") == [folder / "tile.png"]
+
+
+def test_the_images_of_a_vms_file_are_part_of_it(tmp_path):
+    wide = Image.fromarray(np.full((64, LARGE_IMAGE, 3), 200, np.uint8))
+    wide.save(tmp_path / "part.jpg")
+    (tmp_path / "s.vms").write_text("[Virtual Microscope Specimen]\nImageFile=part.jpg\n")
+    assert [path.name for path in slide_files(tmp_path)] == ["s.vms"]
+
+
+def test_a_folder_of_tiles_says_what_to_do(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    with pytest.raises(SlideError, match="no slides in it; 3 images in it .* name the files"):
+        list_slides(tmp_path)
 
 
 def test_a_table_names_slides_of_one_file_name_and_their_scales(slide, tmp_path):

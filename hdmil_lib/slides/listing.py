@@ -1,12 +1,18 @@
-"""Which files are slides: folders are walked, readers are asked, and each slide is listed once."""
+"""Which files are slides: folders are walked, readers are asked, and each slide is listed once.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+In a folder a PNG or JPEG file, or a TIFF without stored tiles, is a slide if one of its sides has at least
+`LARGE_IMAGE` pixels, and if it is in color and is not named after another slide of the folder: tiles, masks,
+thumbnails and figures are not. A file that is named itself is always taken for a slide.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import openslide
-
 from hdmil_lib.errors import CohortError, SlideError
+from hdmil_lib.slides.formats import image_size, series_of
+from hdmil_lib.slides.openslide_file import detect
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import read_table
 
@@ -14,13 +20,16 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif", ".dcm"),
     *(".czi", ".btf"),
 )
-"""Suffixes of slides. Other files in a folder are slides if OpenSlide knows their format."""
+"""Suffixes of slides: such files are listed even if no reader knows them, so that they are reported."""
 
 NO_SLIDES = (
-    *(".csv", ".txt", ".json", ".geojson", ".xml", ".h5", ".pt", ".png", ".jpg", ".jpeg", ".md", ".py"),
+    *(".csv", ".txt", ".json", ".geojson", ".xml", ".h5", ".pt", ".md", ".py"),
     *(".ini", ".dat", ".npz", ".npy", ".pdf", ".zip"),
 )
 """Suffixes that are passed over without asking."""
+
+LARGE_IMAGE = 4096
+"""Pixels that the longer side of an image without stored tiles must have to be a slide of its folder."""
 
 Source = str | Path
 
@@ -31,7 +40,7 @@ class SlideFile:
 
     Attributes:
         path: Its file; for DICOM one of its files.
-        slide_id: Its name: that of a table, else of the file.
+        slide_id: Its name: that of a table, of the container of a DICOM series, else of the file.
         mpp: Micrometers per level-0 pixel that a table says.
     """
 
@@ -55,7 +64,7 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
     """List the slides of files, folders and tables, each once, in their order.
 
     Folders are searched with all folders below. Hidden files, such as those that macOS writes beside others,
-    are passed over. The files of a DICOM series are one slide.
+    are passed over, and images as the module says. The files of a DICOM series are one slide.
 
     Args:
         sources: A slide file, folder, CSV file with a column `path` (relative to it) and optionally
@@ -70,28 +79,56 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
     slides: dict[Path, SlideFile] = {}
     for source in map(Path, sources):
         if source.is_dir():
-            found = [SlideFile(path, path.stem) for path in _in_folder(source)]
+            found = _in_folder(source)
         elif source.suffix.lower() == ".csv":
             found = _in_table(source)
         else:
             found = [SlideFile(source, source.stem)]
         if not found:
-            raise SlideError(
-                f"{source}: no slides in it; known suffixes are {', '.join(SLIDE_SUFFIXES)}, and whatever "
-                "OpenSlide reads"
-            )
+            raise SlideError(f"{source}: no slides in it; {_what_is_known(source)}")
         for slide in found:
             slides.setdefault(slide.path, slide)
     if not slides:
         raise SlideError("no slides are named; give slide files, a folder, or a CSV with a column `path`")
-    return list(slides.values())
+    return _one_per_series(slides.values())
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _what_is_known(source: Path) -> str:
+    """What would have been a slide."""
+    n_small = sum(image_size(path) is not None for path in _walk(source)) if source.is_dir() else 0
+    if n_small:
+        return (
+            f"{n_small} images in it have no side of {LARGE_IMAGE} pixels, no color, or the name of a slide. If "
+            "they are slides, name the files, or list them in a CSV with a column `path`"
+        )
+    return f"known suffixes are {', '.join(SLIDE_SUFFIXES)}, and whatever a reader knows"
+
+
+def _in_folder(folder: Path) -> list[SlideFile]:
     """Slide files of a folder and of those below it, sorted."""
-    paths = [path for path in _walk(folder) if _is_slide(path)]
-    dicom = [path for path in paths if path.suffix.lower() in ("", ".dcm")]
-    return sorted({*paths} - {*dicom} | {*_one_per_series(dicom)})
+    slides: list[Path] = []
+    images: list[Path] = []
+    for path in _walk(folder):
+        if path.suffix.lower() in NO_SLIDES:
+            continue
+        if detect(path) is not None:
+            slides.append(path)
+        elif size := image_size(path):
+            if max(size) >= LARGE_IMAGE:
+                images.append(path)
+        elif path.suffix.lower() in SLIDE_SUFFIXES:
+            slides.append(path)
+    slides += [path for path in images if not any(_belongs(path, slide) for slide in slides)]
+    return [SlideFile(path, path.stem) for path in sorted(slides)]
+
+
+def _belongs(image: Path, slide: Path) -> bool:
+    """Whether an image beside a slide has its name, or is a part of it: .vms files list their JPEGs."""
+    if image.parent != slide.parent:
+        return False
+    if slide.suffix.lower() in (".vms", ".vmu"):
+        return image.name in slide.read_text(errors="replace")
+    return image.stem == slide.stem or image.stem.startswith(tuple(slide.stem + mark for mark in "_-. "))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -102,33 +139,32 @@ def _walk(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             if not path.with_suffix(".mrxs").is_file():
                 yield from _walk(path)
-        else:
+        elif path.is_file() or path.is_symlink():
             yield path
 
 
-def _is_slide(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    if suffix in SLIDE_SUFFIXES:
-        return True
-    if suffix in NO_SLIDES:
-        return False
-    try:
-        return openslide.OpenSlide.detect_format(path) is not None
-    except openslide.OpenSlideError:
-        return False
+def _one_per_series(slides: Iterable[SlideFile]) -> list[SlideFile]:
+    """The first file of each DICOM series, named by its container; other files stay as they are.
 
-
-def _one_per_series(paths: Sequence[Path]) -> list[Path]:
-    """The first file of each DICOM series; files that cannot be opened stay, so that they are reported."""
-    series: dict[object, Path] = {}
-    for path in sorted(paths):
-        try:
-            with openslide.OpenSlide(path) as slide:
-                key: object = slide.properties.get(openslide.PROPERTY_NAME_QUICKHASH1) or path
-        except openslide.OpenSlideError:
-            key = path
-        series.setdefault(key, path)
-    return list(series.values())
+    Where two series have one container, the end of their identifiers is added.
+    """
+    listed: dict[object, SlideFile] = {}
+    for slide in slides:
+        series = series_of(slide.path) if slide.path.is_file() else None
+        if series is None:
+            listed[slide.path] = slide
+        elif slide.slide_id == slide.path.stem:
+            name = series.container if is_file_name(series.container) else slide.path.parent.resolve().name
+            listed.setdefault(series.uid, replace(slide, slide_id=name))
+        else:
+            listed.setdefault(series.uid, slide)
+    names = Counter(slide.slide_id for slide in listed.values())
+    return [
+        replace(slide, slide_id=f"{slide.slide_id}_{key[-8:]}")
+        if isinstance(key, str) and names[slide.slide_id] > 1
+        else slide
+        for key, slide in listed.items()
+    ]
 
 
 def _in_table(source: Path) -> list[SlideFile]:
@@ -151,7 +187,9 @@ def _in_table(source: Path) -> list[SlideFile]:
 
 def is_file_name(name: str) -> bool:
     """Whether a name can be that of a file in any folder, and of no other."""
-    return name.isprintable() and not name.startswith(".") and not any(c in name for c in "/\\")
+    return (
+        bool(name) and name.isprintable() and not name.startswith(".") and not any(c in name for c in "/\\")
+    )
 
 
 def _number(row: dict, source: Path) -> float | None:

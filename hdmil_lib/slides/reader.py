@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import openslide
 from PIL import Image
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.formats import open_file
+from hdmil_lib.slides.image import Pixels
+from hdmil_lib.slides.openslide_file import OpenSlideFile
 from hdmil_lib.slides.scale import scale_of
 from hdmil_lib.slides.stored_tiles import StoredTiles
 
@@ -52,12 +54,13 @@ class Slide:
     """A whole-slide image; usable as a context manager and from several threads.
 
     OpenSlide reads the properties of the file and its pixels, except those of TIFF files with JPEG tiles:
-    `StoredTiles` reads them and decodes each tile once.
+    `StoredTiles` reads them and decodes each tile once. What OpenSlide does not open is read by `formats`:
+    OME-TIFF, TIFF in strips, PNG and JPEG.
 
     Attributes:
         path: Path of the file.
         name: Name of the slide, by default that of the file without its suffix.
-        vendor: OpenSlide's name of the format.
+        vendor: OpenSlide's name of the format, or "ome-tiff", "tiff", "png" or "jpeg".
         mpp: Micrometers per level-0 pixel, (x, y).
         scale: The same with its source, and what is odd about it.
         dimensions: (width, height) of level 0 in pixels.
@@ -76,12 +79,12 @@ class Slide:
         """Open a slide.
 
         Args:
-            path: A file in a format that OpenSlide reads.
+            path: A file in a format that OpenSlide reads, or an OME-TIFF, TIFF, PNG or JPEG file.
             mpp: Micrometers per level-0 pixel, one number or (x, y), whatever the file says; as `IfUnknown`
                 only if the file states no credible scale. None takes the scale in the file.
             name: Name of the slide; that of the file without its suffix by default.
-            reader: What reads the pixels: "stored" is `StoredTiles`, "openslide" reads every format, and
-                "auto" takes "stored" where the file allows it.
+            reader: What reads the pixels: "stored" is `StoredTiles`, "openslide" is OpenSlide alone, and
+                "auto" takes what suits the file best.
 
         Raises:
             SlideError: The file is missing, damaged or not a slide; or it has no scale and `mpp` is None; or
@@ -89,20 +92,28 @@ class Slide:
         """
         self.path = Path(path)
         self.name = name or self.path.stem
-        self._slide = _open(self.path)
-        properties = self._slide.properties
-        self.vendor = properties[openslide.PROPERTY_NAME_VENDOR]
-        self.dimensions = self._slide.dimensions
+        if not self.path.is_file():
+            raise SlideError(f"{self.path}: no such file. Check the path of the slide.")
+        self._file = OpenSlideFile(self.path) if reader == "openslide" else open_file(self.path)
+        self.vendor, properties, sizes = self._file.vendor, self._file.properties, self._file.sizes
+        self.dimensions = sizes[0]
         self.bounds = _bounds(properties, self.dimensions)
-        self._downsamples = self._slide.level_downsamples
         self.levels = [
             Level(w, h, _downsample(self.dimensions[0], w), _downsample(self.dimensions[1], h))
-            for w, h in self._slide.level_dimensions
+            for w, h in sizes
         ]
-        self._level_for = cache(self._find_level)  # without the cache, a tenth of the time to read a tile
-        self._stored = (
-            None if reader == "openslide" else StoredTiles.open(self.path, self._slide.level_dimensions)
+        self._downsamples = (
+            self._file.downsamples
+            if isinstance(self._file, OpenSlideFile)
+            else [level.downsample_x for level in self.levels]
         )
+        self._level_for = cache(self._find_level)  # without the cache, a tenth of the time to read a tile
+        self._pixels: Pixels | None = None
+        if not isinstance(self._file, OpenSlideFile):
+            self._pixels = self._file.pixels
+        elif reader != "openslide":
+            self._pixels = StoredTiles.open(self.path, sizes)
+        self._stored = self._pixels if isinstance(self._pixels, StoredTiles) else None
         self._on_device: dict[NvImageCodec, TilesOnDevice] = {}
         if reader == "stored" and self._stored is None:
             self.close()
@@ -125,10 +136,11 @@ class Slide:
 
     def close(self) -> None:
         """Close the file."""
-        self._slide.close()
         self._on_device.clear()
-        if self._stored:
-            self._stored.close()
+        if self._pixels is not None:
+            self._pixels.close()
+        if isinstance(self._file, OpenSlideFile):
+            self._file.close()
 
     def read_field(
         self, x: float, y: float, size: tuple[int, int], mpp: float, out: np.ndarray | None = None
@@ -315,38 +327,19 @@ class Slide:
     ) -> tuple[np.ndarray, tuple[float, float]]:
         """Read at least the given rectangle of a level, in pixels of that level.
 
-        Stored tiles are read from the next whole pixel to the left and above. OpenSlide takes a position in
-        whole level-0 pixels and divides it by its own downsample, which is not the true one on levels of odd
-        size; and it misplaces fractions of a pixel left of 0. It is therefore called with positions from 0 on
-        only, and the position at which it really reads is returned.
+        Stored tiles and decoded images are read from the next whole pixel to the left and above, other files
+        from where OpenSlide reads; see `OpenSlideFile.read`.
 
         Returns:
             The region, uint8 (h, w, 3), white outside of the slide, and the (x, y) of its corner.
         """
-        if self._stored:
-            x, y = math.floor(left), math.floor(top)
-            size = (math.ceil(right - x - 1e-6), math.ceil(bottom - y - 1e-6))
-            return self._stored.read(index, x, y, *size, out), (x, y)
-        downsample = self._downsamples[index]
-        pad = (max(0, -math.floor(left)), max(0, -math.floor(top)))
-        start = [math.floor(max(0, math.floor(edge)) * downsample + 1e-6) for edge in (left, top)]
-        u, v = (s / downsample - p for s, p in zip(start, pad, strict=True))
-        size = (math.ceil(right - u - 1e-6), math.ceil(bottom - v - 1e-6))
-        region = Image.new("RGB", size, "white")
-        if pad[0] < size[0] and pad[1] < size[1]:
-            inside = self._read_region((start[0], start[1]), index, (size[0] - pad[0], size[1] - pad[1]))
-            region.paste(inside, pad, mask=inside.getchannel("A"))
-        return _into(out, region), (u, v)
-
-    def _read_region(self, start: tuple[int, int], index: int, size: tuple[int, int]) -> Image.Image:
-        try:
-            return self._slide.read_region(start, index, size)
-        except openslide.OpenSlideError as error:
-            self._slide = _open(self.path)  # after an error OpenSlide fails on every read
-            raise SlideError(
-                f"{self.path}: cannot read level {index} at level-0 pixel {start}: {error}. "
-                "The file is damaged or incomplete; copy or download it again."
-            ) from error
+        if isinstance(self._file, OpenSlideFile) and self._pixels is None:
+            region, corner = self._file.read(index, left, top, right, bottom)
+            return _into(out, region), corner
+        assert self._pixels is not None
+        x, y = math.floor(left), math.floor(top)
+        size = (math.ceil(right - x - 1e-6), math.ceil(bottom - y - 1e-6))
+        return self._pixels.read(index, x, y, *size, out), (x, y)
 
 
 def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
@@ -355,27 +348,6 @@ def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
         return np.array(image)
     out[:] = image
     return out
-
-
-def _open(path: Path) -> openslide.OpenSlide:
-    if not path.is_file():
-        raise SlideError(f"{path}: no such file. Check the path of the slide.")
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise SlideError(
-            f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
-        )
-    try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError:
-        raise SlideError(
-            f"{path}: not a slide that OpenSlide can read, or cut off before its directory. If it opens in "
-            "another program, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
-        ) from None
-    except openslide.OpenSlideError as error:
-        raise SlideError(
-            f"{path}: OpenSlide cannot read it: {error}. It is damaged, or of a variant that OpenSlide does "
-            "not know: copy or download it again, or convert it to a tiled pyramidal TIFF."
-        ) from error
 
 
 def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -17,7 +17,17 @@ GIVEN_MPP = (0.01, 20.0)
 CONTRADICTION = 1.5
 """Factor between scale and objective power from which they contradict each other."""
 
-UM_PER_RESOLUTION_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
+UM_PER_RESOLUTION_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0, "micron": 1.0}
+"""Units of the resolution of TIFF files; the last is that of ImageJ."""
+
+RESOLUTIONS = {"tiff": "TIFF resolution", "png": "PNG resolution", "jpeg": "JPEG resolution"}
+"""Sources that state pixels per unit, by the first part of their properties' names."""
+
+UM_PER_OME_UNIT = {
+    **{"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "pm": 1e-6},
+    **{"Å": 1e-4, "in": 25_400.0, "thou": 25.4, "mil": 25.4},
+}
+"""Units of length in OME-XML; both letters that look like a mu are written."""
 
 
 class IfUnknown(float):
@@ -29,7 +39,8 @@ class Scale(NamedTuple):
 
     Attributes:
         mpp: (x, y).
-        source: Who said so: "given", "properties", "TIFF resolution", "objective power" or "given, unknown".
+        source: Who said so: "given", "properties", "OME physical size", "TIFF resolution", "PNG resolution",
+            "JPEG resolution", "objective power" or "given, unknown".
         notes: What is odd about it, in words.
     """
 
@@ -41,11 +52,12 @@ class Scale(NamedTuple):
 def scale_of(properties: Mapping[str, str], mpp: float | tuple[float, float] | None = None) -> Scale:
     """The scale of a slide.
 
-    The order is: what the caller gives, the properties of the scanner, the resolution of the TIFF file, the
-    power of the objective (10 / power), and a scale that the caller gives as `IfUnknown`.
+    The order is: what the caller gives, the properties of the scanner, the physical size in OME-XML, the
+    resolution of the TIFF, PNG or JPEG file, the power of the objective (10 / power), and a scale that the
+    caller gives as `IfUnknown`.
 
     Args:
-        properties: OpenSlide's properties of the slide.
+        properties: Properties of the slide, by OpenSlide's names, or as `ome` and `raster` name them.
         mpp: Scale that is given, one number or (x, y).
 
     Raises:
@@ -97,15 +109,21 @@ def _stated(properties: Mapping[str, str]) -> dict[str, tuple[float, float]]:
         except ValueError:
             return math.nan
 
-    unit = UM_PER_RESOLUTION_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
-    per_unit = (number("tiff.XResolution"), number("tiff.YResolution"))
+    def physical(axis: str) -> float:
+        unit = UM_PER_OME_UNIT.get(properties.get(f"ome.PhysicalSize{axis}Unit", ""), math.nan)
+        return number(f"ome.PhysicalSize{axis}") * unit
+
+    def resolution(kind: str) -> tuple[float, float]:
+        unit = UM_PER_RESOLUTION_UNIT.get(properties.get(f"{kind}.ResolutionUnit", "").lower(), math.nan)
+        x, y = number(f"{kind}.XResolution"), number(f"{kind}.YResolution")
+        return (unit / x, unit / y) if min(x, y) > 0 else (math.nan, math.nan)
+
     power = number(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
     nominal = 10.0 / power if power > 0 else math.nan
     found = {
         "properties": (number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)),
-        "TIFF resolution": (unit / per_unit[0], unit / per_unit[1])
-        if min(per_unit) > 0
-        else (math.nan, math.nan),
+        "OME physical size": (physical("X"), physical("Y")),
+        **{source: resolution(kind) for kind, source in RESOLUTIONS.items()},
         "objective power": (nominal, nominal),
     }
     return {source: pair for source, pair in found.items() if all(math.isfinite(m) and m > 0 for m in pair)}

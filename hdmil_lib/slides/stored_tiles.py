@@ -5,6 +5,7 @@ tiles under a field at every call. Here a decoded tile stays in memory until its
 the fields of a slide are read row by row, each stored tile is decoded once, and tiles under no field never.
 """
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,12 +22,18 @@ from tifffile.tifffile import jpeg_decode_colorspace
 
 from hdmil_lib.errors import SlideError
 
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+"""What tifffile logs of damaged files is not for users, who get our errors."""
+
 COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
 ROWS_HELD = 2
 """Rows of decoded tiles kept in memory: a field lies in two rows, and so do its neighbors on the grid."""
 
 MOST_THREADS = 64
 """Number of tiles that may be decoded at the same time, in addition to those kept."""
+
+MAX_SIDE = 4096
+"""Largest side of a stored tile in pixels."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,11 @@ class StoredLevel:
         page: Its directory in the TIFF file.
         offsets: Position of each tile in the file, in bytes.
         sizes: Number of bytes of each tile; 0 if the file has no such tile.
-        decode: Function that decodes the bytes of a tile on the CPU.
+        decode: Function that decodes the bytes of a tile on the CPU, of each of its planes.
         is_jpeg: Whether the tiles are JPEG, not JPEG 2000.
         stores_rgb: Whether the JPEG tiles store red, green and blue, as Aperio's do, though nothing in them
             says so.
+        planes: Number of parts in which a tile is stored, 1, or one per color.
     """
 
     page: tifffile.TiffPage
@@ -49,6 +57,7 @@ class StoredLevel:
     decode: Callable[..., np.ndarray]
     is_jpeg: bool
     stores_rgb: bool
+    planes: int = 1
 
     @property
     def columns(self) -> int:
@@ -61,6 +70,11 @@ class StoredLevel:
         return -(-self.page.imagelength // self.page.tilelength)
 
     @property
+    def n_tiles(self) -> int:
+        """Number of tiles."""
+        return self.rows * self.columns
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of a decoded tile."""
         return self.page.tilelength, self.page.tilewidth, 3
@@ -70,6 +84,16 @@ class StoredLevel:
         """Number of decoded tiles that are kept in memory."""
         return ROWS_HELD * (self.columns + 1) + MOST_THREADS
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the directory says where all tiles are, and their size is one that scanners use."""
+        return (
+            all(1 <= side <= MAX_SIDE for side in self.shape[:2])
+            and len(self.offsets) == len(self.sizes) == self.planes * self.n_tiles
+            and self.sizes.dtype.kind == self.offsets.dtype.kind == "i"
+            and bool((self.sizes >= 0).all() and (self.offsets >= 0).all())
+        )
+
     def under(self, left: int, top: int, width: int, height: int) -> list[tuple[int, int]]:
         """(row, column) of the tiles under a rectangle of the level, which may reach beyond the level."""
         right, bottom = (min(left + width, self.page.imagewidth), min(top + height, self.page.imagelength))
@@ -78,10 +102,6 @@ class StoredLevel:
         rows = range(max(top, 0) // self.page.tilelength, -(-bottom // self.page.tilelength))
         columns = range(max(left, 0) // self.page.tilewidth, -(-right // self.page.tilewidth))
         return [(row, column) for row in rows for column in columns]
-
-
-MAX_SIDE = 4096
-"""Largest side of a stored tile in pixels."""
 
 
 class _DecodedTiles:
@@ -148,10 +168,10 @@ class StoredTiles:
         """
         try:
             with tifffile.TiffFile(path) as file:
-                pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if _is_readable(p)}
+                pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if is_readable(p)}
                 if not all(size in pages for size in sizes):
                     return None
-                levels = [_level(pages[size]) for size in sizes]
+                levels = [jpeg_level(pages[size]) for size in sizes]
             return cls(path, levels) if all(map(_is_whole, levels)) else None
         except Exception:  # a damaged directory can end in any of Python's errors
             return None
@@ -244,11 +264,12 @@ class StoredTiles:
 
     def _decode(self, level: int, index: int, memory: np.ndarray) -> bool:
         """Decode a stored tile into `memory`, uint8 (h, w, 3); False if the file has no such tile."""
-        data = self.compressed(level, index)
-        if int(self.levels[level].sizes[index]) == 0:
+        stored = self.levels[level]
+        if int(stored.sizes[index]) == 0:
             return False
+        parts = range(index, index + stored.planes * stored.n_tiles, stored.n_tiles)
         try:
-            self.levels[level].decode(data, out=memory)
+            stored.decode(*(self.compressed(level, part) for part in parts), out=memory)
         except Exception as error:  # each codec raises its own types of errors
             raise self._damaged(level, index, str(error)) from error
         return True
@@ -263,7 +284,8 @@ class StoredTiles:
         )
 
 
-def _is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifffile.TiffPage]:
+def is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifffile.TiffPage]:
+    """Whether a page stores RGB tiles as JPEG or JPEG 2000, so that `jpeg_level` describes it."""
     return (
         isinstance(page, tifffile.TiffPage)
         and page.is_tiled
@@ -277,16 +299,10 @@ def _is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tiff
 
 def _is_whole(level: StoredLevel) -> bool:
     """Whether the file has every tile of a level, of a size that scanners use."""
-    n_tiles = level.rows * level.columns
-    return (
-        all(1 <= side <= MAX_SIDE for side in level.shape[:2])
-        and len(level.offsets) == len(level.sizes) == n_tiles
-        and level.sizes.dtype.kind == level.offsets.dtype.kind == "i"
-        and bool((level.sizes > 0).all())
-    )
+    return level.is_sound and bool((level.sizes > 0).all())
 
 
-def _level(page: tifffile.TiffPage) -> StoredLevel:
+def jpeg_level(page: tifffile.TiffPage) -> StoredLevel:
     """Collect what is needed to read the tiles of a page, while the file is open."""
     decode, stored = imagecodecs.jpeg2k_decode, None
     is_jpeg = page.compression == tifffile.COMPRESSION.JPEG

@@ -1,0 +1,84 @@
+"""Which reader takes a file: OpenSlide, or one of ours for what OpenSlide does not open."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.image import Image
+from hdmil_lib.slides.openslide_file import OpenSlideFile, detect
+from hdmil_lib.slides.raster import color_size, is_raster, open_raster
+from hdmil_lib.slides.tiff_image import is_ome, open_tiff, tiff_size
+
+GENERIC = "generic-tiff"
+"""OpenSlide's name of tiled TIFF files without a vendor; of OME-TIFF it reads the finest level alone."""
+
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def open_file(path: Path) -> OpenSlideFile | Image:
+    """Open a slide with the reader that knows most of it.
+
+    OpenSlide takes the formats that it knows. `tiff_image` takes OME-TIFF, TIFF in strips and compressions of
+    TIFF that OpenSlide lacks; `raster` PNG and JPEG.
+
+    Raises:
+        SlideError: No reader knows the file, or it is damaged.
+    """
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise SlideError(
+            f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
+        )
+    vendor = detect(path)
+    if vendor == GENERIC and is_ome(path):
+        return open_tiff(path)
+    if vendor == GENERIC:
+        try:
+            return OpenSlideFile(path)
+        except SlideError:  # a compression that it lacks, or damage, of which our reader knows more
+            return open_tiff(path)
+    if vendor is None and is_raster(path):
+        return open_raster(path)
+    if vendor is None and is_tiff(path):
+        return open_tiff(path)
+    return OpenSlideFile(path)
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether a file starts as TIFF and BigTIFF files do."""
+    with path.open("rb") as file:
+        return file.read(4) in TIFF_SIGNATURES
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of a color PNG or JPEG, or of a TIFF, from its header; None for anything else."""
+    try:
+        return tiff_size(path) if is_tiff(path) else color_size(path)
+    except OSError:
+        return None
+
+
+class Series(NamedTuple):
+    """The DICOM series of a file.
+
+    Attributes:
+        uid: Its identifier.
+        container: Name of the glass slide; may be empty.
+    """
+
+    uid: str
+    container: str
+
+
+def series_of(path: Path) -> Series | None:
+    """The DICOM series to which a slide file belongs; None for other files and damaged ones."""
+    with path.open("rb") as file:
+        file.seek(128)
+        if file.read(4) != b"DICM":
+            return None
+    try:
+        slide = OpenSlideFile(path)
+    except SlideError:
+        return None
+    slide.close()
+    uid = slide.properties.get("dicom.SeriesInstanceUID")
+    return Series(uid, slide.properties.get("dicom.ContainerIdentifier", "").strip()) if uid else None
