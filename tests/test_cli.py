@@ -440,7 +440,7 @@ def broken_slide(folder, kind):
         ("truncated", "again"),
         ("unscaled", "mpp="),
         ("small", "smaller than a tile"),
-        ("blank", "thumbnail"),
+        ("blank", "hdmil tissue"),
     ],
 )
 def test_a_slide_that_cannot_be_used(work, tmp_path, kind, remedy):

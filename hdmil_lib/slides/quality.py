@@ -21,13 +21,14 @@ PATCH_MPP, PATCH_SIZE, TILE_UM = 8.0, 16, 128.0
 N_FOCUS = 64
 """Number of tiles that are read to see whether a slide is in focus."""
 
-FOLD_DENSITY = 1.9
+FOLD_DENSITY = 1.8
 """Optical density of a fold in units of the median of the tissue: two layers absorb twice as much as one. At
-1.8 the epithelium around the hair follicle of the real sample slide is taken for one."""
+1.7 the epithelium around the hair follicle of the real sample slide is taken for one."""
 
 MIN_FOLD_UM, MIN_FOLD_WIDTH_UM, FOLD_ASPECT = 400.0, 40.0, 3.0
 """Least length and width in um of a fold, and how many times longer than wide it is. Dense round areas, such
-as follicles of lymphocytes, are no folds. Dense bands may be taken for one, so folds are only reported."""
+as follicles of lymphocytes, are no folds. Dense bands may be taken for one, so that they are only
+reported."""
 
 
 class Square(IntEnum):
@@ -211,13 +212,15 @@ def fold_mask(thumbnail: np.ndarray, tissue: np.ndarray, mpp: float) -> np.ndarr
 
 
 def _is_long(piece: np.ndarray, mpp: float) -> bool:
-    """Whether a piece has the length of a fold and is narrow, also if it is bent.
+    """Whether a piece, bool (h, w), has the length of a fold and is narrow, also if it is bent.
 
-    The width is the area over the length of half the outline.
+    The width is that of the largest disc inside the piece with its holes filled, the length its area over
+    that.
     """
     outlines, _ = cv2.findContours(piece.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    length = max(cv2.arcLength(outline, True) for outline in outlines) / 2
-    width = piece.sum() / length
+    filled = cv2.drawContours(np.zeros(piece.shape, np.uint8), outlines, -1, 1, cv2.FILLED)
+    width = 2 * cv2.distanceTransform(np.pad(filled, 1), cv2.DIST_L2, 5).max()
+    length = filled.sum() / width
     return length * mpp >= MIN_FOLD_UM and length >= FOLD_ASPECT * width
 
 
