@@ -1,5 +1,6 @@
 """Cohorts: tables of slides with labels, and their splits by case."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -267,20 +268,27 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
     """
     if n_folds < 3:
         raise CohortError(f"{n_folds} folds cannot hold train, validation and test; ask for three or more")
+    groups, slides = _divided(cohort, n_folds, seed), cohort.table["slide_id"].to_numpy()
+    splits = []
+    for fold in range(n_folds):
+        test, val = groups == fold, groups == (fold + 1) % n_folds
+        splits.append(Split(*(tuple(slides[part].tolist()) for part in (~test & ~val, val, test))))
+    return splits
+
+
+def _divided(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
+    """Divide a cohort by case, stratified by class: the group of each slide, 0 to n_folds - 1.
+
+    Raises:
+        CohortError: A class is in fewer cases than there are folds.
+    """
     from sklearn.model_selection import StratifiedKFold  # takes a second to import
 
     cases = _strata(cohort, n_folds)
     divider = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     divided = [cases.index[members] for _, members in divider.split(cases.index, cases)]
     group_of = pd.concat([pd.Series(group, index=members) for group, members in enumerate(divided)])
-    groups = cohort.table["case_id"].map(group_of).to_numpy()
-    slides = cohort.table["slide_id"].to_numpy()
-
-    splits = []
-    for fold in range(n_folds):
-        test, val = groups == fold, groups == (fold + 1) % n_folds
-        splits.append(Split(*(tuple(slides[part].tolist()) for part in (~test & ~val, val, test))))
-    return splits
+    return cohort.table["case_id"].map(group_of).to_numpy()
 
 
 def _strata(cohort: Cohort, n_folds: int) -> pd.Series:
@@ -319,22 +327,84 @@ def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
 def read_splits(folder: str | Path) -> list[Split]:
     """Read CLAM's `splits_0.csv`, `splits_1.csv`, ... in order.
 
+    A file either lists the slides of each part in its columns train, val and test, or has one row per slide,
+    named in the first column, with True in the column of its part. The latter, `splits_<k>_bool.csv`, is read
+    where `splits_<k>.csv` is missing. Parts of different folds may overlap.
+
     Raises:
-        CohortError: There are no split files, a column is missing, or a slide is in two parts of a fold.
+        CohortError: There are no split files, one of them is missing between others, a column is missing, or
+            a slide is in two parts of a fold.
     """
     folder = Path(folder)
-    splits: list[Split] = []
-    while (path := folder / f"splits_{len(splits)}.csv").is_file():
-        table = read_table(path)
-        if not {"train", "val", "test"} <= set(table.columns):
-            raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
-        split = Split(*(tuple(table[part].dropna()) for part in ("train", "val", "test")))
-        everyone = pd.Series([*split.train, *split.val, *split.test])
-        _refuse(everyone[everyone.duplicated()].tolist(), f"{path}: in two parts:", "remove the repetition")
-        splits.append(split)
-    if not splits:
-        raise CohortError(f"{folder}: no splits_0.csv; write splits with `write_splits`")
+    numbers = sorted(
+        int(found[1]) for p in folder.glob("splits_*.csv") if (found := _SPLIT_FILE.match(p.name))
+    )
+    if not numbers:
+        raise CohortError(f"{folder}: no splits_0.csv; write splits with `write_splits`, or as CLAM does")
+    absent = sorted({*range(numbers[-1] + 1)} - {*numbers})
+    if absent:
+        raise CohortError(
+            f"{folder}: no splits_{absent[0]}.csv, but splits_{numbers[-1]}.csv; number them from 0"
+        )
+    splits = []
+    for number in sorted({*numbers}):
+        paths = folder / f"splits_{number}.csv", folder / f"splits_{number}_bool.csv"
+        splits.append(_read_split(next(path for path in paths if path.is_file())))
     return splits
+
+
+_SPLIT_FILE = re.compile(r"splits_(\d+)(_bool)?\.csv$")
+_PARTS = ("train", "val", "test")
+
+
+def _read_split(path: Path) -> Split:
+    table = read_table(path)
+    if not set(_PARTS) <= set(table.columns):
+        raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
+    if table[list(_PARTS)].isin(["True", "False"]).all(axis=None):
+        chosen = table[list(_PARTS)] == "True"
+        names = table.iloc[:, 0]
+        _refuse(names[chosen.sum(axis=1) > 1].tolist(), f"{path}: in two parts:", "leave one True per row")
+        return Split(*(tuple(names[chosen[part]]) for part in _PARTS))
+    split = Split(*(_names(table[part].dropna()) for part in _PARTS))
+    everyone = pd.Series([*split.train, *split.val, *split.test])
+    _refuse(everyone[everyone.duplicated()].tolist(), f"{path}: in two parts:", "remove the repetition")
+    return split
+
+
+def _names(column: pd.Series) -> tuple[str, ...]:
+    """Names of slides; pandas writes names that are numbers as "12.0" where the column has gaps."""
+    return tuple(map(_whole_number, column)) if column.str.fullmatch(r"\d+\.0").all() else tuple(column)
+
+
+def official_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split] | None:
+    """Splits by the column `split` of the table, or None without that column.
+
+    With the values "train", "val" and "test" there is one split. Without "val" the test part is the same in
+    all folds, and the rest is divided into `n_folds` groups by case, stratified by class: in fold k group k
+    is the validation part (paper: protocol on Camelyon16).
+
+    Args:
+        cohort: The cohort.
+        n_folds: Number of folds within the rest, two or more.
+        seed: Seed of the division.
+
+    Raises:
+        CohortError: A slide has another value, there are no training or no test slides, or too few cases.
+    """
+    parts = _split_column(cohort)
+    if parts is None:
+        return None
+    if parts.val:
+        return [parts]
+    if n_folds < 2:
+        raise CohortError(f"{n_folds} fold cannot hold train and validation; ask for two or more")
+    rest = cohort.select(parts.train)
+    groups, slides = _divided(rest, n_folds, seed), np.array(parts.train, dtype=object)
+    return [
+        Split(tuple(slides[groups != fold]), tuple(slides[groups == fold]), parts.test)
+        for fold in range(n_folds)
+    ]
 
 
 def column_split(cohort: Cohort) -> Split | None:
@@ -343,16 +413,23 @@ def column_split(cohort: Cohort) -> Split | None:
     Raises:
         CohortError: A slide has another value, or a part is empty.
     """
+    split = _split_column(cohort)
+    if split is not None and not split.val:
+        raise CohortError(f"{cohort.root}: no slide has `split` val; add some, or drop the column")
+    return split
+
+
+def _split_column(cohort: Cohort) -> Split | None:
+    """The parts in the column `split`, of which val may be empty."""
     if "split" not in cohort.table:
         return None
     parts = cohort.table["split"].astype(str).str.strip().str.lower()
-    names = ("train", "val", "test")
-    wrong = cohort.table.loc[~parts.isin(names), "slide_id"].tolist()
-    what = f"{cohort.root}: `split` is none of {', '.join(names)} for"
+    wrong = cohort.table.loc[~parts.isin(_PARTS), "slide_id"].tolist()
+    what = f"{cohort.root}: `split` is none of {', '.join(_PARTS)} for"
     _refuse(wrong, what, "correct it, or drop the column")
     ids = cohort.table["slide_id"]
-    split = Split(*(tuple(ids[parts == name].tolist()) for name in names))
-    empty = [name for name in names if not getattr(split, name)]
+    split = Split(*(tuple(ids[parts == name].tolist()) for name in _PARTS))
+    empty = [name for name in ("train", "test") if not getattr(split, name)]
     if empty:
         raise CohortError(f"{cohort.root}: no slide has `split` {empty[0]}; add some, or drop the column")
     return split
@@ -362,19 +439,38 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
     """Check that splits fit a cohort.
 
     Raises:
-        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a case is in two
-            parts of a split.
+        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a patient (case) is
+            in several parts of a split.
     """
     known = cohort.case_of
     if not splits:
         raise CohortError(f"{cohort.root}: there are no splits")
     for fold, split in enumerate(splits):
-        cases: dict[str, str] = {}
-        for part in ("train", "val", "test"):
+        parts_of: dict[str, list[str]] = {}
+        for part in _PARTS:
             slides = getattr(split, part)
             if not slides:
                 raise CohortError(f"split {fold} has no slides in its part {part}; add some")
             unknown = [slide_id for slide_id in slides if slide_id not in known]
             _refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
-            twice = [s for s in slides if cases.setdefault(known[s], part) != part]
-            _refuse(twice, f"split {fold}: the case is in two parts, of", "keep each case in one part")
+            for case in dict.fromkeys(known[slide_id] for slide_id in slides):
+                parts_of.setdefault(case, []).append(part)
+        leaks = [f"{case} ({' and '.join(parts)})" for case, parts in parts_of.items() if len(parts) > 1]
+        _refuse(leaks, f"split {fold}: patients in several parts:", "keep each case_id in one part")
+
+
+def check_classes(splits: Sequence[Split], cohort: Cohort) -> None:
+    """Check that every class can be learned and scored in every split.
+
+    Raises:
+        CohortError: A class has no slide in the training or in the test part of a split.
+    """
+    label_of = cohort.label_of
+    for fold, split in enumerate(splits):
+        for part, why in (("train", "it cannot be learned"), ("test", "there is no AUC")):
+            found = {label_of[slide_id] for slide_id in getattr(split, part)}
+            if absent := [name for index, name in enumerate(cohort.classes) if index not in found]:
+                raise CohortError(
+                    f"split {fold}: no slide of its part {part} has class {', '.join(absent)}, so that "
+                    f"{why}; use fewer folds or more slides"
+                )

@@ -22,7 +22,16 @@ from tqdm.auto import tqdm
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
+from hdmil_lib.cohort import (
+    Cohort,
+    Split,
+    check_classes,
+    check_splits,
+    make_splits,
+    official_splits,
+    read_splits,
+    write_splits,
+)
 from hdmil_lib.config import cache_dir, end_with_parent, torch_threads
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import to_device
@@ -62,9 +71,9 @@ def cross_validate(
     Args:
         cohort: Labels, cases and bags.
         methods: Names in `METHODS`.
-        folds: Number of folds; see `make_splits`. Not used if there are `splits` or a column `split` in the
-            table, the official split.
-        splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves.
+        folds: Number of folds; see `make_splits`. With a column `split` in the table see `official_splits`.
+            Not used if there are `splits`.
+        splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves; test parts may overlap.
         recipe: Settings of the networks, whose seeds are replaced by `seed`; by default `recipe_for` the
             cohort's size and features.
         seed: Seed of splits, initial weights, training and random tiles.
@@ -123,14 +132,13 @@ def cross_validate(
 def _splits(
     cohort: Cohort, splits: str | Path | Sequence[Split] | None, folds: int, seed: int
 ) -> list[Split]:
-    """The given splits, else the official split, else new splits by case."""
+    """The given splits, else those of the column `split`, else new splits by case; all of them checked."""
     if splits is not None:
         found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
-    elif (official := column_split(cohort)) is not None:
-        found = [official]
     else:
-        return make_splits(cohort, folds, seed)
+        found = official_splits(cohort, folds, seed) or make_splits(cohort, folds, seed)
     check_splits(found, cohort)
+    check_classes(found, cohort)
     return found
 
 
