@@ -1,9 +1,7 @@
 """Cohorts: tables of slides with labels, and their splits by case."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,13 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, check_same_features, read_bag
 from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.storage import read_table, write_table, write_whole
+from hdmil_lib.splits import PARTS, Split, refuse, whole_number
+from hdmil_lib.storage import read_table, write_table
+
+FEW_PATIENTS = 20
+"""Number of patients of a class below which its scores are said to be uncertain."""
+IMBALANCE = 4
+"""Ratio of the sizes of two classes from which it is said."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,25 @@ class Cohort:
         table = self.table.set_index("slide_id", drop=False).loc[list(slide_ids)].reset_index(drop=True)
         return Cohort(table, self.classes, self.root, self.bag_dir)
 
+    def class_notes(self) -> list[str]:
+        """What is to be kept in mind about the sizes of the classes, in whole sentences; often nothing."""
+        patients = self.table.groupby("label")["case_id"].nunique()
+        slides = self.table["label"].value_counts()
+        few = [f"{name} ({patients[name]})" for name in self.classes if patients[name] < FEW_PATIENTS]
+        notes = []
+        if few:
+            notes.append(
+                f"class {', '.join(few)} has fewer than {FEW_PATIENTS} patients: each of them moves the "
+                "scores by much, look at the intervals"
+            )
+        if slides.max() >= IMBALANCE * slides.min():
+            notes.append(
+                f"{slides.idxmax()} has {slides.max() / slides.min():.0f} times as many slides as "
+                f"{slides.idxmin()}: training makes up for it (see --balance), but accuracy hides the "
+                "smaller class, so look at the AUC"
+            )
+        return notes
+
     def load_bags(self, progress: bool = False) -> dict[str, Bag]:
         """Read all bags into memory, by slide_id.
 
@@ -181,7 +204,7 @@ class Cohort:
     def _check_files(self, source: Path) -> None:
         if self.bag_dir is None:
             absent = [s for s in self.slide_ids if not self.slide_path(s).is_file()]
-            _refuse(
+            refuse(
                 absent, f"{source}: no slide file for", "correct `path` (relative to the CSV), or drop them"
             )
             return
@@ -192,25 +215,12 @@ class Cohort:
                 f"{source}: there is no bag of {absent[0]!r} but one of {Path(absent[0]).stem!r}; write "
                 "slide_ids without the suffix of the file"
             )
-        _refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
-
-
-def _whole_number(label: str) -> str:
-    """A label such as "1.0", which spreadsheets make of 1, as "1"; others stay."""
-    whole, point, rest = label.partition(".")
-    return whole if point and whole.isdecimal() and set(rest) <= {"0"} else label
+        refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
 
 
 def _case_classes(cohort: Cohort) -> pd.Series:
     """Class index of each case, the highest among its slides."""
     return pd.Series(cohort.labels, index=cohort.table["case_id"]).groupby(level=0).max()
-
-
-def _refuse(slides: Sequence[str], what: str, remedy: str) -> None:
-    """Raise a CohortError that names the first five slides, if there are any."""
-    if slides:
-        names = ", ".join(map(str, slides[:5])) + (f" and {len(slides) - 5} more" if len(slides) > 5 else "")
-        raise CohortError(f"{what} {names}; {remedy}")
 
 
 def _check_table(
@@ -226,17 +236,17 @@ def _check_table(
     table = table.assign(path=table.get("path", pd.Series(pd.NA, index=table.index)))
     for column in required:
         empty = table.loc[table[column].isna(), "slide_id"].fillna("(no slide_id)").tolist()
-        _refuse(empty, f"{source}: no {column} for slide(s)", f"fill in `{column}`, or drop the rows")
+        refuse(empty, f"{source}: no {column} for slide(s)", f"fill in `{column}`, or drop the rows")
     repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
-    _refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
+    refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
 
-    table["label"] = table["label"].map(_whole_number)
+    table["label"] = table["label"].map(whole_number)
     found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
     to_name = by_index | {name: name for name in names}
     unknown = table.loc[~table["label"].isin(to_name), "slide_id"].tolist()
-    _refuse(unknown, f"{source}: labels other than {', '.join(names)} for", "correct them, or pass `classes`")
+    refuse(unknown, f"{source}: labels other than {', '.join(names)} for", "correct them, or pass `classes`")
     table = table.assign(label=table["label"].map(to_name))
     if table["label"].nunique() < 2:
         raise CohortError(
@@ -245,15 +255,6 @@ def _check_table(
             else f"{source}: no slides; add rows"
         )
     return table, names
-
-
-@dataclass(frozen=True)
-class Split:
-    """Names of the slides in the three parts of a fold."""
-
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-    test: tuple[str, ...]
 
 
 def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
@@ -314,69 +315,6 @@ def _strata(cohort: Cohort, n_folds: int) -> pd.Series:
     return classes.map(lambda found: "+".join(map(str, sorted(found))))
 
 
-def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
-    """Write `splits_<k>.csv` in CLAM's format: columns train, val, test, padded with blanks."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k, split in enumerate(splits):
-        columns = {part: pd.Series(getattr(split, part), dtype=str) for part in ("train", "val", "test")}
-        text = pd.DataFrame(columns).to_csv()
-        write_whole(folder / f"splits_{k}.csv", partial(Path.write_text, data=text))
-
-
-def read_splits(folder: str | Path) -> list[Split]:
-    """Read CLAM's `splits_0.csv`, `splits_1.csv`, ... in order.
-
-    A file either lists the slides of each part in its columns train, val and test, or has one row per slide,
-    named in the first column, with True in the column of its part. The latter, `splits_<k>_bool.csv`, is read
-    where `splits_<k>.csv` is missing. Parts of different folds may overlap.
-
-    Raises:
-        CohortError: There are no split files, one of them is missing between others, a column is missing, or
-            a slide is in two parts of a fold.
-    """
-    folder = Path(folder)
-    numbers = sorted(
-        int(found[1]) for p in folder.glob("splits_*.csv") if (found := _SPLIT_FILE.match(p.name))
-    )
-    if not numbers:
-        raise CohortError(f"{folder}: no splits_0.csv; write splits with `write_splits`, or as CLAM does")
-    absent = sorted({*range(numbers[-1] + 1)} - {*numbers})
-    if absent:
-        raise CohortError(
-            f"{folder}: no splits_{absent[0]}.csv, but splits_{numbers[-1]}.csv; number them from 0"
-        )
-    splits = []
-    for number in sorted({*numbers}):
-        paths = folder / f"splits_{number}.csv", folder / f"splits_{number}_bool.csv"
-        splits.append(_read_split(next(path for path in paths if path.is_file())))
-    return splits
-
-
-_SPLIT_FILE = re.compile(r"splits_(\d+)(_bool)?\.csv$")
-_PARTS = ("train", "val", "test")
-
-
-def _read_split(path: Path) -> Split:
-    table = read_table(path)
-    if not set(_PARTS) <= set(table.columns):
-        raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
-    if table[list(_PARTS)].isin(["True", "False"]).all(axis=None):
-        chosen = table[list(_PARTS)] == "True"
-        names = table.iloc[:, 0]
-        _refuse(names[chosen.sum(axis=1) > 1].tolist(), f"{path}: in two parts:", "leave one True per row")
-        return Split(*(tuple(names[chosen[part]]) for part in _PARTS))
-    split = Split(*(_names(table[part].dropna()) for part in _PARTS))
-    everyone = pd.Series([*split.train, *split.val, *split.test])
-    _refuse(everyone[everyone.duplicated()].tolist(), f"{path}: in two parts:", "remove the repetition")
-    return split
-
-
-def _names(column: pd.Series) -> tuple[str, ...]:
-    """Names of slides; pandas writes names that are numbers as "12.0" where the column has gaps."""
-    return tuple(map(_whole_number, column)) if column.str.fullmatch(r"\d+\.0").all() else tuple(column)
-
-
 def official_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split] | None:
     """Splits by the column `split` of the table, or None without that column.
 
@@ -424,11 +362,11 @@ def _split_column(cohort: Cohort) -> Split | None:
     if "split" not in cohort.table:
         return None
     parts = cohort.table["split"].astype(str).str.strip().str.lower()
-    wrong = cohort.table.loc[~parts.isin(_PARTS), "slide_id"].tolist()
-    what = f"{cohort.root}: `split` is none of {', '.join(_PARTS)} for"
-    _refuse(wrong, what, "correct it, or drop the column")
+    wrong = cohort.table.loc[~parts.isin(PARTS), "slide_id"].tolist()
+    what = f"{cohort.root}: `split` is none of {', '.join(PARTS)} for"
+    refuse(wrong, what, "correct it, or drop the column")
     ids = cohort.table["slide_id"]
-    split = Split(*(tuple(ids[parts == name].tolist()) for name in _PARTS))
+    split = Split(*(tuple(ids[parts == name].tolist()) for name in PARTS))
     empty = [name for name in ("train", "test") if not getattr(split, name)]
     if empty:
         raise CohortError(f"{cohort.root}: no slide has `split` {empty[0]}; add some, or drop the column")
@@ -447,16 +385,16 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
         raise CohortError(f"{cohort.root}: there are no splits")
     for fold, split in enumerate(splits):
         parts_of: dict[str, list[str]] = {}
-        for part in _PARTS:
+        for part in PARTS:
             slides = getattr(split, part)
             if not slides:
                 raise CohortError(f"split {fold} has no slides in its part {part}; add some")
             unknown = [slide_id for slide_id in slides if slide_id not in known]
-            _refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
+            refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
             for case in dict.fromkeys(known[slide_id] for slide_id in slides):
                 parts_of.setdefault(case, []).append(part)
         leaks = [f"{case} ({' and '.join(parts)})" for case, parts in parts_of.items() if len(parts) > 1]
-        _refuse(leaks, f"split {fold}: patients in several parts:", "keep each case_id in one part")
+        refuse(leaks, f"split {fold}: patients in several parts:", "keep each case_id in one part")
 
 
 def check_classes(splits: Sequence[Split], cohort: Cohort) -> None:

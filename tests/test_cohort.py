@@ -12,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.bags import write_bag
-from hdmil_lib.cohort import (
-    Cohort,
-    Split,
-    check_splits,
-    column_split,
-    make_splits,
-    official_splits,
-    read_splits,
-    write_splits,
-)
+from hdmil_lib.cohort import Cohort, check_splits, column_split, make_splits, official_splits
 from hdmil_lib.errors import BagError, CohortError
+from hdmil_lib.splits import Split, read_splits, write_splits
 
 
 def write_csv(folder: Path, text: str, slides=("a", "b", "c")) -> Path:
@@ -404,3 +396,13 @@ def test_an_official_test_part_leaves_folds_in_the_rest():
         official_splits(marked, 1, 0)
     with pytest.raises(CohortError, match="fewer than the 9 folds"):
         official_splits(marked, 9, 0)
+
+
+def test_small_and_unequal_classes_are_said():
+    rows = [(f"s{i}", f"c{i}", "tumor" if i < 25 else "normal") for i in range(125)]
+    table = pd.DataFrame(rows, columns=["slide_id", "case_id", "label"])
+    (note,) = Cohort(table, ("normal", "tumor"), Path(".")).class_notes()
+    assert "normal has 4 times as many slides as tumor" in note
+    few = Cohort(table[10:], ("normal", "tumor"), Path(".")).class_notes()
+    assert few[0].startswith("class tumor (15) has fewer than 20 patients")
+    assert Cohort(table[:50], ("normal", "tumor"), Path(".")).class_notes() == []

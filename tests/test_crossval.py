@@ -13,7 +13,7 @@ from bag_factory import DIM, ENCODER, make_bags, make_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdmil_lib.cohort import Split, make_splits, read_splits, write_splits
+from hdmil_lib.cohort import make_splits
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.evaluation.statistics import score_table
@@ -21,6 +21,7 @@ from hdmil_lib.inference.prediction import Prediction
 from hdmil_lib.methods import METHODS, title
 from hdmil_lib.models import HDMIL, MODELS, MILModel
 from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.splits import Split, read_splits, write_splits
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import cross_validate, waves_of
 from hdmil_lib.training.fit import TrainSettings, predict_slides
