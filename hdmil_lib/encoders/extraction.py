@@ -194,6 +194,8 @@ def extract_slide(
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
         attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        if revision := getattr(encoder, "revision", ""):
+            attrs["encoder_revision"] = revision
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(
