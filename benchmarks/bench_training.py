@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Split, make_splits
+from hdmil_lib.cohort import make_splits
 from hdmil_lib.config import setup
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.models import MILModel, create_model
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.reproduce.tables import to_markdown
+from hdmil_lib.splits import Split
 from hdmil_lib.synthetic.cohorts import prepare_cohort
 from hdmil_lib.training.crossval import cross_validate
 from hdmil_lib.training.recipes import Recipe

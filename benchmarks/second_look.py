@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Cohort, Split
+from hdmil_lib.cohort import Cohort
 from hdmil_lib.config import setup
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.kernels.segments import Segments
@@ -49,6 +49,7 @@ from hdmil_lib.reproduce.keep_ratio import (
 )
 from hdmil_lib.reproduce.recipes import RECIPES
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import weights_digest
 from hdmil_lib.synthetic.cohorts import prepare_cohort
 from hdmil_lib.synthetic.composed import compose_cohort

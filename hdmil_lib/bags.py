@@ -87,7 +87,8 @@ class Bag:
         """
         if self.patches is None:
             raise BagError(
-                f"bag {self.slide_id} has no patches for LIPN; use all tiles, or extract the slide with hdmil"
+                f"bag {self.slide_id} has no patches for LIPN; use all tiles, or fill them in from the "
+                "slides with `hdmil add-patches`"
             )
         return self.patches
 
@@ -163,7 +164,7 @@ def read_bag(path: str | Path) -> Bag:
         attrs = _attrs(file)
     shape = attrs.pop("shape", None)
     if "rowcol" not in arrays or shape is None:
-        arrays["rowcol"], shape = _grid_positions(path, arrays["coords"], attrs)
+        arrays["rowcol"], shape = grid_positions(path, arrays["coords"], attrs)
     try:
         shape = (int(shape[0]), int(shape[1]))
     except (TypeError, ValueError, IndexError) as error:
@@ -211,6 +212,24 @@ def bag_info(path: str | Path) -> dict[str, Any]:
         return _attrs(file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
 
 
+def read_arrays(path: str | Path, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read arrays of an HDF5 file of any tool, as safely as those of a bag.
+
+    Args:
+        path: The file.
+        names: Names of the data sets; those that the file lacks are left out.
+
+    Returns:
+        The arrays by name, and the attributes of the data set `coords` and of the file.
+
+    Raises:
+        BagError: The file is missing or damaged, or a data set is no array of numbers in the file itself.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return _read(path, file, [name for name in names if name in file]), _attrs(file)
+
+
 def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
     """Check that all bags have the same encoder, encoder weights and width of features.
 
@@ -254,13 +273,24 @@ def _encoder(attrs: Mapping[str, Any]) -> EncoderIdentity:
     return EncoderIdentity(name, digest)
 
 
-def _grid_positions(
+def grid_positions(
     path: Path, coords: np.ndarray, attrs: Mapping[str, Any]
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Grid positions (N, 2) and shape of the grid, relative to the first row and column with a tile.
+    """Derive the positions of tiles on their grid from their coordinates.
 
-    The pitch is the exact tile size if the bag has its scale, else TRIDENT's rounded tile size, else the most
-    frequent step between neighbors.
+    Positions are relative to the first row and column with a tile. The pitch is the exact tile size if the
+    bag has its scale, else TRIDENT's rounded tile size, else the most frequent step between neighbors.
+
+    Args:
+        path: File of the coordinates, for messages.
+        coords: Level-0 (x, y) of the tiles' top-left corners, (N, 2).
+        attrs: Attributes of the bag.
+
+    Returns:
+        (row, col) of the tiles, int64 (N, 2), and the (rows, cols) of the grid.
+
+    Raises:
+        BagError: The coordinates have another shape, or there are none.
     """
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) == 0:
         raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {_REMEDY}")

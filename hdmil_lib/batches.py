@@ -155,8 +155,8 @@ class BagBatch:
                 inputs[name] = self.cohort if name == "features" and reads else getattr(self, name)
         if "patches" in inputs and self.patches is None:
             raise BagError(
-                f"bag {self.slide_ids[0]} has no patches, which this model needs; extract its slide "
-                "with hdmil"
+                f"bag {self.slide_ids[0]} has no patches, which this model needs; fill them in from "
+                "the slides with `hdmil add-patches`"
             )
         return inputs | {"segments": self.segments}
 

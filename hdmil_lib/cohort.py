@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,13 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, check_same_features, read_bag
 from hdmil_lib.errors import BagError, CohortError
-from hdmil_lib.storage import read_table, write_table, write_whole
+from hdmil_lib.splits import PARTS, Split, refuse, whole_number
+from hdmil_lib.storage import read_table, write_table
+
+FEW_PATIENTS = 20
+"""Number of patients of a class below which its scores are said to be uncertain."""
+IMBALANCE = 4
+"""Ratio of the sizes of two classes from which it is said."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,25 @@ class Cohort:
         table = self.table.set_index("slide_id", drop=False).loc[list(slide_ids)].reset_index(drop=True)
         return Cohort(table, self.classes, self.root, self.bag_dir)
 
+    def class_notes(self) -> list[str]:
+        """What is to be kept in mind about the sizes of the classes, in whole sentences; often nothing."""
+        patients = self.table.groupby("label")["case_id"].nunique()
+        slides = self.table["label"].value_counts()
+        few = [f"{name} ({patients[name]})" for name in self.classes if patients[name] < FEW_PATIENTS]
+        notes = []
+        if few:
+            notes.append(
+                f"class {', '.join(few)} has fewer than {FEW_PATIENTS} patients: each of them moves the "
+                "scores by much, look at the intervals"
+            )
+        if slides.max() >= IMBALANCE * slides.min():
+            notes.append(
+                f"{slides.idxmax()} has {slides.max() / slides.min():.0f} times as many slides as "
+                f"{slides.idxmin()}: training makes up for it (see --balance), but accuracy hides the "
+                "smaller class, so look at the AUC"
+            )
+        return notes
+
     def load_bags(self, progress: bool = False) -> dict[str, Bag]:
         """Read all bags into memory, by slide_id.
 
@@ -180,7 +204,7 @@ class Cohort:
     def _check_files(self, source: Path) -> None:
         if self.bag_dir is None:
             absent = [s for s in self.slide_ids if not self.slide_path(s).is_file()]
-            _refuse(
+            refuse(
                 absent, f"{source}: no slide file for", "correct `path` (relative to the CSV), or drop them"
             )
             return
@@ -191,25 +215,12 @@ class Cohort:
                 f"{source}: there is no bag of {absent[0]!r} but one of {Path(absent[0]).stem!r}; write "
                 "slide_ids without the suffix of the file"
             )
-        _refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
-
-
-def _whole_number(label: str) -> str:
-    """A label such as "1.0", which spreadsheets make of 1, as "1"; others stay."""
-    whole, point, rest = label.partition(".")
-    return whole if point and whole.isdecimal() and set(rest) <= {"0"} else label
+        refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
 
 
 def _case_classes(cohort: Cohort) -> pd.Series:
     """Class index of each case, the highest among its slides."""
     return pd.Series(cohort.labels, index=cohort.table["case_id"]).groupby(level=0).max()
-
-
-def _refuse(slides: Sequence[str], what: str, remedy: str) -> None:
-    """Raise a CohortError that names the first five slides, if there are any."""
-    if slides:
-        names = ", ".join(map(str, slides[:5])) + (f" and {len(slides) - 5} more" if len(slides) > 5 else "")
-        raise CohortError(f"{what} {names}; {remedy}")
 
 
 def _check_table(
@@ -225,17 +236,17 @@ def _check_table(
     table = table.assign(path=table.get("path", pd.Series(pd.NA, index=table.index)))
     for column in required:
         empty = table.loc[table[column].isna(), "slide_id"].fillna("(no slide_id)").tolist()
-        _refuse(empty, f"{source}: no {column} for slide(s)", f"fill in `{column}`, or drop the rows")
+        refuse(empty, f"{source}: no {column} for slide(s)", f"fill in `{column}`, or drop the rows")
     repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
-    _refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
+    refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
 
-    table["label"] = table["label"].map(_whole_number)
+    table["label"] = table["label"].map(whole_number)
     found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
     to_name = by_index | {name: name for name in names}
     unknown = table.loc[~table["label"].isin(to_name), "slide_id"].tolist()
-    _refuse(unknown, f"{source}: labels other than {', '.join(names)} for", "correct them, or pass `classes`")
+    refuse(unknown, f"{source}: labels other than {', '.join(names)} for", "correct them, or pass `classes`")
     table = table.assign(label=table["label"].map(to_name))
     if table["label"].nunique() < 2:
         raise CohortError(
@@ -244,15 +255,6 @@ def _check_table(
             else f"{source}: no slides; add rows"
         )
     return table, names
-
-
-@dataclass(frozen=True)
-class Split:
-    """Names of the slides in the three parts of a fold."""
-
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-    test: tuple[str, ...]
 
 
 def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
@@ -267,9 +269,7 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
     """
     if n_folds < 3:
         raise CohortError(f"{n_folds} folds cannot hold train, validation and test; ask for three or more")
-    groups = _groups(cohort, n_folds, seed)
-    slides = cohort.table["slide_id"].to_numpy()
-
+    groups, slides = _divided(cohort, n_folds, seed), cohort.table["slide_id"].to_numpy()
     splits = []
     for fold in range(n_folds):
         test, val = groups == fold, groups == (fold + 1) % n_folds
@@ -277,35 +277,11 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
     return splits
 
 
-def splits_with_test(cohort: Cohort, n_folds: int, seed: int) -> list[Split]:
-    """Divide the training part of an official split into folds, which all have the official test part.
-
-    The cases whose `split` is "train" are divided into `n_folds` groups, stratified by class. In fold k,
-    group k is the validation part, and the others the training part.
+def _divided(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
+    """Divide a cohort by case, stratified by class: the group of each slide, 0 to n_folds - 1.
 
     Raises:
-        CohortError: `split` is neither "train" nor "test" for a slide, fewer than two folds, or a class is in
-            fewer training cases than there are folds.
-    """
-    parts = cohort.table["split"].astype(str).str.strip().str.lower()
-    ids = cohort.table["slide_id"]
-    what = f"{cohort.root}: `split` is neither train nor test for"
-    _refuse(ids[~parts.isin(("train", "test"))].tolist(), what, "correct it, or drop the column")
-    if n_folds < 2:
-        raise CohortError(f"{n_folds} folds cannot hold train and validation; ask for two or more")
-    test, rest = tuple(ids[parts == "test"]), cohort.select(ids[parts == "train"].tolist())
-    groups, slides = _groups(rest, n_folds, seed), rest.table["slide_id"].to_numpy()
-    return [
-        Split(tuple(slides[groups != fold].tolist()), tuple(slides[groups == fold].tolist()), test)
-        for fold in range(n_folds)
-    ]
-
-
-def _groups(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
-    """Group of each slide, int64 (n_slides,): cases are divided at random, stratified by class.
-
-    Raises:
-        CohortError: A class is in fewer cases than there are groups.
+        CohortError: A class is in fewer cases than there are folds.
     """
     from sklearn.model_selection import StratifiedKFold  # takes a second to import
 
@@ -339,35 +315,34 @@ def _strata(cohort: Cohort, n_folds: int) -> pd.Series:
     return classes.map(lambda found: "+".join(map(str, sorted(found))))
 
 
-def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
-    """Write `splits_<k>.csv` in CLAM's format: columns train, val, test, padded with blanks."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k, split in enumerate(splits):
-        columns = {part: pd.Series(getattr(split, part), dtype=str) for part in ("train", "val", "test")}
-        text = pd.DataFrame(columns).to_csv()
-        write_whole(folder / f"splits_{k}.csv", partial(Path.write_text, data=text))
+def official_splits(cohort: Cohort, n_folds: int, seed: int) -> list[Split] | None:
+    """Splits by the column `split` of the table, or None without that column.
 
+    With the values "train", "val" and "test" there is one split. Without "val" the test part is the same in
+    all folds, and the rest is divided into `n_folds` groups by case, stratified by class: in fold k group k
+    is the validation part (paper: protocol on Camelyon16).
 
-def read_splits(folder: str | Path) -> list[Split]:
-    """Read CLAM's `splits_0.csv`, `splits_1.csv`, ... in order.
+    Args:
+        cohort: The cohort.
+        n_folds: Number of folds within the rest, two or more.
+        seed: Seed of the division.
 
     Raises:
-        CohortError: There are no split files, a column is missing, or a slide is in two parts of a fold.
+        CohortError: A slide has another value, there are no training or no test slides, or too few cases.
     """
-    folder = Path(folder)
-    splits: list[Split] = []
-    while (path := folder / f"splits_{len(splits)}.csv").is_file():
-        table = read_table(path)
-        if not {"train", "val", "test"} <= set(table.columns):
-            raise CohortError(f"{path}: columns are {', '.join(table.columns)}; needs train, val, test")
-        split = Split(*(tuple(table[part].dropna()) for part in ("train", "val", "test")))
-        everyone = pd.Series([*split.train, *split.val, *split.test])
-        _refuse(everyone[everyone.duplicated()].tolist(), f"{path}: in two parts:", "remove the repetition")
-        splits.append(split)
-    if not splits:
-        raise CohortError(f"{folder}: no splits_0.csv; write splits with `write_splits`")
-    return splits
+    parts = _split_column(cohort)
+    if parts is None:
+        return None
+    if parts.val:
+        return [parts]
+    if n_folds < 2:
+        raise CohortError(f"{n_folds} fold cannot hold train and validation; ask for two or more")
+    rest = cohort.select(parts.train)
+    groups, slides = _divided(rest, n_folds, seed), np.array(parts.train, dtype=object)
+    return [
+        Split(tuple(slides[groups != fold]), tuple(slides[groups == fold]), parts.test)
+        for fold in range(n_folds)
+    ]
 
 
 def column_split(cohort: Cohort) -> Split | None:
@@ -376,16 +351,23 @@ def column_split(cohort: Cohort) -> Split | None:
     Raises:
         CohortError: A slide has another value, or a part is empty.
     """
+    split = _split_column(cohort)
+    if split is not None and not split.val:
+        raise CohortError(f"{cohort.root}: no slide has `split` val; add some, or drop the column")
+    return split
+
+
+def _split_column(cohort: Cohort) -> Split | None:
+    """The parts in the column `split`, of which val may be empty."""
     if "split" not in cohort.table:
         return None
     parts = cohort.table["split"].astype(str).str.strip().str.lower()
-    names = ("train", "val", "test")
-    wrong = cohort.table.loc[~parts.isin(names), "slide_id"].tolist()
-    what = f"{cohort.root}: `split` is none of {', '.join(names)} for"
-    _refuse(wrong, what, "correct it, or drop the column")
+    wrong = cohort.table.loc[~parts.isin(PARTS), "slide_id"].tolist()
+    what = f"{cohort.root}: `split` is none of {', '.join(PARTS)} for"
+    refuse(wrong, what, "correct it, or drop the column")
     ids = cohort.table["slide_id"]
-    split = Split(*(tuple(ids[parts == name].tolist()) for name in names))
-    empty = [name for name in names if not getattr(split, name)]
+    split = Split(*(tuple(ids[parts == name].tolist()) for name in PARTS))
+    empty = [name for name in ("train", "test") if not getattr(split, name)]
     if empty:
         raise CohortError(f"{cohort.root}: no slide has `split` {empty[0]}; add some, or drop the column")
     return split
@@ -395,19 +377,38 @@ def check_splits(splits: Sequence[Split], cohort: Cohort) -> None:
     """Check that splits fit a cohort.
 
     Raises:
-        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a case is in two
-            parts of a split.
+        CohortError: There is no split, a part is empty, a slide is not in the cohort, or a patient (case) is
+            in several parts of a split.
     """
     known = cohort.case_of
     if not splits:
         raise CohortError(f"{cohort.root}: there are no splits")
     for fold, split in enumerate(splits):
-        cases: dict[str, str] = {}
-        for part in ("train", "val", "test"):
+        parts_of: dict[str, list[str]] = {}
+        for part in PARTS:
             slides = getattr(split, part)
             if not slides:
                 raise CohortError(f"split {fold} has no slides in its part {part}; add some")
             unknown = [slide_id for slide_id in slides if slide_id not in known]
-            _refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
-            twice = [s for s in slides if cases.setdefault(known[s], part) != part]
-            _refuse(twice, f"split {fold}: the case is in two parts, of", "keep each case in one part")
+            refuse(unknown, f"split {fold}: not in the cohort:", "correct the split, or add rows")
+            for case in dict.fromkeys(known[slide_id] for slide_id in slides):
+                parts_of.setdefault(case, []).append(part)
+        leaks = [f"{case} ({' and '.join(parts)})" for case, parts in parts_of.items() if len(parts) > 1]
+        refuse(leaks, f"split {fold}: patients in several parts:", "keep each case_id in one part")
+
+
+def check_classes(splits: Sequence[Split], cohort: Cohort) -> None:
+    """Check that every class can be learned and scored in every split.
+
+    Raises:
+        CohortError: A class has no slide in the training or in the test part of a split.
+    """
+    label_of = cohort.label_of
+    for fold, split in enumerate(splits):
+        for part, why in (("train", "it cannot be learned"), ("test", "there is no AUC")):
+            found = {label_of[slide_id] for slide_id in getattr(split, part)}
+            if absent := [name for index, name in enumerate(cohort.classes) if index not in found]:
+                raise CohortError(
+                    f"split {fold}: no slide of its part {part} has class {', '.join(absent)}, so that "
+                    f"{why}; use fewer folds or more slides"
+                )

@@ -10,10 +10,25 @@ from hdmil_lib.errors import HDMILError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from hdmil_lib.inference.prediction import Prediction
     from hdmil_lib.models import HDMIL
     from hdmil_lib.progress import Progress
+
+
+def print_report(report: "pd.DataFrame") -> int:
+    """Print the number of slides of each status and the errors; return the number of slides that failed.
+
+    Args:
+        report: One row per slide: slide_id, status ("done", "skipped" or "failed"), n_tiles, error.
+    """
+    for status, rows in report.groupby("status", sort=False):
+        typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    failed = report[report["status"] == "failed"]
+    for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):
+        print_error(f"{slide_id}: {error}")
+    return len(failed)
 
 
 def predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:

@@ -8,7 +8,8 @@ import pandas as pd
 
 from hdmil_lib.bags import Bag, EncoderIdentity, write_bag
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Cohort, Split
+from hdmil_lib.cohort import Cohort
+from hdmil_lib.splits import Split
 
 DIM = 16
 ENCODER = EncoderIdentity("test", "0123abcd")

@@ -490,6 +490,21 @@ def test_bags_without_a_row_are_left_out(work, tmp_path):
     assert set(parts["slide_id"]) == {f"s{i:02d}" for i in range(N_SLIDES)} - {"s05"}
 
 
+def test_bags_without_patches_train_classifiers_alone(work, tmp_path):
+    for path in (work / "bags").glob("*.h5"):
+        write_bag(tmp_path / "bags" / path.name, replace(read_bag(path), patches=None))
+    arguments = ("train", "--cohort", work / "cohort.csv", "--bags", tmp_path / "bags", "--folds", 3)
+    arguments = (*arguments, "--epochs", 1, "--workers", 1, "--out", tmp_path / "trained")
+    error = hdmil(*arguments, code=1)
+    assert "12 of 12 bags lack, such as s00; fill them in from the slides with `hdmil add-patches`" in error
+    assert not (tmp_path / "trained").exists()
+    printed = hdmil(*arguments, "--no-screening", "--compare", "abmil", "--balance", "loss")
+    assert "note: class normal (6), tumor (6) has fewer than 20 patients" in printed
+    assert "ABMIL" in printed
+    assert "HDMIL†" in printed
+    assert not (tmp_path / "trained" / "model").exists()
+
+
 def test_splits_can_be_given(work, tmp_path):
     split = {"train": [f"s{i:02d}" for i in range(6)], "val": ["s06", "s07"], "test": ["s08", "s09"]}
     (tmp_path / "splits").mkdir()

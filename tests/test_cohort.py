@@ -1,5 +1,6 @@
 """Cohorts are checked, and no case is split between the parts of a fold."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.bags import write_bag
-from hdmil_lib.cohort import (
-    Cohort,
-    Split,
-    check_splits,
-    column_split,
-    make_splits,
-    read_splits,
-    splits_with_test,
-    write_splits,
-)
+from hdmil_lib.cohort import Cohort, check_splits, column_split, make_splits, official_splits
 from hdmil_lib.errors import BagError, CohortError
+from hdmil_lib.splits import Split, read_splits, write_splits
 
 
 def write_csv(folder: Path, text: str, slides=("a", "b", "c")) -> Path:
@@ -296,28 +289,6 @@ def test_a_bad_column_split_is_refused():
         column_split(with_column(["train", "test", "test"]))
 
 
-def test_an_official_test_part_is_that_of_all_folds():
-    parts = ["train"] * 12 + ["test"] * 4
-    cohort = with_column(parts)
-    splits = splits_with_test(cohort, 3, seed=0)
-    check_splits(splits, cohort)
-    assert {split.test for split in splits} == {tuple(cohort.slide_ids[12:])}
-    assert sorted(name for split in splits for name in split.val) == sorted(cohort.slide_ids[:12])
-    for split in splits:
-        assert sorted(split.train + split.val) == sorted(cohort.slide_ids[:12])
-        assert sorted(cohort.label_of[name] for name in split.val) == [0, 0, 1, 1]
-    assert splits_with_test(cohort, 3, seed=1) != splits
-
-
-def test_an_official_test_part_that_cannot_be_used_is_refused():
-    with pytest.raises(CohortError, match="neither train nor test for 2-0"):
-        splits_with_test(with_column(["train", "test", "val"]), 2, 0)
-    with pytest.raises(CohortError, match="two or more"):
-        splits_with_test(with_column(["train", "train", "test"]), 1, 0)
-    with pytest.raises(CohortError, match="fewer than the 5 folds"):
-        splits_with_test(with_column(["train"] * 6 + ["test"] * 2), 5, 0)
-
-
 def test_the_column_split_is_read_from_the_table(tmp_path):
     text = "slide_id,case_id,label,path,split\n" + "".join(
         f"{s},{s},{label},{s}.tif,{part}\n"
@@ -335,10 +306,13 @@ def test_the_column_split_is_read_from_the_table(tmp_path):
         ([], "there are no splits"),
         ([Split(("0-0",), (), ("1-0",))], "split 0 has no slides in its part val"),
         ([Split(("0-0",), ("2-0",), ("1-0", "x"))], "split 0: not in the cohort: x"),
-        ([Split(("0-0",), ("2-0",), ("1-0", "2-1"))], "split 0: the case is in two parts, of 2-1"),
+        (
+            [Split(("0-0",), ("2-0",), ("1-0", "2-1"))],
+            r"split 0: patients in several parts: c2 \(val and test\); keep",
+        ),
         (
             [Split(("0-0",), ("2-0",), ("1-0",)), Split(("0-0",), ("1-0",), ("0-0",))],
-            "split 1: the case .* 0-0",
+            r"split 1: patients in several parts: c0 \(train and test\)",
         ),
     ],
 )
@@ -375,3 +349,60 @@ def test_patients_with_a_slide_of_each_class_are_split_whole(tmp_path):
         assert not parts[1] & parts[2]
         assert not parts[0] & parts[2]
         assert {cohort.label_of[s] for s in split.test} == {0, 1}
+
+
+def test_boolean_splits_are_read_as_clam_writes_them(tmp_path):
+    split = Split(("a", "007"), ("c",), ("d",))
+    names = [*split.train, *split.val, *split.test]
+    for number in (0, 1):
+        chosen = {part: [name in getattr(split, part) for name in names] for part in ("train", "val", "test")}
+        pd.DataFrame(chosen, index=names).to_csv(tmp_path / f"splits_{number}_bool.csv")
+        (tmp_path / f"splits_{number}_descriptor.csv").write_text(",train,val,test\nnormal,1,1,1\n")
+    assert read_splits(tmp_path) == [split, split]
+    write_splits([replace(split, test=("e",))], tmp_path)  # lists of names go first
+    assert [s.test for s in read_splits(tmp_path)] == [("e",), ("d",)]
+    (tmp_path / "splits_0.csv").write_text(",train,val,test\na,True,True,False\n")
+    with pytest.raises(CohortError, match="in two parts: a; leave one True"):
+        read_splits(tmp_path)
+
+
+def test_a_gap_in_the_numbers_of_splits_is_named(tmp_path):
+    write_splits([Split(("a",), ("b",), ("c",))] * 3, tmp_path)
+    (tmp_path / "splits_1.csv").unlink()
+    with pytest.raises(CohortError, match="no splits_1.csv, but splits_2.csv"):
+        read_splits(tmp_path)
+
+
+def test_names_that_are_numbers_survive_the_gaps_of_a_column(tmp_path):
+    """Pandas makes numbers of them, and 12.0 of 12 where a column is shorter than the others."""
+    columns = {"train": pd.Series([11, 12, 13]), "val": pd.Series([14]), "test": pd.Series([15, 16])}
+    pd.DataFrame(columns).to_csv(tmp_path / "splits_0.csv")
+    assert "14.0" in (tmp_path / "splits_0.csv").read_text()
+    assert read_splits(tmp_path) == [Split(("11", "12", "13"), ("14",), ("15", "16"))]
+
+
+def test_an_official_test_part_leaves_folds_in_the_rest():
+    cohort = cohort_of([2] * 20)
+    parts = ["test" if i < 10 else "train" for i in range(40)]
+    marked = Cohort(cohort.table.assign(split=parts), cohort.classes, cohort.root)
+    splits = official_splits(marked, 5, 0)
+    check_splits(splits, marked)
+    assert len(splits) == 5
+    assert {split.test for split in splits} == {tuple(cohort.slide_ids[:10])}
+    assert sorted(s for split in splits for s in split.val) == sorted(cohort.slide_ids[10:])
+    assert splits != official_splits(marked, 5, 1)
+    assert official_splits(cohort, 5, 0) is None
+    with pytest.raises(CohortError, match="two or more"):
+        official_splits(marked, 1, 0)
+    with pytest.raises(CohortError, match="fewer than the 9 folds"):
+        official_splits(marked, 9, 0)
+
+
+def test_small_and_unequal_classes_are_said():
+    rows = [(f"s{i}", f"c{i}", "tumor" if i < 25 else "normal") for i in range(125)]
+    table = pd.DataFrame(rows, columns=["slide_id", "case_id", "label"])
+    (note,) = Cohort(table, ("normal", "tumor"), Path(".")).class_notes()
+    assert "normal has 4 times as many slides as tumor" in note
+    few = Cohort(table[10:], ("normal", "tumor"), Path(".")).class_notes()
+    assert few[0].startswith("class tumor (15) has fewer than 20 patients")
+    assert Cohort(table[:50], ("normal", "tumor"), Path(".")).class_notes() == []

@@ -13,12 +13,15 @@ from bag_factory import DIM, ENCODER, make_bags, make_cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdmil_lib.cohort import Split, make_splits, read_splits, write_splits
+from hdmil_lib.cohort import make_splits
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
+from hdmil_lib.evaluation.metrics import auc
+from hdmil_lib.evaluation.statistics import score_table
 from hdmil_lib.inference.prediction import Prediction
 from hdmil_lib.methods import METHODS, title
 from hdmil_lib.models import HDMIL, MODELS, MILModel
 from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.splits import Split, read_splits, write_splits
 from hdmil_lib.training import crossval
 from hdmil_lib.training.crossval import cross_validate, waves_of
 from hdmil_lib.training.fit import TrainSettings, predict_slides
@@ -426,10 +429,49 @@ def test_splits_that_leak_or_do_not_fit_are_refused(cohort, tmp_path):
     for refused, splits, message in (
         (cohort, [], "no splits"),
         (cohort, [replace(fine[0], test=("x",))], "not in the cohort: x"),
-        (leaking, [split], "two parts, of s17"),
-        (replace(leaking, table=table.assign(split=parts)), None, "two parts, of s17"),
+        (leaking, [split], r"several parts: same \(train and test\)"),
+        (replace(leaking, table=table.assign(split=parts)), None, r"several parts: same \(train and test\)"),
         (cohort, tmp_path / "none", "no splits_0.csv"),
     ):
         with pytest.raises(CohortError, match=message):
             cross_validate(refused, ["mean"], splits=splits, out=tmp_path / "runs", **QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_overlapping_test_parts_are_scored_as_repeated_draws(cohort, tmp_path):
+    """Repeated Monte-Carlo splits: a slide may be tested in several folds, in others not at all."""
+    rng = np.random.default_rng(0)
+    splits = []
+    for _ in range(4):
+        normal, tumor = (rng.permutation(cohort.slide_ids[label::2]).tolist() for label in (0, 1))
+        parts = ([*normal[a:b], *tumor[a:b]] for a, b in ((0, 5), (5, 7), (7, 9)))
+        splits.append(Split(*map(tuple, parts)))
+    cv = cross_validate(cohort, ["mean", "hdmil"], splits=splits, out=tmp_path, **QUIET)
+    assert cv.predictions["slide_id"].value_counts().max() > 2
+    table = cv.table()
+    assert (table["AUC low"] <= table["AUC"]).all()
+    rows = cv.predictions[cv.predictions["method"] == "mean"]
+    aucs = [auc(part["label"], part[["p_0", "p_1"]].to_numpy()) for _, part in rows.groupby("fold")]
+    assert table.loc["Mean-Pooling", "AUC"] == pytest.approx(100 * np.mean(aucs))
+    scores = score_table(cv.predictions, cases=cv.cases, n_resamples=20)
+    assert scores["p"].dropna().between(0, 1).all()
+
+
+def test_the_rest_of_an_official_test_part_is_divided_into_folds(cohort, tmp_path):
+    official = replace(cohort, table=cohort.table.assign(split=["train"] * 12 + ["test"] * 6))
+    cv = cross_validate(official, ["mean"], out=tmp_path, **QUIET)
+    assert cv.n_folds == 3
+    assert {split.test for split in cv.splits} == {tuple(cohort.slide_ids[12:])}
+    assert sorted(s for split in cv.splits for s in split.val) == cohort.slide_ids[:12]
+    assert cv.table()["AUC"].between(0, 100).all()
+
+
+def test_what_could_not_be_scored_is_refused_before_training(cohort, tmp_path):
+    ids = cohort.slide_ids
+    for split, message in (
+        (Split(tuple(ids[:8]), tuple(ids[8:12]), tuple(ids[12::2])), "part test has class tumor"),
+        (Split(tuple(ids[:8:2]), tuple(ids[8:12]), tuple(ids[12:])), "part train has class tumor"),
+    ):
+        with pytest.raises(CohortError, match=f"split 0: no slide of its {message}"):
+            cross_validate(cohort, ["mean"], splits=[split], out=tmp_path / "runs", **QUIET)
     assert not (tmp_path / "runs").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
 from hdmil_lib.models import HDMIL, LIPN, MODELS, create_model
+from hdmil_lib.splits import Split
 from hdmil_lib.training import fit as loop
 from hdmil_lib.training.fit import TrainSettings, fit, make_optimizer
 from hdmil_lib.training.lipn import fit_lipn
@@ -123,6 +125,39 @@ def test_a_class_is_drawn_as_often_as_the_other():
     assert len(drawn) == 1000
     # 0.5 +- 4 standard errors of 1000 fair draws; unbalanced drawing would give 0.1
     assert np.mean([labels[s] for s in drawn]) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(1000))
+
+
+def test_with_class_weights_every_bag_is_drawn_once(case, tmp_path):
+    ids = [f"s{i}" for i in range(50)]
+    drawn = loop.draw(ids, dict.fromkeys(ids, 0), replace(SHORT, balance="loss"))
+    assert sorted(drawn) == sorted(ids)
+    assert drawn != ids
+
+
+def test_class_weights_make_the_loss_the_mean_over_classes():
+    model, rng = small_model(), np.random.default_rng(0)
+    labels = torch.tensor([0] * 9 + [1])
+    logits = torch.tensor(rng.normal(size=(10, 2)))
+    data = SimpleNamespace(labels={f"s{i}": int(label) for i, label in enumerate(labels)})
+    split = Split(tuple(data.labels), (), ())
+    losses = -torch.log_softmax(logits, 1)[torch.arange(10), labels]
+    with loop.weighted(model, data, split, replace(SHORT, balance="loss")):
+        assert model.class_weights.tolist() == pytest.approx([10 / 18, 10 / 2])
+        # The mean over all bags is that over classes, also when each step has one bag.
+        expected = (losses[:9].mean() + losses[9]) / 2
+        steps = [model.cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(10)]
+        assert model.cross_entropy(logits, labels).item() == pytest.approx(expected.item())
+        assert torch.stack(steps).mean().item() == pytest.approx(expected.item())
+    assert model.class_weights is None
+    assert model.cross_entropy(logits, labels).item() == pytest.approx(losses.mean().item())
+
+
+@pytest.mark.parametrize("name", ["clam_mb", "dsmil", "dtfd_afs", "smt", "dmin", "mean"])
+def test_every_loss_takes_with_class_weights(case, tmp_path, name):
+    data, split = case
+    model = create_model(name, data.dim, 2)
+    fit(model, data, split, replace(SHORT, epochs=1, min_epochs=0, balance="loss"), out=tmp_path)
+    assert not any("class_weights" in key for key in model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["model", "lookahead", "lipn"])

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.models import HDMIL, LIPN, create_model
 from hdmil_lib.models.lipn import keep_mask, thresholds_for_keep_ratio
+from hdmil_lib.splits import Split
 from hdmil_lib.training import fit as loop
 from hdmil_lib.training import joint
 from hdmil_lib.training.fit import TrainSettings

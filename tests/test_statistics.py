@@ -378,3 +378,24 @@ def test_what_cannot_be_scored_is_named(name):
 def test_a_slide_without_a_case_is_named():
     with pytest.raises(CohortError, match="no case for slide s001, s002, s003 and 56 more"):
         score_table(predictions(hdmil=1.0), cases={"s000": "a"})
+
+
+def test_slides_of_several_folds_are_drawn_for_all_of_them_at_once():
+    """Copies of a test part are no new slides: the interval is that of one, not narrower by sqrt(2)."""
+    labels, a, _ = simulated(0)
+    once = auc_interval(labels, two_columns(a))
+    folds, cases = np.repeat([0, 1], 80), np.tile(np.arange(80), 2)
+    twice = auc_interval(np.tile(labels, 2), two_columns(np.tile(a, 2)), folds=folds, cases=cases)
+    assert twice == pytest.approx(once, abs=1e-12)
+
+
+def test_a_slide_may_be_tested_in_several_folds():
+    table = predictions(max=0.6, hdmil=1.5)
+    again = table[table["fold"] == 0].assign(fold=3)
+    scores = score_table(pd.concat([table, again]), n_resamples=50)
+    assert scores["p"].dropna().between(0, 1).all()
+    rows = table[table["method"] == "max"]
+    folds = [
+        auc(rows[rows["fold"] == f]["label"], rows[rows["fold"] == f][["p_0", "p_1"]]) for f in (0, 1, 2, 0)
+    ]
+    assert scores.loc["max", "auc"] == pytest.approx(np.mean(folds))

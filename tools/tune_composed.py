@@ -23,10 +23,11 @@ import torch
 from tqdm.auto import tqdm
 
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Split, column_split
+from hdmil_lib.cohort import column_split
 from hdmil_lib.config import setup
 from hdmil_lib.models import create_model
 from hdmil_lib.reproduce.recipes import RECIPES
+from hdmil_lib.splits import Split
 from hdmil_lib.synthetic.composed import compose_cohort
 from hdmil_lib.training.fit import fit
 

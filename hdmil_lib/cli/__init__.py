@@ -7,6 +7,7 @@ import sys
 from hdmil_lib.cli import (  # importing a module registers its commands
     cluster,
     cohorts,
+    exchange,
     features,
     models,
     prediction,
@@ -15,7 +16,18 @@ from hdmil_lib.cli import (  # importing a module registers its commands
 )
 from hdmil_lib.cli.app import app
 
-__all__ = ["app", "cluster", "cohorts", "features", "models", "prediction", "public", "quality", "main"]
+__all__ = [
+    "app",
+    "cluster",
+    "cohorts",
+    "exchange",
+    "features",
+    "main",
+    "models",
+    "prediction",
+    "public",
+    "quality",
+]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from hdmil_lib.cli.app import app
 from hdmil_lib.cli.options import (
     Decoder,
     Devices,
+    EncoderWeights,
     ForceMpp,
     Looks,
     MaxHole,
@@ -33,8 +34,9 @@ def extract(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the bags, one <slide>.h5 per slide.")],
     encoder: Annotated[
-        str, typer.Option(help="Name of an encoder; see `hdmil encoders`.")
+        str, typer.Option(help="Name of an encoder, timm:NAME or module:function; see `hdmil encoders`.")
     ] = "efficientnet_lite0",
+    encoder_weights: EncoderWeights = None,
     device: Devices = "auto",
     mpp: Mpp = None,
     force_mpp: ForceMpp = None,
@@ -78,6 +80,8 @@ def extract(
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
         return
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
+    if encoder_weights is not None:
+        options["weights"] = encoder_weights
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings)
     loaded = load_encoder(encoder, device=gpus[0], **options)
@@ -105,3 +109,5 @@ def encoders() -> None:
     for name, spec in ENCODERS.items():
         gate = ", accept its license on the hub first" if spec.gated else ""
         typer.echo(f"{name:20} {spec.dim:5} features, {spec.license}{gate}")
+    typer.echo("timm:NAME            any model of timm; NAME@COMMIT pins the revision on the hub")
+    typer.echo("module:function      your own function, which returns a torch module and its input settings")

@@ -1,7 +1,7 @@
 """Commands that train and judge models: train, evaluate and calibrate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,9 +19,15 @@ def train(
     cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and label.")],
     bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the model, its test scores and all trainings.")],
-    folds: Annotated[int, typer.Option(help="Number of cross-validation folds, three or more.")] = 5,
+    folds: Annotated[
+        int,
+        typer.Option(
+            help="Number of cross-validation folds, three or more; within the rest, if the column `split` of "
+            "the cohort names train and test slides."
+        ),
+    ] = 5,
     splits: Annotated[
-        Path | None, typer.Option(help="Folder with splits_<k>.csv, instead of --folds.")
+        Path | None, typer.Option(help="Folder with CLAM's splits_<k>.csv, instead of --folds.")
     ] = None,
     compare: Annotated[
         list[str],
@@ -41,6 +47,17 @@ def train(
             help="Screen by LIPN taught evidence and a second look; see `hdmil extract --look 64`.",
         ),
     ] = False,
+    no_screening: Annotated[
+        bool,
+        typer.Option(
+            "--no-screening",
+            help="Train bag classifiers alone, of bags without patches; no model is written.",
+        ),
+    ] = False,
+    balance: Annotated[
+        Literal["sampling", "loss"],
+        typer.Option(help="Make up for unequal classes by drawing them equally often, or by class weights."),
+    ] = "sampling",
     epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of epochs.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of folds, initial weights and training.")
@@ -63,11 +80,15 @@ def train(
     labeled = Cohort.from_csv(cohort, bags=bags)
     for name, rows in labeled.table.groupby("label"):
         typer.echo(f"{name}: {len(rows)} slides of {rows['case_id'].nunique()} patients")
+    for note in labeled.class_notes():
+        typer.echo(f"note: {note}")
     loaded = labeled.load_bags()
     dim = next(iter(loaded.values())).features.shape[1]
     wanted = "hdmil_cascade" if cascade else "hdmil"
-    methods = list(dict.fromkeys([*compare, "hdmil_dagger", "hdmil", wanted]))
+    screening = [] if no_screening else ["hdmil", wanted]
+    methods = list(dict.fromkeys([*compare, "hdmil_dagger", *screening]))
     settings = _recipe(recipe, epochs, n_slides=len(labeled), in_dim=dim, subtyping=subtyping)
+    settings = settings.balanced(balance)
     cv = cross_validate(
         labeled,
         methods,
@@ -82,6 +103,9 @@ def train(
     )
     scores = cv.table()
     save_table(scores, out / "scores")
+    if no_screening:
+        typer.echo(to_markdown(scores))
+        return
     fold = cv.best_fold(wanted)
     model = cv.hdmil(fold, wanted)
     model.save_pretrained(out / "model")

@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,6 +15,9 @@ Decoder = Annotated[
     typer.Option(help="What decodes JPEG tiles; auto is the GPU, where `pip install hdmil[gpu]` was done."),
 ]
 Devices = Annotated[str, typer.Option(help="auto (all GPUs), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")]
+EncoderWeights = Annotated[
+    Path | None, typer.Option(help="File of weights for the named encoder, instead of a download.")
+]
 Looks = Annotated[
     list[int],
     typer.Option(help="Side in pixels of a coarser look at each tile: 64 is 2 um/px; can be repeated."),

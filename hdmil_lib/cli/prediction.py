@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Mpp, ShardOption, scale_of, shard_of
+from hdmil_lib.cli.options import (
+    Decoder,
+    Devices,
+    EncoderWeights,
+    ForceMpp,
+    Mpp,
+    ShardOption,
+    scale_of,
+    shard_of,
+)
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.storage import check_output
 from hdmil_lib.terminal import (
@@ -42,6 +51,10 @@ def predict(
     ] = False,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Largest number of tiles to read.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds after which reading stops.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="The model's encoder, where it is your own code: module:function.")
+    ] = None,
+    encoder_weights: EncoderWeights = None,
     device: Devices = "auto",
     decoder: Decoder = "cpu",
     mpp: Mpp = None,
@@ -82,6 +95,11 @@ def predict(
     gpus = resolve_all(device)
     loaded = HDMIL.from_pretrained(model).to(gpus[0])
     loaded.decoder = decoder
+    if encoder is not None or encoder_weights is not None:
+        from hdmil_lib.encoders.loading import load_encoder
+
+        own = encoder or loaded.known_info.encoder
+        loaded.encoder = load_encoder(own, device=gpus[0], decoder=decoder, weights=encoder_weights)
     if out is not None or len(files) > 1:
         if out is None or by_tiles or pictures:
             raise HDMILError(

@@ -199,6 +199,8 @@ def extract_slide(
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
         attrs = made_by.settings(encoder, settings) | _geometry(slide, grid)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        if revision := getattr(encoder, "revision", ""):
+            attrs["encoder_revision"] = revision
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdmil_lib import devices
 from hdmil_lib.config import cache_dir
@@ -29,9 +29,16 @@ from hdmil_lib.encoders.engines import (
     has_openvino,
     quantize,
 )
-from hdmil_lib.encoders.networks import build_network, fuse_batch_norms, weights_hash, weights_source
-from hdmil_lib.encoders.registry import ENCODERS, EncoderSpec
-from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.encoders.networks import (
+    build_network,
+    fuse_batch_norms,
+    hub_revision,
+    weights_hash,
+    weights_source,
+)
+from hdmil_lib.encoders.own import find_spec
+from hdmil_lib.encoders.registry import ENCODERS, TIMM, EncoderSpec, is_code
+from hdmil_lib.errors import HDMILError
 from hdmil_lib.kernels.tile_preprocess import StainTransform
 from hdmil_lib.slides.gpu_decoding import nvjpeg
 from hdmil_lib.slides.resampling import resample
@@ -57,8 +64,8 @@ class Encoder:
 
     Attributes:
         device: Device that computes the features.
-        spec: Entry in `ENCODERS`.
-        name: Name in `ENCODERS`.
+        spec: Entry in `ENCODERS`, or that of an encoder of the user's own.
+        name: Its name.
         dim: Number of features per tile, D.
         input_size: Side of the image that the network sees, in pixels; tiles of other sizes are resized.
         weights_hash: First 12 hex digits of the sha256 of weights and normalization, that of the stain too.
@@ -67,6 +74,7 @@ class Encoder:
         batch_size: Number of tiles per call at which it is fast: 32 on a CPU, where more only adds waiting,
             256 on a GPU.
         decoder: What decodes the tiles of slides for it: "cpu", or "nvjpeg" where a slide allows it.
+        revision: Commit of the weights on the Hugging Face hub; empty for other encoders.
     """
 
     def __init__(
@@ -79,7 +87,7 @@ class Encoder:
     ):
         self.spec = spec
         self.name, self.dim, self.input_size = spec.name, spec.dim, spec.input_size
-        self.weights_hash = weights_hash
+        self.weights_hash, self.revision = weights_hash, hub_revision(spec)
         self.engine, self.precision, self.device = run.name, run.precision, run.device
         self.batch_size = 256 if run.device.type == "cuda" else 32
         self.decoder = decoder
@@ -172,6 +180,7 @@ def load_encoder(
     compiled: bool = False,
     stain: StainTransform | None = None,
     decoder: Literal["cpu", "auto", "nvjpeg"] = "cpu",
+    weights: str | Path | None = None,
 ) -> Encoder:
     """Load a frozen encoder (paper, section 3.1: instance features).
 
@@ -179,7 +188,9 @@ def load_encoder(
     the network. For an encoder of the hub it is that of the revision in the hub's local cache.
 
     Args:
-        name: A key of `ENCODERS`. The default's weights are installed with hdmil; others are downloaded.
+        name: A key of `ENCODERS`, or an encoder of your own: `timm:NAME` or `module:function`; `@COMMIT`
+            after a name pins the revision on the hub. See `own.find_spec`. The default's weights are
+            installed with hdmil; others are downloaded.
         device: Device that runs the encoder, as `devices.resolve` takes it.
         engine: "auto" takes OpenVINO on a CPU where it is installed, else PyTorch.
         precision: "auto" takes bf16 where it is faster, which on a CPU is measured once, and the features of
@@ -195,16 +206,33 @@ def load_encoder(
             many tiles in one call, where a slide allows it; "auto" takes it where it is installed. Its pixels
             differ by a few levels from those of OpenSlide, which "cpu" gives, and features with them; a model
             should be used as it was trained. Bags record it.
+        weights: Local file of weights for the architecture of `name`, instead of those that are downloaded.
 
     Raises:
         HDMILError: The name, the device or the combination is unknown, or the weights are not available, or
             "nvjpeg" does not work here.
     """
-    if name not in ENCODERS:
-        known = ", ".join(ENCODERS)
-        raise HDMILError(f"Unknown encoder {name!r}{nearest(name, ENCODERS)}; known are {known}.")
+    spec, backbone = find_spec(name, weights)
     options: dict[str, Any] = {"precision": precision, "int8_tiles": int8_tiles, "compiled": compiled}
-    return _load(ENCODERS[name], devices.resolve(device), engine, stain, decoder, **options)
+    return _load(spec, devices.resolve(device), engine, stain, decoder, backbone=backbone, **options)
+
+
+def load_recorded(name: str, **options: Any) -> Encoder:
+    """Load the encoder that a file names, such as that of a model.
+
+    Args:
+        name: As for `load_encoder`, but no Python code: a file must not choose what is run.
+        **options: Options of `load_encoder`.
+
+    Raises:
+        HDMILError: As from `load_encoder`, or the name is Python code.
+    """
+    if is_code(name):
+        raise HDMILError(
+            f"The model's encoder is Python code, {name}, which runs only if you name it yourself: --encoder "
+            f"{name}, or model.encoder = load_encoder({name!r})."
+        )
+    return load_encoder(name, **options)
 
 
 def _load(
@@ -217,9 +245,14 @@ def _load(
     precision: Literal["auto", "fp32", "bf16", "int8"],
     int8_tiles: np.ndarray | None,
     compiled: bool,
+    backbone: nn.Module | None = None,
 ) -> Encoder:
     """As `load_encoder`, for any specification."""
+    if spec.weights == "code" and engine == "auto":
+        engine = "torch"  # a converted copy would not notice that the code was changed
     engine = _choose_engine(engine, device)
+    if spec.weights == "code" and engine != "torch":
+        raise HDMILError(f"The encoder {spec.name!r} is your own code, which runs with engine='torch'.")
     if compiled and engine != "torch":
         raise HDMILError(COMPILES_ITSELF)
     if precision not in PRECISIONS:
@@ -232,9 +265,9 @@ def _load(
         if seen is not None:
             model_path = _quantized(model_path, seen)
     else:
-        network = build_network(spec, stain)
+        network = build_network(spec, stain, backbone)
         digest = weights_hash(network)
-        fuse_batch_norms(network)
+        _fuse(network, spec)
 
     def start(precision: Precision) -> Encoder:
         def resized(side: int) -> Encoder:
@@ -293,12 +326,14 @@ def _converted(spec: EncoderSpec, stain: StainTransform | None) -> tuple[str, Pa
     versions = f"{__version__}-openvino{ov.__version__.split('-')[0]}"
     folder = cache_dir() / "encoders"
     normalized = "" if stain is None else f"-{hashlib.sha256(repr(stain).encode()).hexdigest()[:12]}"
-    record_path = folder / f"{spec.name}{normalized}-{versions}.json"
+    name = re.sub(r"[^\w.-]", "_", spec.name)
+    of_file = "-file" if spec.weights == "file" else ""
+    record_path = folder / f"{name}{of_file}{normalized}-{versions}.json"
 
     def model_path(digest: str) -> Path:
-        usual = ENCODERS[spec.name].input_size
+        usual = ENCODERS.get(spec.name, spec).input_size
         size = "" if spec.input_size == usual else f"-{spec.input_size}px"
-        return folder / f"{spec.name}{size}-{digest}-{versions}.xml"
+        return folder / f"{name}{size}-{digest}-{versions}.xml"
 
     source = weights_source(spec)
     digest = _recorded_hash(record_path, source)
@@ -307,7 +342,7 @@ def _converted(spec: EncoderSpec, stain: StainTransform | None) -> tuple[str, Pa
     network = build_network(spec, stain)
     digest = weights_hash(network)
     if not model_path(digest).is_file():
-        fuse_batch_norms(network)
+        _fuse(network, spec)
         convert(network, spec.input_size, model_path(digest))
     # Weights that were replaced meanwhile get no record; those downloaded just now have no source before.
     source_after = weights_source(spec)
@@ -315,6 +350,12 @@ def _converted(spec: EncoderSpec, stain: StainTransform | None) -> tuple[str, Pa
         with suppress(OSError):  # without the record the next call is slower, no more
             write_json(record_path, {"weights_hash": digest, "source": source_after})
     return digest, model_path(digest)
+
+
+def _fuse(network: nn.Module, spec: EncoderSpec) -> None:
+    """Fuse the batch norms of a known encoder; others may run their layers in another order than listed."""
+    if spec.weights != "code" and not spec.name.startswith(TIMM):
+        fuse_batch_norms(network)
 
 
 def _recorded_hash(path: Path, source: dict[str, str] | None) -> str | None:

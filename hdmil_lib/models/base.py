@@ -54,12 +54,14 @@ class MILModel(nn.Module, ABC, Generic[Output]):
             the share of tiles that it needs.
         in_dim: Width of the features, D.
         n_classes: Number of classes, C.
+        class_weights: Weight of each class in the cross entropy, (C,), in training; `None` for equal ones.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("features", "rows")
     reads_all: ClassVar[bool] = True
     feature_mean: Tensor
     feature_std: Tensor
+    class_weights: Tensor | None
 
     def __init__(self, in_dim: int, n_classes: int):
         super().__init__()
@@ -67,6 +69,7 @@ class MILModel(nn.Module, ABC, Generic[Output]):
         self.n_classes = n_classes
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_std", torch.ones(in_dim))
+        self.register_buffer("class_weights", None, persistent=False)
 
     @torch.no_grad()
     def standardize(self, bags: Iterable[Tensor]) -> None:
@@ -117,7 +120,18 @@ class MILModel(nn.Module, ABC, Generic[Output]):
             output: Output of `forward`.
             labels: Class indices, int64 (B,), on the host or with the output.
         """
-        return {"bag": cross_entropy(output.logits, labels)}
+        return {"bag": self.cross_entropy(output.logits, labels)}
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Cross entropy of logits (B, C) with labels (B,), times the class weights if there are any.
+
+        The mean is over the bags, and not over their weights: with one bag per step it would cancel them.
+        """
+        if self.class_weights is None:
+            return cross_entropy(logits, labels, reduction=reduction)
+        labels = to_device(labels, logits.device)
+        losses = self.class_weights[labels] * F.cross_entropy(logits, labels, reduction="none")
+        return losses if reduction == "none" else losses.mean()
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer; the gradients of each group are clipped by their own norm."""

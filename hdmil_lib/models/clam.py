@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.layers import GatedAttention, Projected, Projection
 
@@ -88,6 +88,6 @@ class CLAM(MILModel[CLAMOutput]):
             subtyping=self.subtyping,
         )
         return {
-            "bag": self.bag_weight * cross_entropy(output.logits, labels),
+            "bag": self.bag_weight * self.cross_entropy(output.logits, labels),
             "clustering": (1 - self.bag_weight) * clustering,
         }

@@ -13,7 +13,7 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.random import draw_seed
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.clustering import instance_clustering_loss
 from hdmil_lib.models.kan import ChebyshevKAN
 from hdmil_lib.models.layers import GatedAttention, Projected, Projection
@@ -240,7 +240,7 @@ class DMIN(MILModel[DMINOutput]):
             over bags; without self-distillation the first two only.
         """
         terms = {
-            "teacher": cross_entropy(output.teacher_logits, labels),
+            "teacher": self.cross_entropy(output.teacher_logits, labels),
             "clustering": instance_clustering_loss(
                 self.instance_heads,
                 partial(self.projection.pick, output.projected),

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.ragged import bag_argmax, pad, unpad
 
 
@@ -66,6 +66,6 @@ class DSMIL(MILModel[DSMILOutput]):
     def loss(self, output: DSMILOutput, labels: Tensor) -> LossTerms:
         """Compute the cross entropies of the bags and of their critical tiles, with weight 0.5 each."""
         return {
-            "bag": 0.5 * cross_entropy(output.logits, labels),
-            "critical": 0.5 * cross_entropy(output.critical_logits, labels),
+            "bag": 0.5 * self.cross_entropy(output.logits, labels),
+            "critical": 0.5 * self.cross_entropy(output.critical_logits, labels),
         }

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments, to_device
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.layers import GatedAttention, Projection
 from hdmil_lib.models.ragged import bag_argmax, bag_mean, pad, unpad
 
@@ -136,10 +136,10 @@ class DTFD(MILModel[DTFDOutput]):
     def loss(self, output: DTFDOutput, labels: Tensor) -> LossTerms:
         """Compute the cross entropies of the groups, averaged within each bag, and of the bags."""
         group_labels = to_device(labels, output.logits.device)[output.groups.bag]
-        groups = cross_entropy(output.group_logits, group_labels, reduction="none")
+        groups = self.cross_entropy(output.group_logits, group_labels, reduction="none")
         return {
             "tier_1": bag_mean(groups, output.groups).mean(),
-            "tier_2": cross_entropy(output.logits, labels),
+            "tier_2": self.cross_entropy(output.logits, labels),
         }
 
     def param_groups(self) -> list[dict[str, Any]]:

@@ -406,10 +406,10 @@ class HDMIL(nn.Module):
         if self._encoder is not None:
             return self._encoder
         if self.device not in self._loaded:
-            from hdmil_lib.encoders.loading import load_encoder
+            from hdmil_lib.encoders.loading import load_recorded
 
             options: dict[str, Any] = {} if self.decoder == "cpu" else {"decoder": self.decoder}
-            encoder = load_encoder(self.known_info.encoder, device=self.device, **options)
+            encoder = load_recorded(self.known_info.encoder, device=self.device, **options)
             self._check_encoder(encoder)
             self._loaded[self.device] = encoder
         return self._loaded[self.device]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels import segment_softmax_pool
 from hdmil_lib.kernels.segments import Segments, to_device
-from hdmil_lib.models.base import LossTerms, MILModel, MILOutput, cross_entropy
+from hdmil_lib.models.base import LossTerms, MILModel, MILOutput
 from hdmil_lib.models.layers import GatedAttention, Projection
 from hdmil_lib.models.ragged import pad, unpad
 
@@ -134,9 +134,9 @@ class SMT(MILModel[SMTOutput]):
     def loss(self, output: SMTOutput, labels: Tensor) -> LossTerms:
         """Compute the cross entropy of the slide, and `auxiliary` times that of either earlier stage."""
         return {
-            "bag": cross_entropy(output.logits, labels),
-            "region": self.auxiliary * cross_entropy(output.region_logits, labels),
-            "patch": self.auxiliary * cross_entropy(output.patch_logits, labels),
+            "bag": self.cross_entropy(output.logits, labels),
+            "region": self.auxiliary * self.cross_entropy(output.region_logits, labels),
+            "patch": self.auxiliary * self.cross_entropy(output.patch_logits, labels),
         }
 
 

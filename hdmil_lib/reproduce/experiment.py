@@ -13,7 +13,8 @@ from hdmil_lib.storage import read_json, read_table, write_table, write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hdmil_lib.cohort import Cohort, Split
+    from hdmil_lib.cohort import Cohort
+    from hdmil_lib.splits import Split
     from hdmil_lib.training.trained import CrossValidation
 
 Stage = Literal["fetch", "extract", "train", "time", "tables"]
@@ -327,10 +328,10 @@ def _cohort(experiment: Experiment) -> "Cohort":
 
 
 def _splits(experiment: Experiment, cohort: "Cohort") -> "Sequence[Split]":
-    from hdmil_lib.cohort import make_splits, splits_with_test
+    from hdmil_lib.cohort import make_splits, official_splits
 
-    divide: Any = splits_with_test if "split" in cohort.table else make_splits
-    return divide(cohort, experiment.n_folds, experiment.seed)
+    folds = experiment.n_folds, experiment.seed
+    return official_splits(cohort, *folds) or make_splits(cohort, *folds)
 
 
 def _first_device(experiment: Experiment) -> Any:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.errors import BagError
 from hdmil_lib.models import ABMIL, DMIN, MeanPooling, MILModel
+from hdmil_lib.splits import Split
 from hdmil_lib.training.fit import TrainSettings, fit, predict_slides
 
 LOW_RESOLUTION = "Low resolution only, ABMIL at 2 um/px (after LRMIL)"

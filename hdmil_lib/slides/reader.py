@@ -258,9 +258,7 @@ class Slide:
         """
         x, y, *extent = self.bounds
         width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
-        index, scale, (left, top) = self._locate(x, y, mpp)
-        if max(scale) > LEVEL_TOLERANCE:
-            index, scale, (left, top) = self._locate(x, y, mpp, min_scale=2.0)
+        index, scale, (left, top) = self._locate_for_mean(x, y, mpp)
         step_x, step_y = (max(1, int(BLOCK / s)) for s in scale)
         thumbnail = np.empty((height, width, 3), np.uint8)
         for row in range(0, height, step_y):
@@ -269,6 +267,31 @@ class Slide:
                 corner = left + column * scale[0], top + row * scale[1]
                 block[:] = self._area_mean(index, *corner, scale, (block.shape[0], block.shape[1]))
         return thumbnail
+
+    def read_mean(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
+        """Read a rectangle of which each pixel is the mean over its square, as in `thumbnail`.
+
+        Args:
+            x: Left edge in level-0 pixels; may be outside of the slide.
+            y: Top edge in level-0 pixels.
+            size: (width, height) of the result in pixels.
+            mpp: Scale of the result in um/px.
+
+        Returns:
+            RGB pixels, uint8 (height, width, 3); white where the slide has no pixels.
+
+        Raises:
+            SlideError: The file is damaged in this rectangle.
+        """
+        index, scale, (left, top) = self._locate_for_mean(x, y, mpp)
+        return self._area_mean(index, left, top, scale, (size[1], size[0])).astype(np.uint8)
+
+    def _locate_for_mean(
+        self, x: float, y: float, mpp: float
+    ) -> tuple[int, tuple[float, float], tuple[float, float]]:
+        """As `_locate`: a level of this scale, or else the coarsest that is at least twice as fine."""
+        found = self._locate(x, y, mpp)
+        return found if max(found[1]) <= LEVEL_TOLERANCE else self._locate(x, y, mpp, min_scale=2.0)
 
     def _locate(
         self, x: float, y: float, mpp: float, min_scale: float = 1.0

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.inference.anytime import RunningDMIN, ranked
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
 from hdmil_lib.models.settling import SHARES, centered, fit_settling
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import load_weights, read_json, write_json
 from hdmil_lib.training.fit import WEIGHTS, TrainSettings
 from hdmil_lib.training.look import LOOK_TRAINING, fit_look

@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Cohort, Split, check_splits, column_split, make_splits, read_splits, write_splits
+from hdmil_lib.cohort import Cohort, check_classes, check_splits, make_splits, official_splits
 from hdmil_lib.config import cache_dir, end_with_parent, torch_threads
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, LIPN, MILModel, create_model
+from hdmil_lib.splits import Split, read_splits, write_splits
 from hdmil_lib.storage import read_json, write_json, write_table
 from hdmil_lib.training.cascade import CascadeSettings, fit_cascade
 from hdmil_lib.training.fit import fit, predict_slides
@@ -62,9 +63,9 @@ def cross_validate(
     Args:
         cohort: Labels, cases and bags.
         methods: Names in `METHODS`.
-        folds: Number of folds; see `make_splits`. Not used if there are `splits` or a column `split` in the
-            table, the official split.
-        splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves.
+        folds: Number of folds; see `make_splits`. With a column `split` in the table see `official_splits`.
+            Not used if there are `splits`.
+        splits: Folder with CLAM's `splits_<k>.csv`, or the splits themselves; test parts may overlap.
         recipe: Settings of the networks, whose seeds are replaced by `seed`; by default `recipe_for` the
             cohort's size and features.
         seed: Seed of splits, initial weights, training and random tiles.
@@ -78,8 +79,9 @@ def cross_validate(
 
     Raises:
         HDMILError: A method is unknown.
-        BagError: A slide has no bag, or the bags do not fit together.
-        CohortError: There are too few cases for the folds, or the splits do not fit the cohort.
+        BagError: A slide has no bag, the bags do not fit together, or lack the patches that a method needs.
+        CohortError: There are too few cases for the folds, the splits do not fit the cohort, or a fold cannot
+            be learned or scored.
         CheckpointError: `out` holds runs of another configuration.
         HDMILError: There is no such device, or it has too little memory.
     """
@@ -91,6 +93,7 @@ def cross_validate(
         raise BagError(f"there is no bag of slide '{absent[0]}'; extract its features, or drop its row")
     bags = {slide_id: bags[slide_id] for slide_id in cohort.slide_ids}
     data = BagDataset(bags, cohort.label_of)
+    _check_patches(methods, bags)
     parts = _splits(cohort, splits, folds, seed)
     recipe = (recipe or recipe_for(len(cohort), data.dim)).seeded(seed)
     identity = {
@@ -120,17 +123,32 @@ def cross_validate(
     return CrossValidation(out, methods)
 
 
+def _check_patches(methods: Sequence[str], bags: Mapping[str, Bag]) -> None:
+    """Check, before anything is trained, that all bags have the patches that a method needs.
+
+    Raises:
+        BagError: A method screens tiles, and a bag has no patches.
+    """
+    screening = [name for name in methods if METHODS[name].screen is not None]
+    lacking = [slide_id for slide_id, bag in bags.items() if bag.patches is None]
+    if screening and lacking:
+        raise BagError(
+            f"method '{screening[0]}' screens tiles by their patches, which {len(lacking)} of {len(bags)} "
+            f"bags lack, such as {lacking[0]}; fill them in from the slides with `hdmil add-patches`, or "
+            "train bag classifiers alone (`hdmil train --no-screening`)"
+        )
+
+
 def _splits(
     cohort: Cohort, splits: str | Path | Sequence[Split] | None, folds: int, seed: int
 ) -> list[Split]:
-    """The given splits, else the official split, else new splits by case."""
+    """The given splits, else those of the column `split`, else new splits by case; all of them checked."""
     if splits is not None:
         found = read_splits(splits) if isinstance(splits, str | Path) else list(splits)
-    elif (official := column_split(cohort)) is not None:
-        found = [official]
     else:
-        return make_splits(cohort, folds, seed)
+        found = official_splits(cohort, folds, seed) or make_splits(cohort, folds, seed)
     check_splits(found, cohort)
+    check_classes(found, cohort)
     return found
 
 

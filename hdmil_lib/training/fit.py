@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.devices import widest
 from hdmil_lib.errors import CohortError, HDMILError
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.models import LossTerms, MILModel
 from hdmil_lib.models.base import cross_entropy
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import load_weights, save_weights, weights_digest, write_table
 from hdmil_lib.training.state import claim_folder, load_state, save_state
 
@@ -46,6 +46,9 @@ class TrainSettings:
         clip: Largest gradient norm of each parameter group; no limit by default.
         drop_epoch: Epoch from which the learning rate is divided by five, as for DTFD-MIL.
         instance_dropout: Share of each bag's tiles that a step of a bag classifier leaves out at random.
+        balance: What makes up for classes of unequal size. "sampling": bags are drawn with replacement so
+            that every class is equally likely. "loss": every bag is drawn once per epoch, and the cross
+            entropy of a class with n of the N bags has the weight N / (C n).
         precision: "bf16" for autocast to bfloat16; weights, optimizer and losses stay in float32.
     """
 
@@ -62,6 +65,7 @@ class TrainSettings:
     clip: float | None = None
     drop_epoch: int | None = None
     instance_dropout: float = 0.0
+    balance: Literal["sampling", "loss"] = "sampling"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def rate_at(self, epoch: int) -> float:
@@ -130,7 +134,7 @@ def fit(
 ) -> pd.DataFrame:
     """Train a bag classifier; it ends in evaluation mode with the weights of its best epoch.
 
-    Bags are drawn with replacement so that every class is equally likely. The best epoch has the lowest
+    Bags are drawn as `TrainSettings.balance` says. The best epoch has the lowest
     cross entropy on `split.val`. `config.json`, the best weights as `model.safetensors`, and at the end
     `history.csv` are written to `out`. An interrupted run resumes after its last complete epoch with the same
     result, on a CPU to the bit; a finished run is only loaded.
@@ -159,7 +163,7 @@ def fit(
     config = describe_run(model, data, split, settings)
     if settings.standardize:  # on the host, which has the memory for it
         model.standardize([data.to("cpu").batch(split.train).features])
-    with on_device(data, device, model) as data:
+    with on_device(data, device, model) as data, weighted(model, data, split, settings):
         objective = Classification(model, data, settings.instance_dropout)
         return optimize(objective, data, split, settings, out=Path(out), config=config, progress=progress)
 
@@ -176,6 +180,20 @@ def on_device(data: BagDataset, device: str | torch.device, *networks: nn.Module
     finally:
         for network, home in zip(networks, homes, strict=True):
             network.to(home)
+
+
+@contextmanager
+def weighted(model: MILModel, data: BagDataset, split: Split, settings: TrainSettings) -> Iterator[None]:
+    """For a while, the class weights that the settings ask for, from the training slides."""
+    if settings.balance == "loss":
+        labels = [data.labels[slide_id] for slide_id in split.train]
+        counts = np.bincount(labels, minlength=model.n_classes)
+        weights = len(labels) / (len(counts) * np.maximum(counts, 1))
+        model.class_weights = torch.tensor(weights, dtype=torch.float32, device=model.feature_mean.device)
+    try:
+        yield
+    finally:
+        model.class_weights = None
 
 
 @torch.inference_mode()
@@ -233,7 +251,7 @@ def optimize(
                 if epoch > 0 or first_epoch_trains:
                     for group in optimizer.param_groups:
                         group["lr"] = settings.rate_at(epoch)
-                    drawn = balanced_draw(split.train, labels)
+                    drawn = draw(split.train, labels, settings)
                     measured = train_epoch(objective, optimizer, data, drawn, settings)
                 measured |= validate(objective, split.val, labels, settings)
                 history.append({"epoch": epoch} | log_row(measured, [labels[s] for s in split.val]))
@@ -249,6 +267,13 @@ def optimize(
         load_weights(network, out / name)
     objective.learner.eval()
     return pd.read_csv(history_path, float_precision="round_trip")
+
+
+def draw(slide_ids: Sequence[str], labels: Mapping[str, int], settings: TrainSettings) -> list[str]:
+    """Draw the slides of an epoch, as many as there are."""
+    if settings.balance == "sampling":
+        return balanced_draw(slide_ids, labels)
+    return [slide_ids[i] for i in torch.randperm(len(slide_ids)).tolist()]
 
 
 def balanced_draw(slide_ids: Sequence[str], labels: Mapping[str, int]) -> list[str]:

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import HDMIL, LossTerms
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import weights_digest
-from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
+from hdmil_lib.training.fit import (
+    WEIGHTS,
+    Objective,
+    TrainSettings,
+    describe_run,
+    on_device,
+    optimize,
+    weighted,
+)
 from hdmil_lib.training.lipn import (
     LIPNLossWeights,
     lipn_loss,
@@ -124,7 +132,7 @@ def fine_tune(
         "lipn_loss": asdict(weights),
         "initial_thresholds": model.thresholds.tolist(),
     }
-    with on_device(data, device, model) as data:
+    with on_device(data, device, model) as data, weighted(model.dmin, data, split, settings):
         history = optimize(
             JointLearning(model, data, weights),
             data,

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.kernels import gumbel_mask
 from hdmil_lib.kernels.segments import Segments, to_device
 from hdmil_lib.models import DMIN, HDMIL, LIPN, LossTerms
 from hdmil_lib.models.dmin import union
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
 from hdmil_lib.models.ragged import bag_mean
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import read_json, weights_digest, write_json
 from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.batches import BagBatch, BagDataset
-from hdmil_lib.cohort import Split
 from hdmil_lib.models import DMIN, LossTerms, SecondLook
 from hdmil_lib.models.lipn import thresholds_for_keep_ratio
+from hdmil_lib.splits import Split
 from hdmil_lib.storage import weights_digest
 from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
 from hdmil_lib.training.lipn import evidence_loss, evidence_targets

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from hdmil_lib.training.fit import TrainSettings
 from hdmil_lib.training.joint import FINE_TUNING
@@ -41,6 +41,10 @@ class Recipe:
     def seeded(self, seed: int) -> "Recipe":
         """The recipe with this seed in every training."""
         return self._with(lambda settings: replace(settings, seed=seed))
+
+    def balanced(self, balance: Literal["sampling", "loss"]) -> "Recipe":
+        """The recipe with this way to balance classes in every training; see `TrainSettings`."""
+        return self._with(lambda settings: replace(settings, balance=balance))
 
     def training_of(self, model: str) -> TrainSettings:
         """Training settings of a bag classifier."""

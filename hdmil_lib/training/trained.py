@@ -6,12 +6,12 @@ from typing import cast
 
 import pandas as pd
 
-from hdmil_lib.cohort import Split, read_splits
 from hdmil_lib.errors import CheckpointError
 from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
 from hdmil_lib.evaluation.statistics import summary_table
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
+from hdmil_lib.splits import Split, read_splits
 from hdmil_lib.storage import load_weights, read_json
 from hdmil_lib.training.cascade import load_cascade
 from hdmil_lib.training.fit import WEIGHTS
