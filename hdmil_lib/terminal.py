@@ -10,15 +10,15 @@ from hdmil_lib.errors import HDMILError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from hdmil_lib.inference.prediction import Prediction
     from hdmil_lib.models import HDMIL
     from hdmil_lib.progress import Progress
 
 
-def predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
-    """Predict many slides into a table; say what failed, and then exit with 1."""
-    table = model.predict_many(paths, out=out, **options)
+def print_table(table: "pd.DataFrame", out: Path) -> None:
+    """Say how many slides were predicted into a table, and what failed; then exit with 1."""
     failed = table[table["error"] != ""]
     typer.echo(f"{out}: {len(table) - len(failed)} of {len(table)} slides predicted")
     for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):

@@ -1,13 +1,27 @@
 """Commands from slides to features: extract and encoders."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Decoder, Devices, ForceMpp, Looks, Mpp, ShardOption, scale_of, shard_of
+from hdmil_lib.cli.options import (
+    Decoder,
+    Devices,
+    ForceMpp,
+    Looks,
+    Mpp,
+    Scheduler,
+    ShardOption,
+    client_of,
+    scale_of,
+    shard_of,
+)
 from hdmil_lib.terminal import print_error
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @app.command()
@@ -37,6 +51,7 @@ def extract(
     look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
     shard: ShardOption = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails.
 
@@ -55,11 +70,23 @@ def extract(
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
         return
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
+    given: dict[str, Any] = {"mpp": scale, "batch_size": batch_size, "looks": look, "shard": part}
+    if scheduler is not None:
+        from hdmil_lib import cluster
+
+        with client_of(scheduler) as client:
+            given |= {"client": client, "encoder": encoder, "device": device, "load": options}
+            _print_report(cluster.extract(files, out, **given))
+        return
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look, shard=part)
+    _print_report(extraction.extract(files, copies, out, **given))
+
+
+def _print_report(report: "pd.DataFrame") -> None:
+    """Print what became of the slides; exit with 1 if one failed."""
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
