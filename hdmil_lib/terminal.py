@@ -31,9 +31,8 @@ def print_report(report: "pd.DataFrame") -> int:
     return len(failed)
 
 
-def predict_table(model: "HDMIL", paths: Sequence[Path], out: Path, **options: Any) -> None:
-    """Predict many slides into a table; say what failed, and then exit with 1."""
-    table = model.predict_many(paths, out=out, **options)
+def print_table(table: "pd.DataFrame", out: Path) -> None:
+    """Say how many slides were predicted into a table, and what failed; then exit with 1."""
     failed = table[table["error"] != ""]
     typer.echo(f"{out}: {len(table) - len(failed)} of {len(table)} slides predicted")
     for slide_id, error in zip(failed["slide_id"], failed["error"], strict=True):

@@ -1,7 +1,7 @@
 """Commands from slides to features: extract and encoders."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,13 +18,18 @@ from hdmil_lib.cli.options import (
     MinSharpness,
     MinTissue,
     Mpp,
+    Scheduler,
     ShardOption,
     Tissue,
+    client_of,
     scale_of,
     shard_of,
     tissue_of,
 )
 from hdmil_lib.terminal import print_error
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @app.command()
@@ -61,6 +66,7 @@ def extract(
     max_hole: MaxHole = None,
     min_sharpness: MinSharpness = None,
     shard: ShardOption = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails.
 
@@ -82,13 +88,29 @@ def extract(
     options: dict[str, Any] = {"precision": precision, "compiled": compiled, "decoder": decoder}
     if encoder_weights is not None:
         options["weights"] = encoder_weights
+    given: dict[str, Any] = {
+        "mpp": scale,
+        "batch_size": batch_size,
+        "looks": look,
+        "shard": part,
+        "tissue": settings,
+    }
+    if scheduler is not None:
+        from hdmil_lib import cluster
+
+        with client_of(scheduler) as client:
+            given |= {"client": client, "encoder": encoder, "device": device, "load": options}
+            _print_report(cluster.extract(files, out, **given))
+        return
     if precision == "int8":
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(
-        slides, copies, out, mpp=scale, batch_size=batch_size, tissue=settings, looks=look, shard=part
-    )
+    _print_report(extraction.extract(files, copies, out, **given))
+
+
+def _print_report(report: "pd.DataFrame") -> None:
+    """Print what became of the slides; exit with 1 if one failed."""
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")

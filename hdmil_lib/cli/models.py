@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hdmil_lib.cli.app import app
-from hdmil_lib.cli.options import Device, Devices
+from hdmil_lib.cli.options import Device, Devices, Scheduler, client_of
 from hdmil_lib.errors import HDMILError, nearest
 from hdmil_lib.storage import check_output
 
@@ -64,16 +64,17 @@ def train(
     ] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes, at least one per GPU.")] = 2,
     device: Devices = "auto",
+    scheduler: Scheduler = None,
 ) -> None:
     """Cross-validate, and write the model of one fold to OUT/model for `hdmil predict`.
 
     The model is that of the fold with the lowest validation loss. The printed scores are those of the test
     slides of all folds. An interrupted training resumes if started again.
     """
+    from hdmil_lib.cluster import cross_validate
     from hdmil_lib.cohort import Cohort
     from hdmil_lib.config import setup
     from hdmil_lib.reproduce.tables import save_table, to_markdown
-    from hdmil_lib.training.crossval import cross_validate
 
     setup(seed)
     check_output(out, folder=True)
@@ -89,18 +90,20 @@ def train(
     methods = list(dict.fromkeys([*compare, "hdmil_dagger", *screening]))
     settings = _recipe(recipe, epochs, n_slides=len(labeled), in_dim=dim, subtyping=subtyping)
     settings = settings.balanced(balance)
-    cv = cross_validate(
-        labeled,
-        methods,
-        folds=folds,
-        splits=splits,
-        recipe=settings,
-        seed=seed,
-        out=out / "runs",
-        bags=loaded,
-        workers=workers,
-        device=device,
-    )
+    with client_of(scheduler) as client:
+        cv = cross_validate(
+            labeled,
+            methods,
+            client=client,
+            folds=folds,
+            splits=splits,
+            recipe=settings,
+            seed=seed,
+            out=out / "runs",
+            bags=loaded,
+            workers=workers,
+            device=device,
+        )
     scores = cv.table()
     save_table(scores, out / "scores")
     if no_screening:

@@ -1,11 +1,15 @@
 """Options that several commands have."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from hdmil_lib.sharing import Shard
     from hdmil_lib.slides.tissue import TissueSettings
 
@@ -82,6 +86,26 @@ ShardOption = Annotated[
         "--shard", help="The part of the slides to do, such as 3/16: the third of sixteen; for job arrays."
     ),
 ]
+
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="Address of a Dask scheduler whose workers do it, such as tcp://node1:8786."),
+]
+
+
+@contextmanager
+def client_of(scheduler: str | None) -> "Iterator[Client | None]":
+    """A client of the scheduler that `--scheduler` names, if any; closed in the end."""
+    if scheduler is None:
+        yield None
+        return
+    from hdmil_lib.cluster import connect
+
+    client = connect(scheduler)
+    try:
+        yield client
+    finally:
+        client.close(timeout=2)
 
 
 def shard_of(text: str | None) -> "Shard | None":

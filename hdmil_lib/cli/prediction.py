@@ -13,7 +13,9 @@ from hdmil_lib.cli.options import (
     EncoderWeights,
     ForceMpp,
     Mpp,
+    Scheduler,
     ShardOption,
+    client_of,
     scale_of,
     shard_of,
 )
@@ -21,9 +23,9 @@ from hdmil_lib.errors import HDMILError
 from hdmil_lib.storage import check_output
 from hdmil_lib.terminal import (
     predict_anytime,
-    predict_table,
     print_answer,
     print_seconds,
+    print_table,
     write_heatmap,
 )
 
@@ -61,6 +63,7 @@ def predict(
     force_mpp: ForceMpp = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
     shard: ShardOption = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Classify slides from the tiles that LIPN selects on the thumbnail.
 
@@ -87,10 +90,18 @@ def predict(
             "--heatmap or --geojson"
         )
     scale, files, part = scale_of(mpp, force_mpp), list_slides(slides), shard_of(shard)
-    if part is not None and out is None:
-        raise HDMILError("--shard needs --out, the table that all shards write")
+    if (part is not None or scheduler is not None) and out is None:
+        raise HDMILError("--shard and --scheduler need --out, the table that all processes write")
     if part is not None and not part.of(files):
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
+        return
+    if scheduler is not None and out is not None:
+        from hdmil_lib import cluster
+
+        given: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
+        given |= {"decoder": decoder, "device": device}
+        with client_of(scheduler) as client:
+            print_table(cluster.predict_many(model, files, out=out, client=client, shard=part, **given), out)
         return
     gpus = resolve_all(device)
     loaded = HDMIL.from_pretrained(model).to(gpus[0])
@@ -107,7 +118,7 @@ def predict(
                 "--max-seconds, --heatmap or --geojson"
             )
         options: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
-        predict_table(loaded, slides, out, device=gpus, shard=part, **options)
+        print_table(loaded.predict_many(slides, out=out, device=gpus, shard=part, **options), out)
         return
     slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:

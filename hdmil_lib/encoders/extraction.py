@@ -1,10 +1,10 @@
 """Extraction of features: slides are turned into bags; runs can be interrupted and resumed."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from hdmil_lib.encoders.made_by import TILE_MPP, TILE_SIZE, wanted_decoder
 from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
-from hdmil_lib.slides.listing import SlideFile, Source, list_slides
+from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
 from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def extract_slide(
 
 
 def extract(
-    slides: str | Path | Sequence[str | Path],
+    slides: Source | Sequence[Source],
     encoder: "Encoder | Sequence[Encoder]",
     out: str | Path,
     *,
@@ -231,6 +231,7 @@ def extract(
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
+    run: SharedRun | None = None,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
@@ -255,6 +256,7 @@ def extract(
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
         shard: The part of the slides to extract; all by default.
+        run: The part of this process in a run, entered, if these slides are only some of its slides.
         progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
 
     Returns:
@@ -271,11 +273,9 @@ def extract(
     encoders = _copies_of_one(encoder)
     settings = tissue_settings(tissue, min_tissue=min_tissue)
     files, out = list_slides(slides), Path(out)
-    twice = [name for name, count in Counter(readable(f.slide_id) for f in files).items() if count > 1]
-    if twice:
-        raise BagError(
-            f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
-        )
+    by_name = {name: file for file, name in names_of(files, BagError).items()}
+    if shard is not None:
+        by_name = dict(shard.of(list(by_name.items())))
     try:  # before the first slide is encoded
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -283,7 +283,7 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def run(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
+    def bag_of(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
             info = made_by.check_made_by(out_path, made_by.settings(own, settings), looks, scale)
@@ -302,10 +302,8 @@ def extract(
         )
         return "done", len(bag), bag.attrs
 
-    if shard is not None:
-        files = shard.of(files)
-    by_name, records = {readable(file.slide_id): file for file in files}, dict[str, tuple]()
-    bar = tqdm(total=len(files), desc="slides", unit="slide", disable=not progress)
+    records = dict[str, tuple]()
+    bar = tqdm(total=len(by_name), desc="slides", unit="slide", disable=not progress)
     showing = Lock()
 
     def work(own: "Encoder") -> None:
@@ -316,7 +314,7 @@ def extract(
             try:
                 if message is not None:
                     raise SlideError(message)
-                status, n_tiles, made = run(by_name[name], own)
+                status, n_tiles, made = bag_of(by_name[name], own)
                 message, about, settled = "", dict(made), True
             except Exception as error:  # any error concerns this slide only
                 settled = message is None
@@ -334,7 +332,7 @@ def extract(
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
-    with bar, SharedRun(run_folder(out), list(by_name)) as shared:
+    with bar, nullcontext(run) if run else SharedRun(run_folder(out), list(by_name)) as shared:
         todo = WorkList(shared, by_name)
         if len(encoders) == 1:
             work(encoders[0])

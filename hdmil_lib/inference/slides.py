@@ -1,10 +1,9 @@
 """Prediction of slide files and bags."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.slides.listing import SlideFile, list_slides
+from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
 from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
@@ -170,12 +169,13 @@ def predict_bag(
 
 def predict_many(
     model: HDMIL,
-    slides: str | Path | Sequence[str | Path],
+    slides: Source | Sequence[Source],
     *,
     out: str | Path,
     all_tiles: bool = False,
     device: str | torch.device | Sequence[str | torch.device] = "auto",
     shard: Shard | None = None,
+    run: SharedRun | None = None,
     progress: bool = True,
     **options: Any,
 ) -> "pd.DataFrame":
@@ -192,6 +192,7 @@ def predict_many(
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
         device: Device or devices, as `devices.resolve_all` takes them; "auto" is the model's GPU, or all.
         shard: The part of the slides to classify; all by default.
+        run: The part of this process in a run, entered, if these slides are only some of its slides.
         progress: Whether a bar over slides is shown.
         **options: Further options of `predict_slide`.
 
@@ -210,18 +211,13 @@ def predict_many(
     targets = devices.resolve_all(device) if moved else [model.device]
 
     files, out = list_slides(slides), Path(out)
-    twice = [name for name, count in Counter(readable(f.slide_id) for f in files).items() if count > 1]
-    if twice:
-        raise SlideError(
-            f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
-        )
+    by_name = {name: file for file, name in names_of(files).items()}
     if shard is not None:
-        files = shard.of(files)
-    by_name = {readable(file.slide_id): file for file in files}
-    finished = {name for name, row in _rows_of(out, model.classes).items() if not row["error"]}
-    todo_names = [name for name in by_name if name not in finished]
+        by_name = dict(shard.of(list(by_name.items())))
+    done = finished(out, model.classes)
+    todo_names = [name for name in by_name if name not in done]
     n_failed, showing = 0, Lock()
-    bar = tqdm(total=len(files), initial=len(files) - len(todo_names), unit="slide", disable=not progress)
+    bar = tqdm(total=len(by_name), initial=len(by_name) - len(todo_names), unit="slide", disable=not progress)
 
     def work(own: HDMIL, target: torch.device) -> None:
         """Classify slides until none is left."""
@@ -250,7 +246,7 @@ def predict_many(
                     bar.update()
                     bar.set_postfix(failed=n_failed, refresh=False)
 
-    with bar, SharedRun(run_folder(out), todo_names) as shared:
+    with bar, nullcontext(run) if run else SharedRun(run_folder(out), todo_names) as shared:
         todo = WorkList(shared, todo_names)
         if len(targets) == 1:
             work(model, targets[0])
@@ -262,8 +258,39 @@ def predict_many(
                 except BaseException:
                     todo.clear()  # the other threads end with their slide
                     raise
-    rows = _rows_of(out, model.classes)
-    return _table(rows[name] for name in by_name)
+    return table_of(out, model.classes, list(by_name))
+
+
+def finished(out: Path, classes: Sequence[str]) -> set[str]:
+    """Slides that have a prediction in a table; its folder is created.
+
+    Args:
+        out: The table, which need not exist.
+        classes: Classes that it must have.
+
+    Raises:
+        CheckpointError: The file is no such table.
+    """
+    return {name for name, row in _rows_of(out, classes).items() if not row["error"]}
+
+
+def table_of(
+    out: Path, classes: Sequence[str], names: Sequence[str], failures: Mapping[str, str] | None = None
+) -> "pd.DataFrame":
+    """The rows of these slides in a table of predictions.
+
+    Args:
+        out: The table.
+        classes: Its classes.
+        names: The slides.
+        failures: Reasons why slides are not in it, by name.
+
+    Raises:
+        CheckpointError: The file is no such table.
+    """
+    rows = _rows_of(out, classes)
+    rows |= {name: {"slide_id": name, "error": message} for name, message in (failures or {}).items()}
+    return _table(rows[name] for name in names)
 
 
 def _row_of(model: HDMIL, file: SlideFile, reason: str | None, options: dict[str, Any]) -> dict[str, Any]:

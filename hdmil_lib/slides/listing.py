@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hdmil_lib.errors import CohortError, SlideError
+from hdmil_lib.errors import CohortError, HDMILError, SlideError
 from hdmil_lib.slides.formats import image_size, series_of
 from hdmil_lib.slides.openslide_file import detect
 from hdmil_lib.slides.scale import IfUnknown
-from hdmil_lib.storage import read_table
+from hdmil_lib.storage import read_table, readable
 
 SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif", ".dcm"),
@@ -30,8 +30,6 @@ NO_SLIDES = (
 
 LARGE_IMAGE = 4096
 """Pixels that the longer side of an image without stored tiles must have to be a slide of its folder."""
-
-Source = str | Path
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,24 @@ class SlideFile:
         return self.mpp
 
 
+Source = str | Path | SlideFile
+
+
+def names_of(files: Sequence[SlideFile], error: type[HDMILError] = SlideError) -> dict[SlideFile, str]:
+    """Names of slides as text that can be printed and stored.
+
+    Raises:
+        HDMILError: Of the given class: two slides have the same name.
+    """
+    names = {file: readable(file.slide_id) for file in files}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise error(
+            f"several slides are called {twice[0]!r}; name them in a CSV with the columns slide_id and path"
+        )
+    return names
+
+
 def slide_files(sources: Source | Sequence[Source]) -> list[Path]:
     """Paths of `list_slides`."""
     return [slide.path for slide in list_slides(sources)]
@@ -68,16 +84,20 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
 
     Args:
         sources: A slide file, folder, CSV file with a column `path` (relative to it) and optionally
-            `slide_id` and `mpp`, or several of these.
+            `slide_id` and `mpp`, or several of these; slides that are listed already stay as they are.
 
     Raises:
         SlideError: A folder or table names no slide, or nothing is named.
         CohortError: A table is missing, cannot be read, or has no column `path`.
     """
-    if isinstance(sources, str | Path):
+    if isinstance(sources, str | Path | SlideFile):
         sources = [sources]
     slides: dict[Path, SlideFile] = {}
-    for source in map(Path, sources):
+    for given in sources:
+        if isinstance(given, SlideFile):
+            slides.setdefault(given.path, given)
+            continue
+        source = Path(given)
         if source.is_dir():
             found = _in_folder(source)
         elif source.suffix.lower() == ".csv":

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -54,6 +54,7 @@ def cross_validate(
     workers: int = 2,
     device: str | torch.device | Sequence[str | torch.device] = "auto",
     progress: bool = True,
+    share: Callable[[list[list["Job"]]], None] | None = None,
 ) -> CrossValidation:
     """Train and test methods by cross-validation.
 
@@ -76,6 +77,7 @@ def cross_validate(
         device: Device or devices to train on, as `devices.resolve_all` takes them; "auto" is all GPUs, or the
             CPU. Processes take them in turn.
         progress: Whether a bar over trainings is shown.
+        share: Function that runs the jobs elsewhere, one list after the other; see `cluster.cross_validate`.
 
     Raises:
         HDMILError: A method is unknown.
@@ -116,10 +118,14 @@ def cross_validate(
     write_table(out / "slides.csv", cohort.table[["slide_id", "case_id", "label"]])
     n_classes = len(cohort.classes)
     waves = [
-        [_Job(name, fold, split, n_classes, recipe, out) for name in wave for fold, split in enumerate(parts)]
+        [Job(name, fold, split, n_classes, recipe, out) for name in wave for fold, split in enumerate(parts)]
         for wave in waves_of(methods)
     ]
-    _run(waves, data, bags, max(workers, len(targets)), targets, progress)
+    if share is None:
+        _run(waves, data, bags, max(workers, len(targets)), targets, progress)
+    else:
+        todo = [[job for job in wave if not job.predictions.is_file()] for wave in waves]
+        share([wave for wave in todo if wave])
     return CrossValidation(out, methods)
 
 
@@ -166,8 +172,17 @@ def waves_of(methods: Sequence[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One method on one fold, with everything that a worker process needs except the bags."""
+class Job:
+    """One method on one fold, with everything that a worker process needs except the bags.
+
+    Attributes:
+        method: Name in `METHODS`.
+        fold: Number of the fold, from 0.
+        split: Its slides.
+        n_classes: Number of classes.
+        recipe: Settings of the networks.
+        out: Folder of all results.
+    """
 
     method: str
     fold: int
@@ -178,15 +193,17 @@ class _Job:
 
     @property
     def folder(self) -> Path:
+        """Folder of its results."""
         return self.out / self.method / f"fold{self.fold}"
 
     @property
     def predictions(self) -> Path:
+        """Table of its predictions, which is there when it is done."""
         return self.folder / "predictions.csv"
 
 
 def _run(
-    waves: list[list[_Job]],
+    waves: list[list[Job]],
     data: BagDataset,
     bags: Mapping[str, Bag],
     workers: int,
@@ -208,7 +225,7 @@ def _run(
                 bar.write(data.placement)
         if helpers < 1:
             for job in chain(*todo):
-                _run_job(job, data)
+                run_job(job, data)
                 bar.update()
             return
         others = set(multiprocessing.active_children())
@@ -229,9 +246,7 @@ def _run(
         pool.shutdown()
 
 
-def _share(
-    wave: Sequence[_Job], data: BagDataset, pool: ProcessPoolExecutor, helpers: int, bar: tqdm
-) -> None:
+def _share(wave: Sequence[Job], data: BagDataset, pool: ProcessPoolExecutor, helpers: int, bar: tqdm) -> None:
     """Run a wave of jobs here and in the helpers, each of which takes the next job when it is free.
 
     A helper gets its next job when the last one is done: jobs that wait in the pool cannot be taken back.
@@ -258,7 +273,7 @@ def _share(
             job = jobs.popleft()
         except IndexError:  # a helper took the last one
             break
-        _run_job(job, data)
+        run_job(job, data)
         bar.update()
     for future in futures:
         future.result()
@@ -273,11 +288,11 @@ def _start_worker(bags: dict[str, Bag], labels: dict[str, int], free: "SimpleQue
     _worker_data.append(BagDataset(bags, labels, free.get()))
 
 
-def _run_in_worker(job: _Job) -> None:
-    _run_job(job, _worker_data[0])
+def _run_in_worker(job: Job) -> None:
+    run_job(job, _worker_data[0])
 
 
-def _run_job(job: _Job, data: BagDataset) -> None:
+def run_job(job: Job, data: BagDataset) -> None:
     """Train what the method trains, predict the fold's test slides and write `predictions.csv`."""
     started = time.time()
     screen = METHODS[job.method].screen
@@ -305,7 +320,7 @@ def _run_job(job: _Job, data: BagDataset) -> None:
     write_table(job.predictions, pd.DataFrame(rows))
 
 
-def _fit_classifier(job: _Job, data: BagDataset) -> MILModel:
+def _fit_classifier(job: Job, data: BagDataset) -> MILModel:
     method, recipe = METHODS[job.method], job.recipe
     training = recipe.training_of(method.model)
     description = {"name": method.model, "in_dim": data.dim, "n_classes": job.n_classes}
@@ -318,7 +333,7 @@ def _fit_classifier(job: _Job, data: BagDataset) -> MILModel:
     return model
 
 
-def _fit_lipn(job: _Job, data: BagDataset) -> None:
+def _fit_lipn(job: Job, data: BagDataset) -> None:
     method, training = METHODS[job.method], job.recipe.lipn_training
     dmin = cast(DMIN, CrossValidation(job.out, []).classifier(method.dmin, job.fold))
     with torch.random.fork_rng(devices=[]):
@@ -327,7 +342,7 @@ def _fit_lipn(job: _Job, data: BagDataset) -> None:
     fit_lipn(lipn, dmin, data, job.split, training, out=job.folder, device=data.device, **method.lipn)
 
 
-def _fit_cascade(job: _Job, data: BagDataset) -> None:
+def _fit_cascade(job: Job, data: BagDataset) -> None:
     method, epochs = METHODS[job.method], min(LOOK_TRAINING.epochs, job.recipe.training.epochs)
     training = replace(
         LOOK_TRAINING, seed=job.recipe.training.seed, epochs=epochs, min_epochs=min(epochs, 20)
@@ -337,7 +352,7 @@ def _fit_cascade(job: _Job, data: BagDataset) -> None:
     fit_cascade(base.dmin, base.lipn, data, job.split, settings, training, out=job.folder, device=data.device)
 
 
-def _fine_tune(job: _Job, data: BagDataset) -> None:
+def _fine_tune(job: Job, data: BagDataset) -> None:
     base = METHODS[job.method].base
     model = CrossValidation(job.out, []).hdmil(job.fold, base)
     dmin_description = read_json(job.out / METHODS[base].dmin / f"fold{job.fold}" / "model.json")
@@ -346,7 +361,7 @@ def _fine_tune(job: _Job, data: BagDataset) -> None:
 
 
 @torch.inference_mode()
-def _screened(job: _Job, data: BagDataset) -> tuple[Tensor, Tensor]:
+def _screened(job: Job, data: BagDataset) -> tuple[Tensor, Tensor]:
     """Logits of the test slides (S, C), from the tiles that the method reads, and the share of these (S,)."""
     model = CrossValidation(job.out, []).hdmil(job.fold, job.method).to(data.device)
     logits, kept = predict_screened(model, data, job.split.test)
