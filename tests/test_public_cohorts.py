@@ -89,7 +89,7 @@ def test_camelyon16_has_its_official_test_part_and_not_what_was_withdrawn(bucket
         key = f"CAMELYON16/images/{slide_id}.tif"
         assert cohort.slide_path(slide_id).read_bytes() == bucket.files[key]
     source = json.loads((tmp_path / "source.json").read_text())
-    assert source["licence"] == "CC0 1.0"
+    assert source["license"] == "CC0 1.0"
     assert any("tumor_111" in fault for fault in source["faults"])
 
 
@@ -318,8 +318,8 @@ def test_what_cannot_be_fetched_is_refused(bucket, client, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("cohort", COHORTS.values(), ids=COHORTS)
-def test_each_cohort_has_a_licence_a_page_and_sources_of_its_faults(cohort: PublicCohort):
-    assert cohort.licence.startswith("CC")
+def test_each_cohort_has_a_license_a_page_and_sources_of_its_faults(cohort: PublicCohort):
+    assert cohort.license.startswith("CC")
     assert cohort.home.startswith("https://")
     assert len(cohort.classes) == 2
     assert all(fault.source for fault in cohort.faults)
@@ -336,7 +336,7 @@ def test_the_command_lists_cohorts_and_slides_and_fetches_nothing(bucket, tmp_pa
     assert all(name in listed.output for name in COHORTS)
     slides = run("camelyon16", "--list", "--slides", "4")
     assert slides.exit_code == 0
-    assert "licence  CC0 1.0" in slides.output
+    assert "license  CC0 1.0" in slides.output
     assert "4 of 12: 1 normal (test), 1 normal (train), 1 tumor (test), 1 tumor (train)" in slides.output
     assert "in 4 files" in slides.output
     assert not any(key.endswith(".tif") for key in bucket.requests)
