@@ -107,12 +107,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no error here."""
+
+
 @contextmanager
 def serve_bucket():
     """A `Bucket` that answers at `bucket.url` meanwhile."""
     bucket = Bucket()
     handler = type("Handler", (_Handler,), {"bucket": bucket})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         bucket.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield bucket

@@ -17,6 +17,9 @@ from hdmil_lib.public.sources import Addresses
 from hdmil_lib.reproduce.experiment import Experiment, check_experiment, paper_methods
 from hdmil_lib.training.trained import CrossValidation
 
+CACHE: dict[str, str] = {}
+"""Where the converted encoder is, for all runs here."""
+
 METHODS = ("max", "hdmil_dagger", "hdmil")
 
 
@@ -42,6 +45,7 @@ def miniature(folder: Path, bucket) -> None:
 def bucket(tmp_path_factory):
     with serve_bucket() as bucket:
         miniature(tmp_path_factory.mktemp("slides"), bucket)
+        CACHE["HDMIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fetching, "ADDRESSES", Addresses(bucket.url, bucket.url, bucket.url))
             yield bucket
@@ -51,7 +55,7 @@ def run(folder: Path, *more: str, name: str = "camelyon16", methods=METHODS):
     small = ["--encoder", "color", "--folds", "3", "--epochs", "1", "--timed", "1", "--device", "cpu"]
     systems = [word for method in methods for word in ("--method", method)]
     command = ["reproduce", name, "--dir", str(folder), *small, *systems, "--workers", "1", "--yes"]
-    return CliRunner().invoke(app, [*command, *more])
+    return CliRunner().invoke(app, [*command, *more], env=CACHE)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bucket_server import serve_bucket
+from dicom_factory import write_series
 from typer.testing import CliRunner
 
 from hdmil_lib.cli import app
@@ -20,6 +21,8 @@ from hdmil_lib.public.choice import choose
 from hdmil_lib.public.fetching import fetch, plan_fetch
 from hdmil_lib.public.sources import Addresses, RemoteSlide
 from hdmil_lib.public.transfer import Client
+from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.listing import list_slides
 
 
 def content(name: str, n_bytes: int = 5000) -> bytes:
@@ -86,7 +89,7 @@ def test_camelyon16_has_its_official_test_part_and_not_what_was_withdrawn(bucket
         key = f"CAMELYON16/images/{slide_id}.tif"
         assert cohort.slide_path(slide_id).read_bytes() == bucket.files[key]
     source = json.loads((tmp_path / "source.json").read_text())
-    assert source["licence"] == "CC0 1.0"
+    assert source["license"] == "CC0 1.0"
     assert any("tumor_111" in fault for fault in source["faults"])
 
 
@@ -126,6 +129,26 @@ def test_a_series_is_one_slide_and_its_largest_file_is_its_path(bucket, client, 
     path = cohort.slide_path("TCGA-01-0003-DX1")
     assert path.name == "level0.dcm"
     assert {file.name for file in path.parent.iterdir()} == {"level0.dcm", "level1.dcm", "level2.dcm"}
+
+
+def test_a_fetched_dicom_series_is_read_as_a_slide(bucket, client, tmp_path, monkeypatch):
+    add_idc(bucket, tmp_path, monkeypatch, n=1)
+    rng = np.random.default_rng(0)
+    for number, series in enumerate(sorted({key.split("/")[0] for key in bucket.files})):
+        pixels = np.full((900, 1100, 3), 245, np.uint8)
+        pixels[100:800, 100:1000] = rng.integers([140, 60, 150], [200, 110, 210], (700, 900, 3))
+        for key in [key for key in bucket.files if key.startswith(series)]:
+            del bucket.files[key]
+        for path in write_series(tmp_path / f"series{number}", pixels):
+            bucket.files[f"{series}/{path.name}"] = path.read_bytes()
+    fetched = fetch(plan_fetch("nsclc", tmp_path / "out", client=client), client=client, progress=False)
+    slides = list_slides(fetched.labels)
+    assert [slide.slide_id for slide in slides] == pd.read_csv(fetched.labels)["slide_id"].tolist()
+    for slide in slides:
+        with Slide(slide.path) as image:
+            assert (image.mpp, image.dimensions) == ((0.5, 0.5), (1100, 900))
+            assert len(TileGrid.from_slide(image)) > 6
+    assert len(list_slides(tmp_path / "out" / "slides")) == len(slides)
 
 
 def test_classes_of_breast_cancer_are_the_primary_morphology(bucket, client, tmp_path, monkeypatch):
@@ -295,8 +318,8 @@ def test_what_cannot_be_fetched_is_refused(bucket, client, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("cohort", COHORTS.values(), ids=COHORTS)
-def test_each_cohort_has_a_licence_a_page_and_sources_of_its_faults(cohort: PublicCohort):
-    assert cohort.licence.startswith("CC")
+def test_each_cohort_has_a_license_a_page_and_sources_of_its_faults(cohort: PublicCohort):
+    assert cohort.license.startswith("CC")
     assert cohort.home.startswith("https://")
     assert len(cohort.classes) == 2
     assert all(fault.source for fault in cohort.faults)
@@ -313,7 +336,7 @@ def test_the_command_lists_cohorts_and_slides_and_fetches_nothing(bucket, tmp_pa
     assert all(name in listed.output for name in COHORTS)
     slides = run("camelyon16", "--list", "--slides", "4")
     assert slides.exit_code == 0
-    assert "licence  CC0 1.0" in slides.output
+    assert "license  CC0 1.0" in slides.output
     assert "4 of 12: 1 normal (test), 1 normal (train), 1 tumor (test), 1 tumor (train)" in slides.output
     assert "in 4 files" in slides.output
     assert not any(key.endswith(".tif") for key in bucket.requests)

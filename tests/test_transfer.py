@@ -105,6 +105,13 @@ def test_downloads_end_when_they_are_stopped(bucket, client, tmp_path):
     assert (tmp_path / "slide.tif.part").stat().st_size < len(CONTENT)
 
 
+def test_a_full_disk_names_the_file_and_keeps_what_was_written(bucket, client, tmp_path):
+    (tmp_path / "slide.tif.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*slide.tif.part"):
+        client.download(remote_of(bucket), tmp_path / "slide.tif")
+    assert not (tmp_path / "slide.tif").exists()
+
+
 def test_an_empty_file_is_a_file(bucket, client, tmp_path):
     bucket.files["a/slide.tif"] = b""
     client.download(remote_of(bucket), tmp_path / "slide.tif")

@@ -35,7 +35,7 @@ def fetch(
 ) -> None:
     """Download a public cohort with its labels, for `hdmil extract` and `hdmil train`.
 
-    Sizes and licences are shown first. An interrupted download goes on from where it stopped. Checksums are
+    Sizes and licenses are shown first. An interrupted download goes on from where it stopped. Checksums are
     compared where the source has them.
     """
     from hdmil_lib.public.fetching import fetch as fetch_slides
@@ -66,17 +66,17 @@ def _print_cohorts() -> None:
     from hdmil_lib.public.catalog import COHORTS
 
     for name, cohort in COHORTS.items():
-        typer.echo(f"{name:12} {cohort.title}\n{'':12} licence {cohort.licence}, {cohort.home}")
+        typer.echo(f"{name:12} {cohort.title}\n{'':12} license {cohort.license}, {cohort.home}")
     typer.echo("sizes: hdmil fetch NAME --list")
 
 
 def _print_plan(plan: "Plan") -> None:
-    """What a download takes, under what licence, and what is known to be wrong with the slides."""
+    """What a download takes, under what license, and what is known to be wrong with the slides."""
     from hdmil_lib.public.catalog import describe
     from hdmil_lib.public.fetching import gigabytes
 
     cohort, here = plan.cohort, plan.n_bytes_here
-    typer.echo(f"{cohort.title}\n  licence  {cohort.licence}, {cohort.home}")
+    typer.echo(f"{cohort.title}\n  license  {cohort.license}, {cohort.home}")
     counts = ", ".join(f"{count} {name}" for name, count in plan.n_by_class.items())
     typer.echo(f"  slides   {len(plan.slides)} of {plan.n_all}: {counts}; {plan.n_patients} patients")
     there = f", of which {gigabytes(here)} are here" if here else ""

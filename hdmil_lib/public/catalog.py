@@ -40,7 +40,7 @@ class PublicCohort:
 
     Attributes:
         title: What it holds.
-        licence: Its licence.
+        license: Its license.
         home: Page that describes it.
         classes: Its classes.
         slides: Function that lists its slides.
@@ -49,7 +49,7 @@ class PublicCohort:
     """
 
     title: str
-    licence: str
+    license: str
     home: str
     classes: tuple[str, ...]
     slides: Callable[[Client, Addresses], list[RemoteSlide]]

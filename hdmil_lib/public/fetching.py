@@ -272,7 +272,7 @@ def _finish(plan: Plan, done: _Progress) -> Fetched:
         {
             "cohort": plan.name,
             "title": plan.cohort.title,
-            "licence": plan.cohort.licence,
+            "license": plan.cohort.license,
             "home": plan.cohort.home,
             "slides": len(arrived),
             ALL_SLIDES: plan.n_all,

@@ -140,7 +140,8 @@ def _camelyon_images(client: Client, base: str, folder: str) -> dict[str, Remote
     sums = {}
     for line in client.read(f"{base}{folder}checksums.md5").decode("utf-8", "replace").splitlines():
         digest, _, name = line.strip().partition(" ")
-        sums[name.strip().lstrip("*").removeprefix("./")] = digest
+        if len(digest) == 32:
+            sums[name.strip().lstrip("*").removeprefix("./")] = digest
     images = {}
     for key, remote in list_bucket(client, base, f"{folder}images/").items():
         path = PurePosixPath(key)

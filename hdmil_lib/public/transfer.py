@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 import requests
 
@@ -185,7 +185,7 @@ class Client:
         with part.open("ab" if start else "wb") as file:
             try:
                 for chunk in _chunks(response):
-                    file.write(chunk)
+                    _write(file, chunk, part)
                     have += len(chunk)
                     report(len(chunk))
                     if self._stopped.is_set():
@@ -287,6 +287,19 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
         yield from response.iter_content(CHUNK)
     except requests.RequestException as error:
         raise _Passing(_reason(error)) from error
+
+
+def _write(file: BinaryIO, chunk: bytes, part: Path) -> None:
+    """Write bytes at once.
+
+    Raises:
+        OSError: They cannot be written; it names the file.
+    """
+    try:
+        file.write(chunk)
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(part)) from error
 
 
 def _discard(part: Path, report: Callable[[int], object]) -> None:
