@@ -184,7 +184,7 @@ def attention_overlay(
     colors = plt.get_cmap(SEQUENTIAL)(norm(np.nan_to_num(values)))
     colors[:, 3] = np.where(known, 0.65, 0.0)
     ax = _map(grid, _cells(grid, colors), ax)
-    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, shrink=0.8, pad=0.02)
+    bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, shrink=0.8, pad=0.02, alpha=0.65)
     bar.set_label(plain(label))
     return ax
 

@@ -131,6 +131,9 @@ def _connect(ax: Axes) -> None:
     (x0, y0), (x1, y1) = STEPS["dmin"].center, STEPS["lipn"].center
     ax.add_patch(_arrow((x0 - 0.5, y0 - half_h), (x1 + 0.5, y1 + half_h), GREEN, dashed=True))
     ax.text(5.62, 1.78, "masks teach", color=GREEN, fontsize=9, ha="right", va="center", style="italic")
+    (x2, y2) = STEPS["tiles"].center
+    ax.add_patch(_arrow((x1 - 0.5, y1 + half_h), (x2 + 0.5, y2 - half_h), GREEN))
+    ax.text(3.62, 1.78, "chooses tiles", color=GREEN, fontsize=9, ha="right", va="center", style="italic")
     ax.add_patch(_arrow((x0 + 0.3, y0 - half_h), (x0 + 0.3, y1 + half_h)))
     ax.text(x0 + 0.42, 1.78, "weights", color=MUTED, fontsize=9, va="center", style="italic")
 
