@@ -5,8 +5,8 @@
 HDMIL† is cross-validated on camelyon-mini (synthetic) with linear heads and with Chebyshev heads of degree 3
 and 12, each with all coefficients drawn at random, as in the paper, or with those of T_1 alone, the linear
 start of the small recipe. All else is the small recipe; a seed draws splits and initial weights, the same
-for all five. It takes about a quarter of an hour of one core; finished folds are not repeated. The AUC of each
-seed and fold, and for each seed the differences of all pairs with an interval over cases, go to
+for all five. It takes about a quarter of an hour of one core; finished folds are not repeated. The AUC of
+each seed and fold, and for each seed the differences of all pairs with an interval over cases, go to
 `benchmarks/results/kan_heads.json`.
 """
 
