@@ -98,8 +98,8 @@ def _what_is_known(source: Path) -> str:
     n_small = sum(image_size(path) is not None for path in _walk(source)) if source.is_dir() else 0
     if n_small:
         return (
-            f"{n_small} images in it have no side of {LARGE_IMAGE} pixels, no color, or the name of a slide. If "
-            "they are slides, name the files, or list them in a CSV with a column `path`"
+            f"{n_small} images in it have no side of {LARGE_IMAGE} pixels, no color, or the name of a slide. "
+            "If they are slides, name the files, or list them in a CSV with a column `path`"
         )
     return f"known suffixes are {', '.join(SLIDE_SUFFIXES)}, and whatever a reader knows"
 
