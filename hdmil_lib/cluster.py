@@ -6,7 +6,6 @@ its output and does nothing. Workers have one thread each; `OMP_NUM_THREADS` say
 """
 
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -381,7 +380,6 @@ def _worker_task(function: Callable[..., Any], arguments: tuple[Any, ...], run_i
     """Run a task with the threads of this worker; errors that all tasks would have are said with its name."""
     import torch
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     return function(*arguments, run_id=run_id, name=name)
 

@@ -445,7 +445,7 @@ def broken_slide(folder, kind):
 )
 def test_a_slide_that_cannot_be_used(work, tmp_path, kind, remedy):
     path = broken_slide(tmp_path, kind)
-    before = set(tmp_path.rglob("*"))
+    before = {path for path in tmp_path.rglob("*") if ".hdmil" not in path.parts}
     picture = tmp_path / "heatmap.png"
     for error in (
         hdmil("predict", path, "--model", work / "model", "--all-tiles", "--heatmap", picture, code=1),
@@ -453,7 +453,8 @@ def test_a_slide_that_cannot_be_used(work, tmp_path, kind, remedy):
     ):
         assert path.name in error
         assert remedy in error
-    assert set(tmp_path.rglob("*")) == before
+    after = {path for path in tmp_path.rglob("*") if ".hdmil" not in path.parts}  # not what status reads
+    assert after == before
 
 
 def test_a_slide_without_a_scale_is_used_when_it_is_given(work, tmp_path):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slide_factory import INK, bounds_properties, find_ink, paint_disc, slide_properties, write_slide
+from slide_factory import (
+    INK,
+    bounds_properties,
+    damage_tile,
+    find_ink,
+    paint_disc,
+    slide_properties,
+    write_slide,
+)
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileGrid, tissue_mask
@@ -149,3 +157,24 @@ def test_real_slide(real_data):
     shifted = np.abs(cells[:, :, 1:] - grid.patches[:, :, :-1]).mean()
     assert difference < 1.5
     assert shifted > 5 * difference
+
+
+def test_a_damaged_tile_of_a_file_without_a_pyramid_stays_on_the_grid(tmp_path):
+    pixels = np.full((1024, 1024, 3), INK, np.uint8)
+    options = {"pyramid": False, "tile": 256, "compression": "jpeg"}
+    whole = write_slide(tmp_path / "a.tif", pixels, **options)
+    with Slide(whole) as slide:
+        expected = TileGrid.from_slide(slide)
+    with Slide(damage_tile(whole, tmp_path / "bad.tif", [5])) as slide:
+        grid = TileGrid.from_slide(slide)
+        with pytest.raises(SlideError, match=r"bad\.tif: cannot read level 0"):
+            slide.thumbnail()
+        np.testing.assert_array_equal(grid.coords, expected.coords)
+        white = (grid.patches == 255).all(axis=(1, 2, 3))
+        assert np.flatnonzero(white).tolist() == [5]
+        np.testing.assert_array_equal(grid.patches[~white], expected.patches[~white])
+        with pytest.raises(SlideError, match="cannot read level 0"):
+            grid.read_tile(slide, 5)
+    everything = damage_tile(whole, tmp_path / "worse.tif", range(16))
+    with Slide(everything) as slide, pytest.raises(SlideError, match=r"worse\.tif: cannot read level 0"):
+        TileGrid.from_slide(slide)

@@ -1,7 +1,7 @@
 """Open whole-slide images and read fields and thumbnails from them at any scale in micrometers per pixel."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,9 @@ LEVEL_TOLERANCE = 1.02
 
 BLOCK = 2048
 """Side of the blocks from which a thumbnail is averaged, in pixels of the level; it limits the memory."""
+
+LEAF = 256
+"""Side of the blocks that are given up where a file is damaged, in pixels of the level."""
 
 
 @dataclass(frozen=True)
@@ -256,17 +259,46 @@ class Slide:
         Raises:
             SlideError: The file is damaged.
         """
+        return self._thumbnail(mpp, strict=True)[0]
+
+    def thumbnail_and_damage(self, mpp: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
+        """Make the picture of `thumbnail` of a file that may be damaged; what cannot be read is white.
+
+        Args:
+            mpp: Scale of the thumbnail in um/px.
+
+        Returns:
+            RGB pixels, uint8 (H, W, 3), and where they could not be read, bool (H, W): in squares of up to
+            `LEAF` pixels of the level, which are read alone where a larger block fails.
+
+        Raises:
+            SlideError: Nothing of the slide can be read.
+        """
+        return self._thumbnail(mpp, strict=False)
+
+    def _thumbnail(self, mpp: float, *, strict: bool) -> tuple[np.ndarray, np.ndarray]:
         x, y, *extent = self.bounds
         width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
         index, scale, (left, top) = self._locate_for_mean(x, y, mpp)
-        step_x, step_y = (max(1, int(BLOCK / s)) for s in scale)
-        thumbnail = np.empty((height, width, 3), np.uint8)
-        for row in range(0, height, step_y):
-            for column in range(0, width, step_x):
-                block = thumbnail[row : row + step_y, column : column + step_x]
-                corner = left + column * scale[0], top + row * scale[1]
-                block[:] = self._area_mean(index, *corner, scale, (block.shape[0], block.shape[1]))
-        return thumbnail
+        thumbnail = np.full((height, width, 3), 255, np.uint8)
+        damaged = np.zeros((height, width), bool)
+        leaf = [max(1, int(LEAF / s)) for s in scale]
+        parts = _blocks(0, 0, width, height, [max(1, int(BLOCK / s)) for s in scale])
+        while parts:
+            x0, y0, x1, y1 = parts.pop()
+            corner, shape = (left + x0 * scale[0], top + y0 * scale[1]), (y1 - y0, x1 - x0)
+            try:
+                thumbnail[y0:y1, x0:x1] = self._area_mean(index, *corner, scale, shape)
+            except SlideError:
+                if strict:
+                    raise
+                if x1 - x0 > leaf[0] or y1 - y0 > leaf[1]:
+                    parts += _blocks(x0, y0, x1, y1, leaf)
+                    continue
+                damaged[y0:y1, x0:x1] = True
+                if damaged.all():
+                    raise
+        return thumbnail, damaged
 
     def read_mean(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
         """Read a rectangle of which each pixel is the mean over its square, as in `thumbnail`.
@@ -363,6 +395,15 @@ class Slide:
         x, y = math.floor(left), math.floor(top)
         size = (math.ceil(right - x - 1e-6), math.ceil(bottom - y - 1e-6))
         return self._pixels.read(index, x, y, *size, out), (x, y)
+
+
+def _blocks(x0: int, y0: int, x1: int, y1: int, side: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of blocks of at most `side` that cover a rectangle, the last first."""
+    return [
+        (x, y, min(x + side[0], x1), min(y + side[1], y1))
+        for y in reversed(range(y0, y1, side[1]))
+        for x in reversed(range(x0, x1, side[0]))
+    ]
 
 
 def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:

@@ -63,7 +63,9 @@ class TileGrid:
     ) -> "TileGrid":
         """Lay the grid over a slide's bounds and keep the tiles with tissue.
 
-        The slide is read once, for the thumbnail; all patches are cut from it.
+        The slide is read once, for the thumbnail; all patches are cut from it. Where a damaged file has no
+        pixels for the thumbnail, its tiles are kept as if they were tissue, so that those that cannot be read
+        are counted and not passed over.
 
         Args:
             slide: An open slide.
@@ -84,8 +86,8 @@ class TileGrid:
         settings = tissue_settings(tissue, min_tissue=min_tissue)
         patch_mpp = mpp * tile_size / patch_size
         shape = grid_shape(slide, tile_size * mpp)
-        thumbnail = slide.thumbnail(patch_mpp)
-        mask = tissue_mask(thumbnail, patch_mpp, settings)
+        thumbnail, damaged = slide.thumbnail_and_damage(patch_mpp)
+        mask = tissue_mask(thumbnail, patch_mpp, settings) | damaged
         share = blocks(mask, shape, patch_size).mean(axis=(2, 3))
         rowcol = np.argwhere(share >= settings.min_tissue)
         if len(rowcol) == 0:
