@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
 from hdmil_lib.config import torch_threads
 from hdmil_lib.errors import BagError, HDMILError, SlideError
-from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
+from hdmil_lib.slides import Slide, TileGrid, TissueSettings, presets, tissue_settings
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides
-from hdmil_lib.slides.presets import describe
+from hdmil_lib.slides.quality import ink_notes
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import readable
 
@@ -198,7 +198,7 @@ def extract_slide(
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = _settings(encoder, settings) | _geometry(slide, grid)
+        attrs = _settings(encoder, settings) | _geometry(slide, grid, settings)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
@@ -438,7 +438,7 @@ def _settings(encoder: "Encoder", tissue: TissueSettings) -> dict[str, Any]:
         "patch_size": TILE_SIZE,
         "tile_mpp": TILE_MPP,
         "min_tissue": tissue.min_tissue,
-        "tissue": describe(tissue),
+        "tissue": presets.describe(tissue),
     }
 
 
@@ -448,7 +448,7 @@ def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
     return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
 
 
-def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
+def _geometry(slide: Slide, grid: TileGrid, tissue: TissueSettings) -> dict[str, Any]:
     """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
     return {
         "patch_size_level0": grid.tile_size_level0[0],
@@ -460,7 +460,7 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
         "mpp_x": slide.mpp[0],
         "mpp_y": slide.mpp[1],
         "mpp_source": slide.scale.source,
-        "mpp_note": "; ".join(slide.scale.notes),
+        "mpp_note": "; ".join((*slide.scale.notes, *ink_notes(grid, tissue))),
     }
 
 

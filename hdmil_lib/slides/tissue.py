@@ -97,13 +97,13 @@ def pen_mask(thumbnail: np.ndarray, mpp: float) -> np.ndarray:
         thumbnail: RGB pixels, uint8 (H, W, 3).
         mpp: Scale of the thumbnail in um/px.
     """
-    ink = ink_mask(optical_density(thumbnail, glass_color(thumbnail)), mpp)
-    return ink & ~black_mask(thumbnail, mpp)
+    density = optical_density(thumbnail, glass_color(thumbnail))
+    density[black_mask(thumbnail, mpp)] = 0
+    return ink_mask(density, mpp)
 
 
 def _excluded(thumbnail: np.ndarray, mpp: float) -> np.ndarray:
-    ink = ink_mask(optical_density(thumbnail, glass_color(thumbnail)), mpp)
-    return ink | black_mask(thumbnail, mpp)
+    return pen_mask(thumbnail, mpp) | black_mask(thumbnail, mpp)
 
 
 def _smoothed(thumbnail: np.ndarray, mpp: float, settings: TissueSettings) -> np.ndarray:
