@@ -87,8 +87,15 @@ def test_each_square_says_what_it_is(marked):
     assert any("pen ink covers" in warning for warning in quality.warnings)
     assert any("black" in warning for warning in quality.warnings)
     # The default takes the stroke for tissue, which is said.
-    assert plain.n_on_ink > 60
-    assert any("tiles lie on pen ink" in warning for warning in plain.warnings)
+    (note,) = [warning for warning in plain.warnings if "tiles lie on pen ink" in warning]
+    assert int(note.split()[0]) > 60
+    assert not any("tiles lie on pen ink" in warning for warning in quality.warnings)
+
+
+def test_extract_says_that_tiles_lie_on_ink(marked, tmp_path):
+    for name, noted in (("default", True), ("he", False)):
+        table = extract([marked], ColorEncoder(), tmp_path / name, tissue=name, progress=False)
+        assert ("tiles lie on pen ink; --tissue he" in table.note[0]) == noted
 
 
 def test_a_slide_without_tissue_has_an_error_and_is_none(tmp_path):

@@ -20,6 +20,7 @@ from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
+from hdmil_lib.slides.quality import ink_notes
 from hdmil_lib.storage import readable
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def extract_slide(
         rows = range(len(grid))
         features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
         coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = made_by.settings(encoder, settings) | _geometry(slide, grid)
+        attrs = made_by.settings(encoder, settings) | _geometry(slide, grid, settings)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine}
         if revision := getattr(encoder, "revision", ""):
             attrs["encoder_revision"] = revision
@@ -431,7 +432,7 @@ def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCo
     return decoder if slide.can_decode(grid.mpp, decoder) else None
 
 
-def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
+def _geometry(slide: Slide, grid: TileGrid, tissue: TissueSettings) -> dict[str, Any]:
     """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
     return {
         "patch_size_level0": grid.tile_size_level0[0],
@@ -443,7 +444,7 @@ def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
         "mpp_x": slide.mpp[0],
         "mpp_y": slide.mpp[1],
         "mpp_source": slide.scale.source,
-        "mpp_note": "; ".join(slide.scale.notes),
+        "mpp_note": "; ".join((*slide.scale.notes, *ink_notes(grid, tissue))),
     }
 
 

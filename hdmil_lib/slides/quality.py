@@ -57,7 +57,7 @@ class SlideQuality:
         ink: Pen marks on the thumbnail, bool (H, W), found whether or not the settings exclude them.
         folds: What may be folded tissue, bool (H, W).
         squares: What each square of the grid is, a `Square`, uint8 (rows, cols).
-        ink_share: Share of ink in each square, float (rows, cols).
+        ink_notes: What is odd about pen ink, in words; see `ink_notes`.
         sharpness: Sharpness of up to 64 kept tiles spread over the slide, float (n,).
         error: Why there are no tiles; empty if there are some.
     """
@@ -72,7 +72,7 @@ class SlideQuality:
     ink: np.ndarray
     folds: np.ndarray
     squares: np.ndarray
-    ink_share: np.ndarray
+    ink_notes: tuple[str, ...]
     sharpness: np.ndarray
     error: str = ""
 
@@ -96,21 +96,12 @@ class SlideQuality:
         return int((self.squares == kind).sum())
 
     @property
-    def n_on_ink(self) -> int:
-        """Number of kept tiles of which ink covers half or more."""
-        return int(((self.squares == Square.KEPT) & (self.ink_share >= 0.5)).sum())
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should look at, in words."""
         found = [f"scale: {note}" for note in self.scale.notes]
         if self.error:
             found.append(self.error)
-        if self.n_on_ink and not self.settings.exclude_ink:
-            found.append(
-                f"{self.n_on_ink} of {self.n_tiles} tiles lie on pen ink; leave it out with --tissue he or "
-                "another preset that does"
-            )
+        found += self.ink_notes
         if self.count(Square.INK):
             found.append(f"pen ink covers {self.count(Square.INK)} squares, which are left out")
         if self.count(Square.BLACK):
@@ -178,10 +169,18 @@ def slide_quality(
         ink=ink,
         folds=fold_mask(thumbnail, mask & ~ink, PATCH_MPP),
         squares=squares,
-        ink_share=shares["ink"],
+        ink_notes=() if grid is None else ink_notes(grid, settings),
         sharpness=sharpness,
         error=error,
     )
+
+
+def ink_notes(grid: TileGrid, settings: TissueSettings) -> tuple[str, ...]:
+    """That tiles lie on pen ink, in words, where the settings do not leave it out."""
+    n_on_ink = 0 if settings.exclude_ink else int(grid.on_ink().sum())
+    if not n_on_ink:
+        return ()
+    return (f"{n_on_ink} of {len(grid)} tiles lie on pen ink; --tissue he and other presets leave it out",)
 
 
 def fold_mask(thumbnail: np.ndarray, tissue: np.ndarray, mpp: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.focus import SHARPNESS_MPP, sharpness
 from hdmil_lib.slides.presets import PRESETS, tissue_settings
 from hdmil_lib.slides.reader import Slide
-from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
+from hdmil_lib.slides.tissue import TissueSettings, pen_mask, tissue_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +126,12 @@ class TileGrid:
         """
         rows = np.asarray(rows, np.int64)
         return replace(self, coords=self.coords[rows], rowcol=self.rowcol[rows], patches=self.patches[rows])
+
+    def on_ink(self) -> np.ndarray:
+        """Which tiles are half pen ink or more, by the thumbnail, bool (N,)."""
+        ink = pen_mask(self.thumbnail, self.patch_mpp)
+        share = blocks(ink, self.shape, self.patches.shape[1]).mean(axis=(2, 3))
+        return share[self.rowcol[:, 0], self.rowcol[:, 1]] >= 0.5
 
     def sharpness(self, slide: Slide, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read tiles at 1 um/px and measure how sharp they are; see `hdmil_lib.slides.focus`.

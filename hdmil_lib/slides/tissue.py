@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from hdmil_lib.slides.ink import BLACK_VALUE, MARGIN_UM, glass_color, ink_mask, optical_density, widen
+from hdmil_lib.slides.ink import (
+    BLACK_VALUE,
+    INK_MPP,
+    MARGIN_UM,
+    glass_color,
+    ink_mask,
+    optical_density,
+    widen,
+)
 
 
 @dataclass(frozen=True)
@@ -97,13 +105,18 @@ def pen_mask(thumbnail: np.ndarray, mpp: float) -> np.ndarray:
         thumbnail: RGB pixels, uint8 (H, W, 3).
         mpp: Scale of the thumbnail in um/px.
     """
-    ink = ink_mask(optical_density(thumbnail, glass_color(thumbnail)), mpp)
-    return ink & ~black_mask(thumbnail, mpp)
+    height, width = thumbnail.shape[:2]
+    factor = max(1, int(INK_MPP / mpp))
+    size = max(1, round(width / factor)), max(1, round(height / factor))
+    small = cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA)
+    density = optical_density(small, glass_color(small))
+    density[black_mask(small, mpp * factor)] = 0
+    ink = ink_mask(density, mpp * factor).astype(np.uint8)
+    return cv2.resize(ink, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def _excluded(thumbnail: np.ndarray, mpp: float) -> np.ndarray:
-    ink = ink_mask(optical_density(thumbnail, glass_color(thumbnail)), mpp)
-    return ink | black_mask(thumbnail, mpp)
+    return pen_mask(thumbnail, mpp) | black_mask(thumbnail, mpp)
 
 
 def _smoothed(thumbnail: np.ndarray, mpp: float, settings: TissueSettings) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnchoredOffsetbox, AuxTransformBox, TextArea, VPacker
+from matplotlib.offsetbox import AnchoredOffsetbox, AuxTransformBox, HPacker, TextArea
 from matplotlib.patches import Patch, Rectangle
 
 from hdmil_lib.slides.presets import describe
@@ -44,19 +44,19 @@ def contact_sheet(quality: SlideQuality) -> Figure:
     beside = width <= 1.6 * height
     panel = _panel_size(height, width, 6.3 if beside else 11.0, 7.0 if beside else 4.6)
     lines = _description(quality)
-    below = 0.19 * len(lines) + 0.35
-    size = (2 * panel[0] + 0.3, panel[1] + below + 0.9) if beside else (panel[0], 2 * panel[1] + below + 1.4)
+    below = 0.19 * len(lines) + 0.65
+    size = (2 * panel[0] + 0.3, panel[1] + below + 0.9) if beside else (panel[0], 2 * panel[1] + below + 1.6)
     with house_style():
         figure = plt.figure(figsize=(max(size[0], 8.0), size[1]))
         room = dict(left=0.01, right=0.99, top=1 - 0.75 / size[1], bottom=below / size[1])
-        room |= dict(wspace=0.03, hspace=0.6 / panel[1])
+        room |= dict(wspace=0.03, hspace=0.8 / panel[1])
         first, second = figure.subplots(*((1, 2) if beside else (2, 1)), gridspec_kw=room)
         outlined(quality, first)
         squares_of(quality, second)
         figure.suptitle(
             plain(quality.slide_id), x=0.01, y=1 - 0.1 / size[1], ha="left", va="top", weight="bold"
         )
-        figure.text(0.01, (below - 0.15) / size[1], "\n".join(lines), va="top", fontsize=9, linespacing=1.35)
+        figure.text(0.01, (below - 0.45) / size[1], "\n".join(lines), va="top", fontsize=9, linespacing=1.35)
     plt.close(figure)
     return figure
 
@@ -107,12 +107,12 @@ def preset_sheet(slide_id: str, qualities: Mapping[str, SlideQuality]) -> Figure
     columns = min(len(qualities), 3 if width <= 1.6 * height else 2)
     rows = -(-len(qualities) // columns)
     panel = _panel_size(height, width, 12.6 / columns, 5.0)
-    size = (max(columns * panel[0] + 0.2, 4.2), rows * (panel[1] + 0.55) + 0.45)
+    size = (max(columns * panel[0] + 0.2, 4.2), rows * (panel[1] + 0.8) + 0.45)
     with house_style():
         figure = plt.figure(figsize=size)
         grid = figure.add_gridspec(
-            rows, columns, left=0.01, right=0.99, top=1 - 0.85 / size[1], bottom=0.02, wspace=0.04,
-            hspace=0.55 / panel[1],
+            rows, columns, left=0.01, right=0.99, top=1 - 0.85 / size[1], bottom=0.3 / size[1], wspace=0.04,
+            hspace=0.8 / panel[1],
         )  # fmt: skip
         for i, (name, quality) in enumerate(qualities.items()):
             ax = figure.add_subplot(grid[i // columns, i % columns])
@@ -129,21 +129,22 @@ def preset_sheet(slide_id: str, qualities: Mapping[str, SlideQuality]) -> Figure
 
 
 def scale_bar(width_mm: float, ax: Axes) -> Axes:
-    """Draw a bar of a round length, a quarter of a picture of `width_mm` mm at most, at its lower left."""
+    """Draw a bar of a round length, a quarter of a picture of `width_mm` mm at most, below its left."""
     round_lengths = [k * 10.0**e for e in range(-3, 3) for k in (1, 2, 5)]
     length = max((mm for mm in round_lengths if mm <= 0.25 * width_mm), default=round_lengths[0])
     line = AuxTransformBox(ax.transData)
     line.add_artist(Rectangle((0, 0), length, 0, ec=INK, lw=3, fill=False, capstyle="butt"))
     text = f"{length:g} mm" if length >= 0.1 else f"{1000 * length:g} µm"
+    label = TextArea(text, textprops={"fontsize": 9})
     bar = AnchoredOffsetbox(
-        "lower left",
-        child=VPacker(
-            children=[TextArea(text, textprops={"fontsize": 9}), line], align="center", pad=0, sep=3
-        ),
-        pad=0.4,
-        borderpad=0.5,
+        "upper left",
+        child=HPacker(children=[line, label], align="center", pad=0, sep=6),
+        pad=0.3,
+        borderpad=0,
+        frameon=False,
+        bbox_to_anchor=(0, 0),
+        bbox_transform=ax.transAxes,
     )
-    bar.patch.set(fc="white", ec="none", alpha=0.8)
     ax.add_artist(bar)
     return ax
 

@@ -1,5 +1,6 @@
 """A report about a cohort of slides in one page that opens offline, with a contact sheet per slide."""
 
+import hashlib
 import html
 import re
 from collections import Counter
@@ -112,9 +113,9 @@ def write_report(
 
     settings, files, out = tissue_settings(tissue), list_slides(slides), Path(out)
     rows = []
-    for i, file in enumerate(tqdm(files, desc="slides", unit="slide", disable=not progress)):
+    for file in tqdm(files, desc="slides", unit="slide", disable=not progress):
         try:
-            row = _look(file, settings, mpp, out, f"{PICTURES}/{i + 1:04d}-{_slug(file.slide_id)}.png")
+            row = _look(file, settings, mpp, out, f"{PICTURES}/{_slug(file)}.png")
         except Exception as error:  # any error concerns this slide only
             row = _Row(file, error=readable(str(error)) or type(error).__name__)
         rows.append(row if bags is None else _with_bag(row, Path(bags)))
@@ -164,9 +165,10 @@ def _with_bag(row: _Row, bags: Path) -> _Row:
     return _Row(row.file, row.quality, n_tiles, row.picture, tuple(map(readable, warnings)), row.error)
 
 
-def _slug(name: str) -> str:
-    """A name in letters that any file system and address allows."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", readable(name))[:80]
+def _slug(file: SlideFile) -> str:
+    """A name of its own for each slide, in letters that any file system and address allows."""
+    letters = re.sub(r"[^A-Za-z0-9._-]+", "_", readable(file.slide_id))[:80]
+    return f"{letters}-{hashlib.sha256(readable(str(file.path)).encode()).hexdigest()[:8]}"
 
 
 def _page(rows: Sequence[_Row], settings: TissueSettings, *, with_bags: bool) -> str:
