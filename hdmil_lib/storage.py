@@ -76,8 +76,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
-    """Write a CSV file, whole or not at all."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+    """Write a CSV file, or a parquet file if its suffix is .parquet, whole or not at all."""
+    if path.suffix == ".parquet":
+        write_whole(path, lambda temporary: table.to_parquet(temporary, index=False))
+    else:
+        write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def read_table(path: Path) -> "pd.DataFrame":

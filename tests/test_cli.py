@@ -262,6 +262,22 @@ def test_predict_writes_a_table_of_many_slides_and_goes_on_where_it_stopped(work
     )
 
 
+def test_predict_writes_parquet_and_goes_on_from_it(work, tmp_path):
+    (tmp_path / "notes.tif").write_text("not a slide")
+    slides = [work / "slides" / f"s0{i}.tif" for i in range(2)]
+    for out in (tmp_path / "t.parquet", tmp_path / "t.csv"):
+        hdmil("predict", tmp_path / "notes.tif", slides[0], "--model", work / "model", "--out", out, code=1)
+        hdmil("predict", *slides, "--model", work / "model", "--out", out)
+    table, text = pd.read_parquet(tmp_path / "t.parquet"), pd.read_csv(tmp_path / "t.csv")
+    assert table["slide_id"].tolist() == ["notes", "s00", "s01"]
+    for column in ("slide_id", "p_tumor", "n_read"):
+        np.testing.assert_array_equal(table[column].dropna(), text[column].dropna())
+    assert table["n_read"].dtype == "Int64"
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    error = hdmil("predict", *slides, "--model", work / "model", "--out", tmp_path / "bad.parquet", code=1)
+    assert "no table of predictions" in error
+
+
 def test_predict_writes_a_table_of_one_slide_too(work, tmp_path):
     slide = work / "slides" / "s00.tif"
     hdmil("predict", slide, "--model", work / "model", "--out", tmp_path / "t.csv", "--all-tiles")

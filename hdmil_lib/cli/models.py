@@ -126,7 +126,9 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder that `hdmil train` wrote.")],
     cohort: Annotated[Path, typer.Option(help="CSV of labeled slides: slide_id, case_id and label.")],
     bags: Annotated[Path, typer.Option(help="Folder that `hdmil extract` wrote for them.")],
-    out: Annotated[Path | None, typer.Option(help="CSV for the predictions of all slides.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Table for the predictions of all slides, .csv or .parquet.")
+    ] = None,
     all_tiles: Annotated[bool, typer.Option("--all-tiles", help="Use every tile (HDMIL†).")] = False,
     device: Device = "auto",
 ) -> None:

@@ -39,7 +39,8 @@ def predict(
     ],
     model: Annotated[str, typer.Option(help="Model folder, or owner/name on the Hugging Face hub.")],
     out: Annotated[
-        Path | None, typer.Option(help="CSV file to write, one row per slide; needed for several slides.")
+        Path | None,
+        typer.Option(help="Table to write, .csv or .parquet, one row per slide; needed for several slides."),
     ] = None,
     heatmap: Annotated[
         Path | None, typer.Option(help="Picture to write of attention and kept tiles.")

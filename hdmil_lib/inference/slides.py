@@ -179,7 +179,7 @@ def predict_many(
     progress: bool = True,
     **options: Any,
 ) -> "pd.DataFrame":
-    """Classify many slides into a CSV file, one row per slide, written after every slide.
+    """Classify many slides into a CSV or parquet file, one row per slide, written after every slide.
 
     Slides that are in the file without an error are skipped, so an interrupted run resumes if started again.
     If a slide fails, its row holds the error and the run continues. Several GPUs take the slides in turn, and
@@ -188,7 +188,7 @@ def predict_many(
     Args:
         model: The model.
         slides: A folder, a CSV file with a column `path`, slide files, or several of these.
-        out: The CSV file.
+        out: The file, CSV unless its suffix is .parquet.
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
         device: Device or devices, as `devices.resolve_all` takes them; "auto" is the model's GPU, or all.
         shard: The part of the slides to classify; all by default.
@@ -330,13 +330,7 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     if not out.is_file():
         return {}
     try:
-        table = pd.read_csv(
-            out,
-            dtype={"slide_id": str, "label": str, "error": str},
-            keep_default_na=False,  # a slide or a class may be called "NA"
-            na_values=[""],
-            float_precision="round_trip",
-        )
+        table = _read_predictions(out)
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise CheckpointError(f"{out}: no table of predictions ({error}); choose another file") from error
     found = {name for name in table if name.startswith("p_")}
@@ -347,6 +341,19 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
         )
     rows = table.fillna({"error": ""}).to_dict(orient="records")
     return {row["slide_id"]: {key: value for key, value in row.items() if not pd.isna(value)} for row in rows}
+
+
+def _read_predictions(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    return pd.read_csv(
+        path,
+        dtype={"slide_id": str, "label": str, "error": str},
+        keep_default_na=False,  # a slide or a class may be called "NA"
+        na_values=[""],
+    )
 
 
 def check_bag(model: HDMIL, bag: Bag) -> None:
