@@ -621,7 +621,7 @@ def save(model, folder, at, how):
         try:
             model.save_pretrained(folder)
             os._exit(0 if steps < at else 6)  # at its end before the step, or in spite of it
-        except OSError:
+        except HDMILError:
             os._exit(8)
         except BaseException:
             traceback.print_exc()
