@@ -1,7 +1,9 @@
 """Bags: features, positions and patches of the tiles of a slide, in one HDF5 file per slide."""
 
 import errno
+import hashlib
 import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,10 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.storage import write_whole
 from hdmil_lib.version import __version__
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""2: with grid positions; 3: with digests of every data set and of the attributes."""
+DIGEST, ATTRS_DIGEST = "sha256", "attrs_sha256"
+"""Attributes with SHA-256: of a data set's values, and of all other attributes and digests of the file."""
 PATCH_SIZE = 16
 LOOK = "look_"
 """Prefix of the data sets with features of coarser looks; their side in pixels follows."""
@@ -137,19 +142,23 @@ def write_bag(
         with h5py.File(content, "w") as file:
             for name, values in arrays.items():
                 gzip = dict(compression="gzip", compression_opts=9) if compress and name == "patches" else {}
-                file.create_dataset(name, data=values, **gzip)
+                data = file.create_dataset(name, data=values, **gzip)
+                data.attrs[DIGEST] = _digest(values)
             attrs = {**bag.attrs, "name": bag.slide_id, "slide_id": bag.slide_id, "shape": list(bag.shape)}
             attrs |= {"encoder": bag.encoder.name, "weights_hash": bag.encoder.weights_hash}
             attrs |= {"library_version": __version__, "schema_version": SCHEMA_VERSION}
             for key, value in attrs.items():
                 (file["coords"] if key in TRIDENT_ATTRS else file).attrs[key] = value
+            file.attrs[ATTRS_DIGEST] = _attrs_digest(file)
         part.write_bytes(content.getbuffer())
 
     write_whole(path, write)
 
 
 def read_bag(path: str | Path) -> Bag:
-    """Read a bag without its tile labels.
+    """Read a bag without its tile labels; its content must agree with the digests that it was written with.
+
+    Bags of other tools and of hdmil before 0.3 have no digests and are read without this check.
 
     If grid positions are missing (bags of CLAM, TRIDENT or hdmil 0.1), they are derived from the coordinates.
 
@@ -161,7 +170,7 @@ def read_bag(path: str | Path) -> Bag:
         looks = _look_names(path, file)
         present = [name for name in ("rowcol", "patches") if name in file]
         arrays = _read(path, file, ["features", "coords", *present, *looks])
-        attrs = _attrs(file)
+        attrs = _checked_attrs(path, file)
     shape = attrs.pop("shape", None)
     if "rowcol" not in arrays or shape is None:
         arrays["rowcol"], shape = grid_positions(path, arrays["coords"], attrs)
@@ -209,7 +218,7 @@ def bag_info(path: str | Path) -> dict[str, Any]:
         if len(shape) != 2:
             raise BagError(f"{path}: holds no features (N, D). {_FOREIGN}")
         looks = [int(name.removeprefix(LOOK)) for name in _look_names(path, file)]
-        return _attrs(file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
+        return _checked_attrs(path, file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
 
 
 def read_arrays(path: str | Path, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -375,7 +384,24 @@ def _array(path: Path, file: h5py.File, name: str) -> np.ndarray:
         raise BagError(
             f"{path}: {name} declares {data.nbytes:,} bytes that the file does not have. {_REMEDY}"
         )
-    return data[()]
+    values = data[()]
+    wanted = data.attrs.get(DIGEST)
+    if wanted is None and _has_digests(file):
+        raise BagError(f"{path}: the digest of {name} is missing. {_REMEDY}")
+    if wanted is not None and wanted != _digest(values):
+        raise BagError(f"{path}: {name} was changed or damaged after it was written. {_REMEDY}")
+    return values
+
+
+def _has_digests(file: h5py.File) -> bool:
+    return int(file.attrs.get("schema_version", 0)) >= 3
+
+
+def _digest(values: np.ndarray) -> str:
+    """SHA-256 of the type, shape and content of an array."""
+    digest = hashlib.sha256(f"{values.dtype.str} {values.shape}".encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def _line(error: BaseException) -> str:
@@ -384,7 +410,27 @@ def _line(error: BaseException) -> str:
 
 def _attrs(file: h5py.File) -> dict[str, Any]:
     coords = file["coords"].attrs if "coords" in file else {}
-    return {key: _plain(value) for key, value in (*coords.items(), *file.attrs.items())}
+    pairs = (*coords.items(), *file.attrs.items())
+    return {key: _plain(value) for key, value in pairs if key not in (DIGEST, ATTRS_DIGEST)}
+
+
+def _checked_attrs(path: Path, file: h5py.File) -> dict[str, Any]:
+    """The attributes, which must agree with their digest."""
+    attrs, wanted = _attrs(file), file.attrs.get(ATTRS_DIGEST)
+    if wanted is None and _has_digests(file):
+        raise BagError(f"{path}: the digest of its attributes is missing. {_REMEDY}")
+    if wanted is not None and wanted != _attrs_digest(file):
+        raise BagError(f"{path}: was changed or damaged after it was written. {_REMEDY}")
+    return attrs
+
+
+def _attrs_digest(file: h5py.File) -> str:
+    """SHA-256 of the attributes and of the digests of the data sets, so that none can be missing."""
+    content = {key: np.asarray(value).tolist() for key, value in _attrs(file).items()}
+    own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+    digests = {name: file[name].attrs[DIGEST] for name in own if DIGEST in file[name].attrs}
+    text = json.dumps([content, digests], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,18 @@
 """Files that are written whole or not at all."""
 
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import re
+import struct
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,21 +38,110 @@ def check_output(path: Path, *, folder: bool = False) -> None:
             raise HDMILError(f"{path}: {parent} is a file, no folder; choose another place")
 
 
+TEMPORARY = re.compile(r"\.hdmil-[0-9a-f]{12}(\.\w+)?")
+"""Names of files that are being written, or were when their process was killed."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, a quota or a file that can hold no more."""
+
+YOUNG, OLD = 60.0, 86_400.0
+"""Seconds: a temporary file modified less than YOUNG ago is not judged; one of OLD is stale without locks."""
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under a temporary name, then rename it, so that it is never incomplete.
+
+    The content has reached the disk before the file gets its name, so that a power failure leaves the old
+    file or the new one.
 
     Args:
         path: The file; its folder is created.
         write: Function that writes the content to the path that it gets, which has the suffix of `path`.
+
+    Raises:
+        HDMILError: The disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+    temporary = path.with_name(f".hdmil-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
-        os.replace(temporary, path)
+        with _held(temporary):
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
+            _sync(temporary)
+            os.replace(temporary, path)
+        with suppress(OSError):  # some file systems do not allow it for folders
+            _sync(path.parent)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise HDMILError(
+            f"{path}: cannot be written ({os.strerror(error.errno)}); make room or choose another place, and "
+            "start again: what is finished is kept"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove temporary files that killed processes left in a folder, not those of processes that live.
+
+    A process locks the file that it writes. Where the file system has no locks, files are removed that nobody
+    has written to for a day.
+
+    Returns:
+        The files that were removed.
+    """
+    stale = [path for path in folder.glob(".hdmil-*") if TEMPORARY.fullmatch(path.name) and _is_stale(path)]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        age = time.time() - path.stat().st_mtime
+        if age < YOUNG or path.is_dir():
+            return False
+        with path.open("r+b") as file:
+            return _lock(file.fileno()) or age > OLD
+    except OSError:  # it is gone, or belongs to somebody else
+        return False
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Create a file and keep it locked while it is written."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file; returns whether it was possible.
+
+    Such a lock belongs to this opening of the file: it ends when that is closed, or with the process, and not
+    when the process closes the file that it opened elsewhere.
+    """
+    command = getattr(fcntl, "F_OFD_SETLK", None)
+    if command is None:  # not on Linux
+        return False
+    try:
+        fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -134,10 +229,10 @@ def readable(name: str) -> str:
 
 def save_weights(model: "nn.Module", path: Path) -> None:
     """Write the parameters and buffers of a model as safetensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary))
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_weights(model: "nn.Module", path: Path) -> None:

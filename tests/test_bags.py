@@ -93,12 +93,12 @@ def test_the_file_is_laid_out_as_trident_expects(tmp_path):
     with h5py.File(tmp_path / "slide.h5") as file:
         assert file["features"].shape == (5, 8)
         assert file["coords"].shape == (5, 2)
-        assert set(file["coords"].attrs) == set(TRIDENT_ATTRS)
+        assert set(file["coords"].attrs) - {"sha256"} == set(TRIDENT_ATTRS)
         assert file["coords"].attrs["name"] == "slide"
         assert {"encoder", "weights_hash", "precision", "library_version", "schema_version"} <= set(
             file.attrs
         )
-        assert file.attrs["schema_version"] == 2
+        assert file.attrs["schema_version"] == 3
 
 
 def test_info_reads_attributes_and_sizes(tmp_path):
@@ -190,6 +190,11 @@ def test_a_tampered_bag_is_refused(tmp_path):
     with h5py.File(path, "a") as file:
         del file["coords"]
         file["coords"] = np.zeros((4, 2), int)
+    with pytest.raises(BagError, match="digest of coords is missing"):
+        read_bag(path)
+    with h5py.File(path, "a") as file:
+        file.attrs["schema_version"] = 2
+        del file.attrs["attrs_sha256"]
     with pytest.raises(BagError, match=r"same tiles.*coords \(4, 2\)"):
         read_bag(path)
 
@@ -257,7 +262,7 @@ def test_a_bag_of_schema_1_gets_the_grid_positions_that_it_had(tmp_path, mpp):
     again = read_bag(tmp_path / "new.h5")
     np.testing.assert_array_equal(again.rowcol, bag.rowcol)
     assert (again.shape, again.encoder) == (bag.shape, bag.encoder)
-    assert bag_info(tmp_path / "new.h5")["schema_version"] == 2
+    assert bag_info(tmp_path / "new.h5")["schema_version"] == 3
 
 
 def test_a_bag_of_schema_1_is_predicted_as_its_slide(tmp_path):
@@ -414,7 +419,7 @@ def test_what_is_no_bag_is_one_clear_error(tmp_path, change):
                 file.create_group("features")
             else:
                 file["features"] = ["a"] * 5
-    with pytest.raises(BagError, match=r"no array of numbers|no look|shape of its grid"):
+    with pytest.raises(BagError, match=r"no array of numbers|no look|was changed"):
         read_bag(path)
 
 
@@ -454,3 +459,81 @@ def test_a_bag_of_another_slide_is_noticed(tmp_path):
     table = pd.DataFrame({"slide_id": ["a", "b"], "case_id": ["a", "b"], "label": ["x", "y"]})
     with pytest.raises(BagError, match=r"b\.h5: says that it is the bag of slide 'a'"):
         Cohort(table, ("x", "y"), tmp_path, tmp_path).load_bags()
+
+
+# Digests
+
+
+def full_bag(path: Path) -> Path:
+    """A bag with all kinds of data sets."""
+    write_bag(path, replace(make_bag(), looks={64: np.ones((5, 3), np.float16)}), np.zeros(5))
+    return path
+
+
+@pytest.mark.parametrize("name", ["features", "coords", "rowcol", "patches", "look_64", "tile_labels"])
+def test_a_changed_value_of_any_data_set_is_noticed(tmp_path, name):
+    path = full_bag(tmp_path / "a.h5")
+    read = read_tile_labels if name == "tile_labels" else read_bag
+    read(path)
+    with h5py.File(path, "r+") as file:
+        file[name][(0,) * file[name].ndim] = file[name][(0,) * file[name].ndim] == 0
+    with pytest.raises(BagError, match=f"{name} was changed or damaged.*Delete the file and extract"):
+        read(path)
+
+
+@pytest.mark.parametrize("change", ["value", "new", "gone", "data set", "digest", "all digests"])
+def test_changed_attributes_and_missing_parts_are_noticed(tmp_path, change):
+    path = full_bag(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        if change == "value":
+            file.attrs["slide_id"] = "another"
+        elif change == "new":
+            file["coords"].attrs["overlap"] = 3
+        elif change == "gone":
+            del file.attrs["encoder"]
+        elif change == "data set":
+            del file["patches"]
+        elif change == "digest":
+            del file["patches"].attrs["sha256"]
+        else:
+            del file.attrs["attrs_sha256"]
+    for read in (read_bag, bag_info):
+        with pytest.raises(BagError, match=r"changed or damaged|digest of .* is missing"):
+            read(path)
+
+
+def test_single_bits_flipped_are_refused_or_change_nothing(tmp_path):
+    path = full_bag(tmp_path / "a.h5")
+    content, whole = path.read_bytes(), read_bag(path)
+    rng, n_refused = np.random.default_rng(0), 0
+    for place in rng.choice(8 * len(content), 300, replace=False):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            bag = read_bag(path)
+        except BagError:
+            n_refused += 1
+            continue
+        for name in ("features", "coords", "rowcol", "patches"):
+            np.testing.assert_array_equal(getattr(bag, name), getattr(whole, name))
+        assert (bag.slide_id, bag.shape, bag.encoder) == (whole.slide_id, whole.shape, whole.encoder)
+        np.testing.assert_array_equal(bag.looks[64], whole.looks[64])
+    assert n_refused > 50
+
+
+def test_another_attribute_of_the_users_is_read_as_written(tmp_path):
+    odd = {
+        "a": [1, 2],
+        "b": "text",
+        "c": np.float32(0.5),
+        "d": np.nan,
+        "e": True,
+        "f": np.array(["x", "y"], "S"),
+    }
+    write_bag(tmp_path / "a.h5", make_bag(**odd))
+    bag = read_bag(tmp_path / "a.h5")
+    write_bag(tmp_path / "b.h5", bag)
+    again = read_bag(tmp_path / "b.h5")
+    assert list(again.attrs) == list(bag.attrs)
+    assert not {"sha256", "attrs_sha256"} & set(bag.attrs)

@@ -569,6 +569,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_pretrained import FILES, make_model, same, shifted
+from hdmil_lib.errors import HDMILError
 from hdmil_lib.models import HDMIL
 
 torch.set_num_threads(1)
@@ -621,7 +622,7 @@ def save(model, folder, at, how):
         try:
             model.save_pretrained(folder)
             os._exit(0 if steps < at else 6)  # at its end before the step, or in spite of it
-        except OSError:
+        except (OSError, HDMILError):
             os._exit(8)
         except BaseException:
             traceback.print_exc()

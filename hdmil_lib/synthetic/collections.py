@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import CohortError, nearest
+from hdmil_lib.storage import write_whole
 from hdmil_lib.synthetic.composition import IMAGES
 
 ZENODO = "https://zenodo.org/records/"
@@ -178,11 +179,10 @@ def _decompressed(path: Path) -> Path:
     """The file without gzip, beside it; made once."""
     plain = path.with_suffix("")
     if not plain.is_file():
-        temporary = plain.with_name(f".{uuid.uuid4().hex[:12]}-{plain.name}")
-        try:
-            with gzip.open(path) as source, temporary.open("wb") as target:
+
+        def write(part: Path) -> None:
+            with gzip.open(path) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target, 2**22)
-            os.replace(temporary, plain)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        write_whole(plain, write)
     return plain

@@ -7,7 +7,6 @@ temporary file. The result is a BigTIFF with one directory per level, largest fi
 generic tiled TIFF.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import tifffile
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.storage import write_whole
 
 
 class _Level:
@@ -117,15 +117,10 @@ def write_pyramid(
     mpp = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     if min(width, height) < 1 or min(mpp) <= 0:
         raise SlideError(f"{path}: a slide needs a positive size and mpp, not {width} x {height} at {mpp}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with TemporaryFile(dir=path.parent) as encoded:
-            levels = _Level(encoded, width, height, tile, quality, n_levels(width, height, tile) - 1).chain()
-            _encode(path, strips, levels)
-            _write_levels(partial, levels, mpp)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with TemporaryFile(dir=path.parent) as encoded:
+        levels = _Level(encoded, width, height, tile, quality, n_levels(width, height, tile) - 1).chain()
+        _encode(path, strips, levels)
+        write_whole(path, lambda part: _write_levels(part, levels, mpp))
     return path
 
 

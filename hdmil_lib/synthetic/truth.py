@@ -3,7 +3,6 @@
 They serve teaching and evaluation. Training and inference never read them.
 """
 
-import os
 from pathlib import Path
 
 import cv2
@@ -11,6 +10,7 @@ import numpy as np
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.tiling import TileGrid
+from hdmil_lib.storage import write_whole
 
 TRUTH_MPP = 8.0
 TRUTH_PER_TILE = 16
@@ -27,9 +27,7 @@ def truth_path(slide: str | Path) -> Path:
 
 def write_mask(path: Path, image: np.ndarray) -> None:
     """Write a PNG file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    os.replace(partial, path)
+    write_whole(path, lambda part: part.write_bytes(cv2.imencode(".png", image)[1].tobytes()))
 
 
 def tumor_share(truth_png: str | Path, rowcol: np.ndarray, value: int = TUMOR) -> np.ndarray:

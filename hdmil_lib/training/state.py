@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hdmil_lib.errors import CheckpointError
@@ -44,7 +44,8 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
         tensors["rng_gpu"] = torch.cuda.get_rng_state(gpu)
     groups = optimizer.state_dict()["param_groups"]
     metadata = {"history": json.dumps(history), "groups": json.dumps(groups)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    content = save(tensors, metadata)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
