@@ -46,7 +46,10 @@ def progress_of(out: Path) -> Progress:
     notes = sorted(_notes(folder), key=lambda note: note["time"])
     last = {name: {"slide_id": name, "status": "waiting"} for name in _planned(folder)}
     last |= {note["slide_id"]: note for note in notes}
-    last |= {row["slide_id"]: row for row in _locked(folder)}
+    for row in _locked(folder):
+        noted = last.get(row["slide_id"], {})
+        if row["status"] == "running" or noted.get("time", 0) < row["since"]:  # else it has been set aside
+            last[row["slide_id"]] = row
     columns = ["slide_id", "status", "n_tiles", "seconds", "host", "pid", "error"]
     blank = {"host": "", "error": ""}
     slides = pd.DataFrame([blank | row for row in last.values()], columns=columns)
@@ -83,7 +86,7 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
         owner = read_owner(lock)
         if owner is None:  # released meanwhile
             continue
-        where = {"slide_id": name, "host": owner.host, "pid": owner.pid}
+        where = {"slide_id": name, "host": owner.host, "pid": owner.pid, "since": owner.since}
         if run.is_dead(lock):
             yield where | {"status": "interrupted", "error": f"{owner} ended while it worked on this slide"}
         else:

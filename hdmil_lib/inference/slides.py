@@ -353,6 +353,7 @@ def _read_predictions(path: Path) -> "pd.DataFrame":
         dtype={"slide_id": str, "label": str, "error": str},
         keep_default_na=False,  # a slide or a class may be called "NA"
         na_values=[""],
+        float_precision="round_trip",
     )
 
 
