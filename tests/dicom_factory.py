@@ -21,6 +21,7 @@ def write_series(
     tile: int = 64,
     container: str = "S-1",
     jpeg: bool = False,
+    colors: str = "YBR_FULL_422",
     named: str = "{uid}.dcm",
 ) -> list[Path]:
     """Write a pyramid of RGB pixels, (h, w, 3), one file per level, all of one series; the levels halve."""
@@ -30,7 +31,7 @@ def write_series(
         side = 2**level
         h, w = pixels.shape[0] // side, pixels.shape[1] // side
         means = pixels[: h * side, : w * side].reshape(h, side, w, side, 3).mean((1, 3))
-        data = _instance(np.rint(means).astype(np.uint8), mpp * side, tile, jpeg)
+        data = _instance(np.rint(means).astype(np.uint8), mpp * side, tile, colors if jpeg else None)
         data.SeriesInstanceUID, data.ContainerIdentifier, data.InstanceNumber = series, container, level + 1
         data.ImageType = [
             "ORIGINAL" if level == 0 else "DERIVED",
@@ -43,7 +44,7 @@ def write_series(
     return paths
 
 
-def _instance(pixels: np.ndarray, mpp: float, tile: int, jpeg: bool) -> FileDataset:
+def _instance(pixels: np.ndarray, mpp: float, tile: int, jpeg: str | None) -> FileDataset:
     h, w, _ = pixels.shape
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = VL_WHOLE_SLIDE, generate_uid()
@@ -57,7 +58,7 @@ def _instance(pixels: np.ndarray, mpp: float, tile: int, jpeg: bool) -> FileData
     data.ImageOrientationSlide = [0, -1, 0, -1, 0, 0]
     data.Rows = data.Columns = tile
     data.SamplesPerPixel, data.PlanarConfiguration = 3, 0
-    data.PhotometricInterpretation = "YBR_FULL_422" if jpeg else "RGB"
+    data.PhotometricInterpretation = jpeg or "RGB"
     data.BitsAllocated = data.BitsStored = 8
     data.HighBit, data.PixelRepresentation = 7, 0
     data.DimensionOrganizationType = "TILED_FULL"
@@ -79,12 +80,10 @@ def _instance(pixels: np.ndarray, mpp: float, tile: int, jpeg: bool) -> FileData
     ]
     data.NumberOfFrames = len(frames)
     if jpeg:
-        streams = [
-            imagecodecs.jpeg8_encode(
-                frame, level=85, colorspace="RGB", outcolorspace="YCBCR", subsampling="422"
-            )
-            for frame in frames
-        ]
+        stored = "RGB" if jpeg == "RGB" else "YCBCR"
+        options = {"level": 85, "colorspace": "RGB", "outcolorspace": stored}
+        options["subsampling"] = "444" if jpeg == "RGB" else "422"
+        streams = [imagecodecs.jpeg8_encode(frame, **options) for frame in frames]
         data.PixelData = encapsulate(streams)
         data["PixelData"].VR = "OB"
         data.LossyImageCompression = "01"

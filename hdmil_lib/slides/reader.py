@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.dicom_frames import open_frames
 from hdmil_lib.slides.formats import open_file
 from hdmil_lib.slides.image import Pixels
 from hdmil_lib.slides.openslide_file import OpenSlideFile
@@ -115,7 +116,11 @@ class Slide:
         if not isinstance(self._file, OpenSlideFile):
             self._pixels = self._file.pixels
         elif reader != "openslide":
-            self._pixels = StoredTiles.open(self.path, sizes)
+            self._pixels = (
+                open_frames(self.path, properties, sizes)
+                if self.vendor == "dicom"
+                else StoredTiles.open(self.path, sizes)
+            )
         self._stored = self._pixels if isinstance(self._pixels, StoredTiles) else None
         self._on_device: dict[NvImageCodec, TilesOnDevice] = {}
         if reader == "stored" and self._stored is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import imagecodecs
 import numpy as np
@@ -36,12 +36,36 @@ MAX_SIDE = 4096
 """Largest side of a stored tile in pixels."""
 
 
+class Layout(Protocol):
+    """Sizes of an image and of its tiles, in pixels."""
+
+    @property
+    def imagewidth(self) -> int:
+        """Width of the image."""
+
+    @property
+    def imagelength(self) -> int:
+        """Height of the image."""
+
+    @property
+    def tilewidth(self) -> int:
+        """Width of a tile."""
+
+    @property
+    def tilelength(self) -> int:
+        """Height of a tile."""
+
+    @property
+    def jpegtables(self) -> bytes | None:
+        """Tables that all JPEG tiles share."""
+
+
 @dataclass(frozen=True)
 class StoredLevel:
     """One level of a file.
 
     Attributes:
-        page: Its directory in the TIFF file.
+        page: How its tiles lie on it: its directory in the TIFF file, or the frames of a DICOM file.
         offsets: Position of each tile in the file, in bytes.
         sizes: Number of bytes of each tile; 0 if the file has no such tile.
         decode: Function that decodes the bytes of a tile on the CPU, of each of its planes.
@@ -49,15 +73,17 @@ class StoredLevel:
         stores_rgb: Whether the JPEG tiles store red, green and blue, as Aperio's do, though nothing in them
             says so.
         planes: Number of parts in which a tile is stored, 1, or one per color.
+        path: File of the level, if each level has its own.
     """
 
-    page: tifffile.TiffPage
+    page: Layout
     offsets: np.ndarray
     sizes: np.ndarray
     decode: Callable[..., np.ndarray]
     is_jpeg: bool
     stores_rgb: bool
     planes: int = 1
+    path: Path | None = None
 
     @property
     def columns(self) -> int:
@@ -143,7 +169,10 @@ class _DecodedTiles:
 
 
 class StoredTiles:
-    """Levels of a TIFF slide that stores RGB tiles as JPEG, or as JPEG 2000 in Aperio's RGB variant.
+    """Levels of a slide that stores tiles, which are decoded one by one.
+
+    `open` reads those of TIFF slides with RGB tiles in JPEG, or in JPEG 2000 in Aperio's RGB variant;
+    `dicom_frames` and `tiff_image` make others.
 
     Usable from several threads. The pixels equal those of OpenSlide, which uses the same decoders,
     libjpeg-turbo and OpenJPEG. `gpu_decoding.TilesOnDevice` decodes the same tiles on a GPU.
@@ -156,7 +185,8 @@ class StoredTiles:
     def __init__(self, path: Path, levels: Sequence[StoredLevel]):
         self.path, self.levels = path, levels
         self._decoded = [_DecodedTiles(level.n_held, level.shape) for level in levels]
-        self._file = os.open(path, os.O_RDONLY)
+        paths = {level.path or path for level in levels}
+        self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
         self._lock = Lock()
 
     @classmethod
@@ -178,9 +208,10 @@ class StoredTiles:
 
     def close(self) -> None:
         """Close the file and free the decoded tiles."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        for path, file in self._files.items():
+            if file >= 0:
+                os.close(file)
+            self._files[path] = -1
         self._decoded.clear()
 
     def read(
@@ -222,7 +253,9 @@ class StoredTiles:
     def compressed(self, level: int, index: int) -> bytes:
         """Bytes of a stored tile as they are in the file; none if the file has no such tile."""
         stored = self.levels[level]
-        return os.pread(self._file, int(stored.sizes[index]), int(stored.offsets[index]))
+        return os.pread(
+            self._files[stored.path or self.path], int(stored.sizes[index]), int(stored.offsets[index])
+        )
 
     def decode(self, level: int, index: int) -> np.ndarray:
         """Decode a stored tile on the CPU, without keeping it.
