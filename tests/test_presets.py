@@ -9,7 +9,7 @@ from tissue_factory import GLASS, INKS, UM, Drawing, agreement, biopsy, microarr
 from hdmil_lib.errors import HDMILError
 from hdmil_lib.slides import PRESETS, TissueSettings, tissue_mask, tissue_settings
 from hdmil_lib.slides.ink import glass_color
-from hdmil_lib.slides.presets import describe
+from hdmil_lib.slides.presets import describe, described
 from hdmil_lib.slides.tissue import black_mask, pen_mask
 
 HE = {"hematoxylin": 0.15, "eosin": 0.2}
@@ -213,3 +213,16 @@ def test_no_ink_and_more_stroma_on_a_real_slide(real_data):
     areas = {name: grid.tissue.mean() for name, grid in grids.items()}
     assert areas["default"] <= areas["he"] <= areas["faint"] <= areas["ihc"] <= areas["tma"]
     assert areas["tma"] < 1.2 * areas["default"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_are_read_from_their_description(name):
+    for changes in ({}, {"min_object_um2": 123.0, "exclude_ink": True}, {"min_density": 0.5}):
+        settings = tissue_settings(name, min_tissue=0.3, **changes)
+        assert described(describe(settings), 0.3) == settings
+
+
+def test_a_text_that_describes_no_settings_is_refused():
+    for text in ("unknown", "min_object_um2=much", "colour=3"):
+        with pytest.raises(HDMILError, match="describes no tissue settings"):
+            described(text, 0.25)

@@ -34,6 +34,7 @@ from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.presets import described
 
 if TYPE_CHECKING:
     from hdmil_lib.encoders.loading import Encoder
@@ -164,7 +165,11 @@ def stream(
         with running_on(model, device), Slide(slide_path, mpp) as slide:
             with stage(seconds, "thumbnail"):
                 grid = TileGrid.from_slide(
-                    slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
+                    slide,
+                    tile_size=info.tile_size,
+                    mpp=info.tile_mpp,
+                    patch_size=info.patch_size,
+                    tissue=described(info.tissue, info.min_tissue),
                 )
             with stage(seconds, "lipn"):
                 scores = lipn_scores(model, grid.patches)

@@ -21,6 +21,7 @@ from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
+from hdmil_lib.slides.presets import described
 from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
@@ -92,7 +93,11 @@ def predict_slide(
         encoder, info = model.encoder, model.known_info
         with stage(seconds, "thumbnail"):
             grid = TileGrid.from_slide(
-                slide, tile_size=info.tile_size, mpp=info.tile_mpp, patch_size=info.patch_size
+                slide,
+                tile_size=info.tile_size,
+                mpp=info.tile_mpp,
+                patch_size=info.patch_size,
+                tissue=described(info.tissue, info.min_tissue),
             )
         mask, rows = None, np.arange(len(grid))
         if not all_tiles:

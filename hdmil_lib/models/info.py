@@ -22,6 +22,8 @@ class ModelInfo(Schema):
         tile_size: Side of the tiles in pixels.
         tile_mpp: Scale of the tiles in um/px.
         patch_size: Side of the patches in pixels, as LIPN takes them.
+        tissue: Preset or settings of the tissue detection, as `slides.presets.describe` writes them.
+        min_tissue: Smallest share of tissue in a tile.
         cohort: Name of the cohort that it was trained on.
         metrics: Test scores by name.
         license: License of the weights.
@@ -34,6 +36,8 @@ class ModelInfo(Schema):
     tile_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     tile_mpp: Annotated[float, Field(gt=0, le=1000)] = 0.5
     patch_size: Literal[16] = 16
+    tissue: Text = "default"
+    min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.25
     cohort: Text = ""
     metrics: Annotated[Mapping[Text, float | Text], Field(max_length=1000)] = {}
     license: Text = ""

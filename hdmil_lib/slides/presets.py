@@ -126,6 +126,25 @@ def describe(settings: TissueSettings) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in changed.items())
 
 
+def described(text: str, min_tissue: float) -> TissueSettings:
+    """The settings of which `describe` made this text.
+
+    Raises:
+        HDMILError: The text names no preset and no settings.
+    """
+    if text in PRESETS:
+        return tissue_settings(text, min_tissue=min_tissue)
+    kinds = {
+        name: float if value is None else type(value) for name, value in asdict(TissueSettings()).items()
+    }
+    try:
+        pairs = dict(part.split("=") for part in text.split(", "))
+        changes = {name: kinds[name](float(value)) for name, value in pairs.items()}
+    except (ValueError, KeyError):
+        raise HDMILError(f"{text!r} describes no tissue settings; use one of {', '.join(PRESETS)}") from None
+    return tissue_settings(None, min_tissue=min_tissue, **changes)
+
+
 def _check(settings: TissueSettings) -> None:
     """Refuse values that no slide can have, by name."""
     for name in ("min_saturation", "max_saturation"):

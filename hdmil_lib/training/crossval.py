@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -108,6 +108,7 @@ def cross_validate(
         "features": data.digest(cohort.slide_ids),
         "encoder": asdict(data.encoder),
         "cohort": cohort.root.resolve().name,
+        **_tissue(bags),
     }
     if out is None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -127,6 +128,27 @@ def cross_validate(
         todo = [[job for job in wave if not job.predictions.is_file()] for wave in waves]
         share([wave for wave in todo if wave])
     return CrossValidation(out, methods)
+
+
+def _tissue(bags: Mapping[str, Bag]) -> dict[str, Any]:
+    """How the tissue of the slides was found, if not as by default: prediction must find it likewise.
+
+    Raises:
+        BagError: Two bags differ in it.
+    """
+    found: dict[tuple[str, float], str] = {}
+    for slide_id, bag in bags.items():
+        settings = str(bag.attrs.get("tissue", "default")), float(bag.attrs.get("min_tissue", 0.25))
+        found.setdefault(settings, slide_id)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise BagError(
+            f"the tissue of {first} was found with the settings {one[0]!r}, that of {second} with "
+            f"{other[0]!r}; extract all slides with the same --tissue"
+        )
+    tissue, min_tissue = next(iter(found), ("default", 0.25))
+    usual = (tissue, min_tissue) == ("default", 0.25)
+    return {} if usual else {"tissue": {"tissue": tissue, "min_tissue": min_tissue}}
 
 
 def _check_patches(methods: Sequence[str], bags: Mapping[str, Bag]) -> None:

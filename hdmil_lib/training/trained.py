@@ -172,6 +172,7 @@ class CrossValidation:
             encoder_weights=encoder["weights_hash"],
             cohort=self._config["cohort"],
             metrics=metrics,
+            **self._config.get("tissue", {}),
         )
 
     def _fold(self, method: str, fold: int) -> Path:
