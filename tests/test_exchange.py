@@ -339,6 +339,20 @@ def test_patches_are_filled_in_as_extraction_makes_them(tmp_path):
     assert "skipped: 1 slides" in run("add-patches", tmp_path / "bags", slide)
 
 
+def test_patches_of_an_exported_bag_come_back_at_any_scale(tmp_path):
+    """At 0.499 um/px a tile has 256.5 level-0 pixels; its corner is stored to the nearest one."""
+    slide = write_textured_slide(tmp_path / "s.tif")
+    whole = extract_slide(slide, ColorEncoder(), tmp_path / "bags" / "s.h5", mpp=0.499)
+    export_bags(tmp_path / "bags", "clam", tmp_path / "clam", progress=False)
+    import_bags(tmp_path / "clam", "clam", tmp_path / "again", progress=False)
+    report = add_patches(tmp_path / "again", slide, mpp=0.499, progress=False)
+    assert statuses(report) == {"s": "done"}
+    filled = read_bag(tmp_path / "again" / "s.h5")
+    np.testing.assert_array_equal(filled.rowcol, whole.rowcol - whole.rowcol.min(axis=0))
+    # Half a pixel of the 16 in a patch's: the steps between tiles weigh up to 130 levels / 32 in their rim.
+    assert np.abs(filled.patches.astype(int) - whole.patches).max() <= 5
+
+
 def test_tiles_outside_of_the_slide_are_refused(tmp_path):
     slide = write_textured_slide(tmp_path / "s.tif")
     without_patches(slide, tmp_path)

@@ -11,6 +11,7 @@ import numpy as np
 from hdmil_lib.bags import TRIDENT_ATTRS, Bag
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.exchange.foreign import (
+    SCALE,
     ForeignFolder,
     Tiles,
     check_coords,
@@ -57,7 +58,8 @@ def open_folder(folder: Path, patches: Path | None = None) -> ForeignFolder:
 def write_slide(bag: Bag, out: Path) -> None:
     """Write a bag as CLAM stores features: `h5_files/<slide>.h5` and `pt_files/<slide>.pt`, in float32.
 
-    The attributes of `coords` are TRIDENT's, those of the file name the encoder; CLAM ignores them.
+    The attributes of `coords` are TRIDENT's, those of the file name the encoder and the exact scale; CLAM
+    ignores them.
     """
     import torch
 
@@ -68,6 +70,7 @@ def write_slide(bag: Bag, out: Path) -> None:
             file["features"], file["coords"] = features, bag.coords.astype(np.int64)
             file["coords"].attrs.update({k: v for k, v in bag.attrs.items() if k in TRIDENT_ATTRS})
             file["coords"].attrs["name"] = bag.slide_id
+            file.attrs.update({key: bag.attrs[key] for key in SCALE if key in bag.attrs})
             file.attrs["encoder"], file.attrs["weights_hash"] = bag.encoder.name, bag.encoder.weights_hash
 
     write_whole(out / "h5_files" / f"{bag.slide_id}.h5", write)

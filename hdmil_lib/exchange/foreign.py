@@ -11,6 +11,9 @@ import numpy as np
 from hdmil_lib.bags import TRIDENT_ATTRS, EncoderIdentity, read_arrays
 from hdmil_lib.errors import BagError, HDMILError
 
+SCALE = ("mpp_x", "mpp_y", "tile_mpp")
+"""Attributes of the exact scale, which `hdmil export` adds to TRIDENT's."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
@@ -164,7 +167,7 @@ def geometry(attrs: Mapping[str, Any], slide_id: str, path: Path) -> dict[str, A
     name = attrs.get("name")
     if isinstance(name, str) and name not in (slide_id, f"{slide_id}.h5"):
         raise BagError(f"{path}: says that it is of slide {name!r}; was it renamed?")
-    known = {key: attrs[key] for key in TRIDENT_ATTRS if _is_size(attrs.get(key))}
+    known = {key: attrs[key] for key in (*TRIDENT_ATTRS, *SCALE) if _is_size(attrs.get(key))}
     level, downsample = attrs.get("patch_level"), np.ravel(attrs.get("downsample", 1.0))[:1]
     if "patch_size_level0" not in known and "patch_size" in known and (level == 0 or "downsample" in attrs):
         factor = float(downsample[0]) * float(attrs.get("custom_downsample", 1))

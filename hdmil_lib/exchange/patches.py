@@ -75,7 +75,10 @@ def _with_patches(bag: Bag, slide: Slide, tile_size: float | None) -> Bag:
             "(--tile-size)"
         )
     _check_inside(bag, slide)
-    mpp = float(tile_size) * slide.mpp[0] / PATCH_SIZE
+    side = float(tile_size) * slide.mpp[0]  # in um
+    if {"patch_size", "tile_mpp"} <= set(bag.attrs):
+        side = bag.attrs["patch_size"] * bag.attrs["tile_mpp"]  # exactly
+    mpp = side / PATCH_SIZE
     size = (PATCH_SIZE, PATCH_SIZE)
     patches = np.stack([slide.read_mean(x, y, size, mpp) for x, y in bag.coords.tolist()])
     scale = {"mpp_x": slide.mpp[0], "mpp_y": slide.mpp[1], "mpp_source": slide.scale.source}
