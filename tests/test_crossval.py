@@ -475,3 +475,14 @@ def test_what_could_not_be_scored_is_refused_before_training(cohort, tmp_path):
         with pytest.raises(CohortError, match=f"split 0: no slide of its {message}"):
             cross_validate(cohort, ["mean"], splits=[split], out=tmp_path / "runs", **QUIET)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_remembers_how_tissue_was_found_and_refuses_bags_that_differ():
+    bags, _ = make_bags(4)
+    assert crossval._tissue(bags) == {}  # as by default, so that older runs stay the same runs
+    found = {"tissue": "ihc", "min_tissue": 0.1}
+    bags = {slide_id: replace(bag, attrs={**bag.attrs, **found}) for slide_id, bag in bags.items()}
+    assert crossval._tissue(bags) == {"tissue": found}
+    bags["s01"] = replace(bags["s01"], attrs={**bags["s01"].attrs, "tissue": "tma"})
+    with pytest.raises(BagError, match="s00 was found with the settings 'ihc', that of s01 with 'tma'"):
+        crossval._tissue(bags)
