@@ -146,7 +146,7 @@ def test_when_interrupted_no_thread_reads_on(slide_path, signal_):
     class Slow(TileGrid):
         def read_tile(self, slide, i, out):
             time.sleep(0.01)
-            read.append(slide._slide._osr is not None)  # still open
+            read.append(slide._file._slide._osr is not None)  # still open
             return super().read_tile(slide, i, out)
 
     with Slide(slide_path) as slide:
