@@ -1,4 +1,4 @@
-"""What 1,000, 10,000 and 100,000 slides cost: arithmetic on measured figures, and simulated shared runs.
+"""What 1,000, 10,000 and 100,000 slides cost: measured figures, and a simulation of workers that share them.
 
 Usage: python benchmarks/scale_model.py
 """

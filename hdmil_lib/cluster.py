@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from hdmil_lib.config import one_core_unless_told
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.sharing import TRIES, Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
@@ -377,10 +378,8 @@ def _about(paths: Sequence[str]) -> tuple[str, str, list[str]]:
 
 
 def _worker_task(function: Callable[..., Any], arguments: tuple[Any, ...], run_id: str, name: str) -> Any:
-    """Run a task with the threads of this worker; errors that all tasks would have are said with its name."""
-    import torch
-
-    torch.set_num_threads(1)
+    """Run a task on the one thread of this worker."""
+    one_core_unless_told()
     return function(*arguments, run_id=run_id, name=name)
 
 

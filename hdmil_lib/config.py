@@ -63,6 +63,14 @@ def n_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", cores))
 
 
+def one_core_unless_told() -> None:
+    """Let `n_threads` be 1 in this process where `OMP_NUM_THREADS` says nothing, as PyTorch's number is."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and PyTorch."""
     # Imported here, since they take seconds that `import hdmil_lib` and `hdmil --help` must not take.

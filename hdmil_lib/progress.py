@@ -48,7 +48,7 @@ def progress_of(out: Path) -> Progress:
     last |= {note["slide_id"]: note for note in notes}
     for row in _locked(folder):
         noted = last.get(row["slide_id"], {})
-        if row["status"] == "running" or noted.get("time", 0) < row["since"]:  # else it has been set aside
+        if row["status"] == "running" or noted.get("time", -1) < row["since"]:  # else it has been set aside
             last[row["slide_id"]] = row
     columns = ["slide_id", "status", "n_tiles", "seconds", "host", "pid", "error"]
     blank = {"host": "", "error": ""}

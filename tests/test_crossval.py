@@ -225,8 +225,8 @@ def test_a_second_call_trains_nothing_and_a_lost_job_is_made_again(cohort, cv, m
     lost = cv.folder / "hdmil" / "fold2" / "predictions.csv"
     lost.unlink()
     jobs = []
-    run_job = crossval._run_job
-    monkeypatch.setattr(crossval, "_run_job", lambda job, data: (jobs.append(job), run_job(job, data)))
+    run_job = crossval.run_job
+    monkeypatch.setattr(crossval, "run_job", lambda job, data: (jobs.append(job), run_job(job, data)))
     again = cross_validate(cohort, list(METHODS), out=cv.folder, **QUIET)
     assert [(job.method, job.fold) for job in jobs] == [("hdmil", 2)]
     pd.testing.assert_frame_equal(again.predictions, cv.predictions, check_exact=True)
