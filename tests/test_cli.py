@@ -469,13 +469,8 @@ def test_a_slide_that_cannot_be_used(work, tmp_path, kind, remedy):
     ):
         assert path.name in error
         assert remedy in error
-<<<<<<< HEAD
-    after = {path for path in tmp_path.rglob("*") if ".hdmil" not in path.parts}  # not what status reads
-    assert after == before
-=======
     visible = {p for p in tmp_path.rglob("*") if ".hdmil" not in p.parts}
     assert visible == before, "only the notes of the run are new"
->>>>>>> 36aa360114c652833df7bfab577536b42cffdb5f
 
 
 def test_a_slide_without_a_scale_is_used_when_it_is_given(work, tmp_path):
