@@ -136,9 +136,7 @@ def test_bags_without_patches_serve_models_that_need_none(bags):
     dmin = create_model("dmin", DIM, 2)
     assert dmin(**batch.inputs_for(dmin)).logits.shape == (2, 2)
     for model in (create_model("smt", DIM, 2), HDMIL(dmin, LIPN(2))):
-        with pytest.raises(
-            BagError, match="bag s2 has no patches, which this model needs; extract its slide"
-        ):
+        with pytest.raises(BagError, match="bag s2 has no patches, which this model needs; fill them in"):
             batch.inputs_for(model)
 
 

@@ -495,9 +495,9 @@ def built(monkeypatch):
     """Names of the encoders whose network was built, in order."""
     names = []
 
-    def build(spec, stain=None):
+    def build(spec, stain=None, backbone=None):
         names.append(spec.name)
-        return build_network(spec, stain)
+        return build_network(spec, stain, backbone)
 
     monkeypatch.setattr(loading, "build_network", build)
     return names
@@ -600,7 +600,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(loading, "ENCODERS", {"tiny": spec})
+    monkeypatch.setitem(ENCODERS, "tiny", spec)
     return state
 
 
