@@ -22,7 +22,7 @@ from conftest import REPOSITORY
 from torch import nn
 
 from hdmil_lib.config import cache_dir
-from hdmil_lib.encoders import loading, networks
+from hdmil_lib.encoders import loading, networks, own
 from hdmil_lib.encoders.engines import TorchEngine, has_nncf, has_openvino
 from hdmil_lib.encoders.loading import ENCODERS, EncoderSpec, load_encoder
 from hdmil_lib.encoders.networks import TileNetwork, build_network, fuse_batch_norms, weights_hash
@@ -600,7 +600,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setitem(ENCODERS, "tiny", spec)
+    monkeypatch.setattr(own, "ENCODERS", {"tiny": spec})
     return state
 
 
