@@ -21,7 +21,7 @@ from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.look import LookSettings, SecondLook
 from hdmil_lib.models.settling import neutral
 from hdmil_lib.schema import Schema, read_schema, to_json
-from hdmil_lib.storage import write_json, write_whole
+from hdmil_lib.storage import read_json, write_json, write_whole
 
 if TYPE_CHECKING:
     from hdmil_lib.models.hdmil import HDMIL
@@ -140,7 +140,9 @@ def _config(folder: Path) -> "_Config":
             raise CheckpointError(
                 f"{candidate}: names {n_named} classes for networks of {n_classes}; {AGAIN}"
             )
-        if config.config_sha256 != _digest(to_json(config)):
+        content, stored = to_json(config), read_json(candidate)
+        content["info"] = {key: content["info"][key] for key in stored["info"]}  # later versions know more
+        if config.config_sha256 != _digest(content):
             raise CheckpointError(f"{candidate}: was changed after it was saved; {AGAIN}")
         if config.weights_sha256 == digest:
             return config

@@ -20,7 +20,7 @@ from hdmil_lib.kernels.variants import Variant
 TILES, EMBED = CHUNK, 64  # tiles per chunk and embedding dimensions per block
 WARPS = 8  # warps per program in the forward pass; 4 spill registers on sm_75 and gfx1100
 BACKWARD_EMBED = 32  # in the backward pass, which needs more registers per dimension
-CHUNKS, COMBINE_EMBED = 128, 32  # chunks that are combined at a time, and embedding dimensions per block
+CHUNKS, COMBINE_EMBED = 64, 32  # chunks that are combined at a time, and embedding dimensions per block
 BRANCHES = 16  # branches per program: the smallest width of a matrix product
 LOWEST = tl.constexpr(-3.0e38)  # stands for "no logit"; unlike with -inf, differences are not nan
 
