@@ -101,9 +101,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_dir():
             if not path.with_suffix(".mrxs").is_file():
-                yield from _walk(path)
+                yield from _below(path)
         else:
             yield path
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files below a folder; the folder itself if it is called like a slide and holds none, to be reported."""
+    found = list(_walk(folder))
+    named = folder.suffix.lower() in SLIDE_SUFFIXES
+    return [folder] if named and not any(map(_is_slide, found)) else found
 
 
 def _is_slide(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Open whole-slide images and read fields and thumbnails from them at any scale in micrometers per pixel."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +15,9 @@ from PIL import Image
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.scale import scale_of
 from hdmil_lib.slides.stored_tiles import StoredTiles
+from hdmil_lib.slides.thumbnails import GAP, overlap_weights, quarters
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
     from torch import Tensor
 
     from hdmil_lib.slides.device_tiles import TilesOnDevice
@@ -26,6 +27,11 @@ Reader = Literal["auto", "openslide", "stored"]
 
 LEVEL_TOLERANCE = 1.02
 """A level may be coarser than the requested mpp by this factor: 0.505 um/px is used for 0.5."""
+
+MAX_GAPS, MAX_THUMBNAIL = 0.25, 2**30
+"""Largest share of a thumbnail that may be unreadable, and largest number of its pixels: 26 cm at 8 um/px."""
+
+COPY_AGAIN = "The file is damaged or incomplete; copy or download it again."
 
 BLOCK = 2048
 """Side of the blocks from which a thumbnail is averaged, in pixels of the level; it limits the memory."""
@@ -242,32 +248,91 @@ class Slide:
             last row and column may reach beyond the bounds.
 
         Raises:
-            SlideError: The file is damaged.
+            SlideError: The file is damaged, or says that it is larger than any slide.
         """
-        x, y, *extent = self.bounds
-        width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
-        index, scale, (left, top) = self._locate(x, y, mpp)
-        if max(scale) > LEVEL_TOLERANCE:
-            index, scale, (left, top) = self._locate(x, y, mpp, min_scale=2.0)
-        step_x, step_y = (max(1, int(BLOCK / s)) for s in scale)
-        thumbnail = np.empty((height, width, 3), np.uint8)
-        for row in range(0, height, step_y):
-            for column in range(0, width, step_x):
-                block = thumbnail[row : row + step_y, column : column + step_x]
-                corner = left + column * scale[0], top + row * scale[1]
-                block[:] = self._area_mean(index, *corner, scale, (block.shape[0], block.shape[1]))
-        return thumbnail
+        picture, readable = self.thumbnail_with_gaps(mpp)
+        if not readable.all():
+            raise SlideError(f"{self.path}: {1 - readable.mean():.2%} of it cannot be read. {COPY_AGAIN}")
+        return picture
 
-    def _locate(
-        self, x: float, y: float, mpp: float, min_scale: float = 1.0
-    ) -> tuple[int, tuple[float, float], tuple[float, float]]:
-        """Find the coarsest level of which at least `min_scale` pixels make a pixel of `mpp` um.
+    def thumbnail_with_gaps(self, mpp: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
+        """Make the picture of `thumbnail` of a slide that may be damaged in places.
+
+        What cannot be read from a level is read from the finer ones.
+
+        Args:
+            mpp: Scale of the thumbnail in um/px.
+
+        Returns:
+            The thumbnail, uint8 (H, W, 3), white where no level can be read, and where one can, bool (H, W).
+
+        Raises:
+            SlideError: More than a quarter cannot be read, or the file says that it is larger than any slide.
+        """
+        width, height = (
+            math.ceil(e * m / mpp - 1e-6) for e, m in zip(self.bounds[2:], self.mpp, strict=True)
+        )
+        if width * height > MAX_THUMBNAIL:
+            raise SlideError(
+                f"{self.path}: says that it has {self.bounds[2]:,} x {self.bounds[3]:,} pixels of "
+                f"{self.mpp[0]:g} um, more than any slide. {COPY_AGAIN}"
+            )
+        index, scale = self._level_for(mpp, 1.0)
+        if max(scale) > LEVEL_TOLERANCE:
+            index, scale = self._level_for(mpp, 2.0)
+        picture, readable = np.full((height, width, 3), 255, np.uint8), np.zeros((height, width), bool)
+        step_x, step_y = (max(GAP, int(BLOCK / s) // GAP * GAP) for s in scale)
+        parts = [
+            (row, column, min(step_y, height - row), min(step_x, width - column))
+            for row in range(0, height, step_y)
+            for column in range(0, width, step_x)
+        ]
+        n_lost = 0
+        while parts:
+            row, column, rows, columns = part = parts.pop()
+            error = self._draw(picture, part, index, mpp)
+            if error is None:
+                readable[row : row + rows, column : column + columns] = True
+            elif max(rows, columns) > GAP:
+                parts += quarters(*part)
+            else:
+                n_lost += rows * columns
+                if n_lost > MAX_GAPS * readable.size:
+                    raise error
+        return picture, readable
+
+    def _draw(
+        self, picture: np.ndarray, part: tuple[int, int, int, int], index: int, mpp: float
+    ) -> SlideError | None:
+        """Draw a part (row, column, rows, columns) of a thumbnail; a small one if need be from finer levels.
+
+        Returns:
+            None, or the last error if the part cannot be drawn.
+        """
+        row, column, rows, columns = part
+        failed = None
+        for level_index in range(index, -1 if max(rows, columns) <= GAP else index - 1, -1):
+            level = self.levels[level_index]
+            scale = mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y)
+            left = self.bounds[0] / level.downsample_x + column * scale[0]
+            top = self.bounds[1] / level.downsample_y + row * scale[1]
+            try:
+                mean = self._area_mean(level_index, left, top, scale, (rows, columns))
+            except SlideError as error:
+                failed = error
+                continue
+            picture[row : row + rows, column : column + columns] = mean
+            return None
+        return failed
+
+    def _locate(self, x: float, y: float, mpp: float) -> tuple[int, tuple[float, float], tuple[float, float]]:
+        """Find the coarsest level that is fine enough for this scale.
 
         Returns:
             Index of the level, number of its pixels per pixel of the result in (x, y), and the position of
             (x, y) on the level.
         """
-        index, scale = self._level_for(mpp, min_scale)
+        index, scale = self._level_for(mpp, 1.0)
         level = self.levels[index]
         return index, scale, (x / level.downsample_x, y / level.downsample_y)
 
@@ -299,9 +364,9 @@ class Slide:
         region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
         pixels = region.astype(np.float32)
         h, w, _ = pixels.shape
-        down = _overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
+        down = overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
         down = down.reshape(rows, w, 3).transpose(1, 0, 2).reshape(w, rows * 3)
-        mean = _overlap_weights(left - u, scale[0], columns, w) @ down
+        mean = overlap_weights(left - u, scale[0], columns, w) @ down
         return np.rint(mean.reshape(columns, rows, 3).transpose(1, 0, 2))
 
     def _read_level(
@@ -344,8 +409,7 @@ class Slide:
         except openslide.OpenSlideError as error:
             self._slide = _open(self.path)  # after an error OpenSlide fails on every read
             raise SlideError(
-                f"{self.path}: cannot read level {index} at level-0 pixel {start}: {error}. "
-                "The file is damaged or incomplete; copy or download it again."
+                f"{self.path}: cannot read level {index} at level-0 pixel {start}: {error}. {COPY_AGAIN}"
             ) from error
 
 
@@ -359,7 +423,15 @@ def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
 
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
+        if path.is_dir():
+            raise SlideError(f"{path}: is a folder without slides, not a slide. Check the path of the slide.")
+        if path.is_symlink():
+            raise SlideError(f"{path}: links to {path.readlink()}, which is not there. Mend the link.")
         raise SlideError(f"{path}: no such file. Check the path of the slide.")
+    if not os.access(path, os.R_OK):
+        raise SlideError(f"{path}: no permission to read it. Change its permissions.")
+    if path.stat().st_size == 0:
+        raise SlideError(f"{path}: is empty. Copy or download it again.")
     if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
         raise SlideError(
             f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
@@ -398,19 +470,6 @@ def _downsample(size: int, level_size: int) -> float:
         if level_size in (size // guess, math.ceil(size / guess)):
             return float(guess)
     return ratio
-
-
-def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> "csr_array":
-    """Share of each pixel in each cell, (n_cells, n_pixels).
-
-    Cell i is the interval [start + i * scale, start + (i + 1) * scale), pixel j the interval [j, j + 1).
-    """
-    from scipy.sparse import csr_array  # a tenth of a second that opening a slide need not wait for
-
-    edges = start + scale * np.arange(n_cells + 1)
-    pixels = np.arange(n_pixels)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
 
 
 def _averaged_factor(scale: tuple[float, float]) -> int | None:

@@ -35,6 +35,7 @@ class TileGrid:
         mpp: Scale of the tiles in um/px.
         patch_mpp: Scale of patches and thumbnail in um/px.
         tile_size_level0: (width, height) of a tile in level-0 pixels, rounded.
+        n_unseen: Number of squares that cannot be seen at any level of a damaged slide; they are no tiles.
     """
 
     coords: np.ndarray
@@ -47,6 +48,7 @@ class TileGrid:
     mpp: float
     patch_mpp: float
     tile_size_level0: tuple[int, int]
+    n_unseen: int = 0
 
     @classmethod
     def from_slide(
@@ -80,9 +82,10 @@ class TileGrid:
         """
         patch_mpp = mpp * tile_size / patch_size
         shape = _grid_shape(slide, tile_size * mpp)
-        thumbnail = slide.thumbnail(patch_mpp)
+        thumbnail, readable = slide.thumbnail_with_gaps(patch_mpp)
         mask = tissue_mask(thumbnail, patch_mpp, tissue)
         share = _blocks(mask, shape, patch_size).mean(axis=(2, 3))
+        unseen = ~_blocks(readable, shape, patch_size).all(axis=(2, 3))
         rowcol = np.argwhere(share >= min_tissue)
         if len(rowcol) == 0:
             raise SlideError(
@@ -101,6 +104,7 @@ class TileGrid:
             mpp=mpp,
             patch_mpp=patch_mpp,
             tile_size_level0=(round(pitch[0]), round(pitch[1])),
+            n_unseen=int((unseen & (share < min_tissue)).sum()),
         )
 
     def __len__(self) -> int:
