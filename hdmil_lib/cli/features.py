@@ -36,6 +36,16 @@ def extract(
     ] = None,
     look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
+    max_broken: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of a slide's tiles that may be unreadable and left out."),
+    ] = 0.1,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail slides of which any tile is unreadable.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try slides again that could not be read before.")
+    ] = False,
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails."""
     from hdmil_lib.config import setup
@@ -52,10 +62,27 @@ def extract(
         options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
-    report = extraction.extract(slides, copies, out, mpp=scale, batch_size=batch_size, looks=look)
+    report = extraction.extract(
+        slides,
+        copies,
+        out,
+        mpp=scale,
+        batch_size=batch_size,
+        looks=look,
+        max_broken=0 if strict else max_broken,
+        retry_failed=retry_failed,
+    )
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    if not report["tried"].any():
+        typer.echo("nothing to do: no slide is new")
+    if len(failed) and not failed["tried"].all():
+        n_known = int((~failed["tried"]).sum())
+        typer.echo(f"{n_known} slides could not be read before; --retry-failed tries them again")
+    for slide_id, n_broken in zip(report["slide_id"], report["n_broken"], strict=True):
+        if n_broken:
+            typer.echo(f"note: {slide_id}: {n_broken:,} tiles could not be read and were left out")
     odd = report[report["note"].fillna("") != ""]
     for slide_id, mpp_used, note in zip(odd["slide_id"], odd["mpp"], odd["note"], strict=True):
         typer.echo(f"note: {slide_id}: {mpp_used:.4g} um/px was used; {note}")

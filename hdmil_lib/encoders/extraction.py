@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hdmil_lib.bags import Bag, EncoderIdentity, bag_info, read_bag, write_bag
+from hdmil_lib.bags import Bag, EncoderIdentity, read_bag, write_bag
 from hdmil_lib.config import torch_threads
+from hdmil_lib.encoders import failures
+from hdmil_lib.encoders.attributes import (
+    TILE_MPP,
+    TILE_SIZE,
+    check_made_by,
+    geometry,
+    given_scale,
+    settings_of,
+    wanted_decoder,
+)
 from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides.fingerprint import fingerprint
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides
-from hdmil_lib.slides.scale import IfUnknown
-from hdmil_lib.storage import readable
+from hdmil_lib.storage import readable, remove_stale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +40,8 @@ if TYPE_CHECKING:
 TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
 """Function from a slide file and its grid to the share of tumor in each tile, or None if it is unknown."""
 
-TILE_SIZE, TILE_MPP = 256, 0.5
+MAX_BROKEN = 0.1
+"""Share of the tiles of a slide that may be unreadable; such tiles are left out of the bag."""
 
 
 def encode_tiles(
@@ -110,6 +121,7 @@ def encode_blocks(
     batch_size: int | None = None,
     n_readers: int = 2,
     strict: bool = True,
+    broken: list[int] | None = None,
     seconds: dict[str, float] | None = None,
 ) -> Generator[np.ndarray, None, None]:
     """Features of the given tiles, block by block.
@@ -126,6 +138,7 @@ def encode_blocks(
         n_readers: Number of reading threads; with 0 tiles are read in this thread, so that the seconds of
             both stages add up.
         strict: Whether a tile that cannot be read is an error; otherwise its features are nan.
+        broken: List to which the positions in `rows` of the tiles are added that cannot be read.
         seconds: Dictionary to which the times are added: "crop" for reading, summed over threads, and
             "features" for the encoder.
 
@@ -135,7 +148,7 @@ def encode_blocks(
     Raises:
         SlideError: A tile cannot be read, and `strict`.
     """
-    seconds = {} if seconds is None else seconds
+    seconds, broken, n_done = {} if seconds is None else seconds, [] if broken is None else broken, 0
     batch_size = batch_size or encoder.batch_size
     decoder = _gpu_decoder(slide, grid, encoder)
     # After an error or Ctrl-C the readers must end before the slide is closed, hence the `closing`.
@@ -148,6 +161,8 @@ def encode_blocks(
                 features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
                 if whole.any():
                     features[whole] = encoder(tiles[whole])
+            broken += (n_done + np.flatnonzero(~whole)).tolist()
+            n_done += len(whole)
             seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
             seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
             yield features
@@ -163,6 +178,7 @@ def extract_slide(
     batch_size: int | None = None,
     min_tissue: float = 0.25,
     looks: Sequence[int] = (),
+    max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
     progress: bool = False,
 ) -> Bag:
@@ -177,6 +193,8 @@ def extract_slide(
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
         looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
+        max_broken: Largest share of tiles that cannot be read; they are left out, and the bag's attribute
+            `n_broken` counts them. With 0, the first one is an error.
         tile_labels: Function that gives the share of tumor in each tile, stored for teaching and evaluation.
         progress: Whether a bar is shown.
 
@@ -184,31 +202,55 @@ def extract_slide(
         The bag as written.
 
     Raises:
-        SlideError: The slide cannot be read or holds no tissue.
+        SlideError: The slide cannot be read, holds no tissue, or more of its tiles are broken than allowed.
         BagError: The features are not finite.
     """
+    source = fingerprint(Path(slide_path))
     with Slide(slide_path, mpp=mpp, name=slide_id) as slide:
         grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, min_tissue=min_tissue)
-        rows = range(len(grid))
-        features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
-        coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = _settings(encoder, min_tissue) | _geometry(slide, grid)
-        attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        rows, broken = range(len(grid)), list[int]()
+        options: dict[str, Any] = {"strict": max_broken == 0, "broken": broken}
+        features = encode_tiles(
+            slide, grid, rows, encoder, batch_size=batch_size, progress=progress, **options
+        )
+        coarse = {
+            side: encode_tiles(slide, grid.at(side), rows, encoder.at(side), **options) for side in looks
+        }
+        n_broken = _check_broken(slide, grid, broken, max_broken)
+        whole = np.isin(rows, broken, invert=True)
+        attrs = settings_of(encoder, min_tissue) | geometry(slide, grid)
+        attrs |= {"precision": encoder.precision, "engine": encoder.engine, "n_broken": n_broken}
         attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
+        if source is not None:
+            attrs["source_fingerprint"] = source
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(
             slide_id=readable(slide.name),
-            features=features,
-            coords=grid.coords,
-            rowcol=grid.rowcol,
+            features=features[whole],
+            coords=grid.coords[whole],
+            rowcol=grid.rowcol[whole],
             shape=grid.shape,
-            patches=grid.patches,
+            patches=grid.patches[whole],
             encoder=EncoderIdentity(encoder.name, encoder.weights_hash),
             attrs=attrs,
-            looks=coarse,
+            looks={side: values[whole] for side, values in coarse.items()},
         )
+        if labels is not None and broken:
+            labels = labels[whole]
         write_bag(out_path, bag, labels)
     return read_bag(out_path)
+
+
+def _check_broken(slide: Slide, grid: TileGrid, broken: Sequence[int], max_broken: float) -> int:
+    """Number of tiles and squares that cannot be read; raises a SlideError if they are more than allowed."""
+    n_broken = len(set(broken)) + grid.n_unseen
+    n_tiles = len(grid) + grid.n_unseen
+    if n_broken > max_broken * n_tiles or n_broken == n_tiles:
+        raise SlideError(
+            f"{slide.path}: {n_broken:,} of {n_tiles:,} tiles cannot be read, more than {max_broken:.0%}. "
+            "Copy or download the file again, or allow a larger share (--max-broken)."
+        )
+    return n_broken
 
 
 def extract(
@@ -220,14 +262,17 @@ def extract(
     batch_size: int | None = None,
     min_tissue: float = 0.25,
     looks: Sequence[int] = (),
+    max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
 
     Existing bags of the same encoder and settings are skipped, so an interrupted run resumes if started
-    again.
+    again. Why a slide cannot be read is kept in `<out>/failed/<slide_id>.json`, and the slide is not tried
+    again unless its file or the settings change. Other failures, such as a full disk, are tried again.
 
     Args:
         slides: A folder, a CSV file with a column `path` and optionally `slide_id` and `mpp`, slide files, or
@@ -241,13 +286,16 @@ def extract(
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile.
         looks: Further sides at which each tile is encoded; see `extract_slide`.
+        max_broken: Largest share of tiles of a slide that cannot be read; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
+        retry_failed: Whether slides that could not be read before are tried again.
         progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
 
     Returns:
         One row per slide, in the order of the slides: slide_id, status ("done", "skipped" or "failed"),
-            n_tiles, seconds, error; mpp (of level 0, along x), mpp_source, and note, what is odd about it.
+            n_tiles, seconds, error; mpp (of level 0, along x), mpp_source, and note, what is odd about it;
+            n_broken, the tiles that were left out; and tried, false if nothing was done in this run.
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
@@ -270,11 +318,13 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def run(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
+    remove_stale(out)
+
+    def run(file: SlideFile, own: "Encoder", source: str | None) -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            expected = _settings(own, min_tissue) | _given_scale(scale)
-            info = _check_made_by(out_path, expected, looks, scale)
+            expected = settings_of(own, min_tissue) | given_scale(scale)
+            info = check_made_by(out_path, expected, looks, scale, source, max_broken)
             return "skipped", info["n_tiles"], info
         bag = extract_slide(
             file.path,
@@ -285,10 +335,30 @@ def extract(
             batch_size=batch_size,
             min_tissue=min_tissue,
             looks=looks,
+            max_broken=max_broken,
             tile_labels=tile_labels,
             progress=progress and len(encoders) == 1,
         )
+        failures.forget(out, file.slide_id)
         return "done", len(bag), bag.attrs
+
+    def attempt(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any], str, bool]:
+        """Extract a slide; returns status, number of tiles, attributes, error, and whether it was tried."""
+        source = fingerprint(file.path)
+        tried_with = settings_of(own, min_tissue) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
+        settings = failures.settings_digest(tried_with | {"max_broken": max_broken})
+        if not (retry_failed or overwrite or (out / f"{file.slide_id}.h5").is_file()):
+            reason = failures.known_reason(out, file.slide_id, source, settings)
+            if reason is not None:
+                return "failed", 0, {}, reason, False
+        try:
+            status, n_tiles, about = run(file, own, source)
+        except Exception as error:  # any error concerns this slide only
+            message = readable(" ".join(str(error).split())) or type(error).__name__
+            if isinstance(error, SlideError) and source is not None:
+                failures.remember(out, file.slide_id, file.path, message, source, settings)
+            return "failed", 0, {}, message, True
+        return status, n_tiles, about, "", status == "done"
 
     todo, records = deque(files), dict[SlideFile, tuple]()
     bar = tqdm(total=len(files), desc="slides", unit="slide", disable=not progress)
@@ -301,19 +371,17 @@ def extract(
                 file = todo.popleft()
             except IndexError:
                 return
-            start, message = time.perf_counter(), ""
-            about: Mapping[str, Any] = {}
+            start = time.perf_counter()
             try:
-                status, n_tiles, about = run(file, own)
-            except Exception as error:  # any error concerns this slide only
-                status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
+                status, n_tiles, about, message, tried = attempt(file, own)
             except BaseException:
                 todo.clear()  # the other encoders end with their slide
                 raise
             with showing:
                 scale = (about.get(key) for key in ("mpp_x", "mpp_source", "mpp_note"))
                 spent = time.perf_counter() - start
-                records[file] = (readable(file.slide_id), status, n_tiles, spent, message, *scale)
+                row = (readable(file.slide_id), status, n_tiles, spent, message, *scale)
+                records[file] = (*row, int(about.get("n_broken", 0)), tried)
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
@@ -331,6 +399,7 @@ def extract(
                     todo.clear()
                     raise
     columns = ["slide_id", "status", "n_tiles", "seconds", "error", "mpp", "mpp_source", "note"]
+    columns += ["n_broken", "tried"]
     return pd.DataFrame([records[file] for file in files], columns=columns)
 
 
@@ -397,7 +466,7 @@ def _read_batches(
 def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
     """The encoders as a list, checked to give the same features."""
     encoders = list(encoder) if isinstance(encoder, Sequence) else [encoder]
-    kinds = {(e.name, e.weights_hash, e.engine, e.precision, _wanted_decoder(e)) for e in encoders}
+    kinds = {(e.name, e.weights_hash, e.engine, e.precision, wanted_decoder(e)) for e in encoders}
     if len(kinds) != 1 or len(set(map(id, encoders))) < len(encoders):
         raise HDMILError(
             f"{len(encoders)} encoders of {len(kinds)} kinds; give one, or copies of one from Encoder.to."
@@ -405,80 +474,14 @@ def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
     return encoders
 
 
-def _wanted_decoder(encoder: "Encoder") -> str:
-    """The decoder of an encoder; one of the user's own need not name any."""
-    return getattr(encoder, "decoder", "cpu")
-
-
 def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCodec | None":
     """The decoder of the encoder's GPU if the encoder asks for it and the slide allows it, else None."""
-    if _wanted_decoder(encoder) != "nvjpeg":
+    if wanted_decoder(encoder) != "nvjpeg":
         return None
     from hdmil_lib.slides.gpu_decoding import nvjpeg
 
     decoder = nvjpeg(encoder.device)
     return decoder if slide.can_decode(grid.mpp, decoder) else None
-
-
-def _settings(encoder: "Encoder", min_tissue: float) -> dict[str, Any]:
-    """Attributes that an existing bag must have to be skipped."""
-    return {
-        "encoder": encoder.name,
-        "weights_hash": encoder.weights_hash,
-        "decoder": _wanted_decoder(encoder),
-        "patch_size": TILE_SIZE,
-        "tile_mpp": TILE_MPP,
-        "min_tissue": min_tissue,
-    }
-
-
-def _given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
-    if mpp is None or isinstance(mpp, IfUnknown):
-        return {}
-    return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
-
-
-def _geometry(slide: Slide, grid: TileGrid) -> dict[str, Any]:
-    """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
-    return {
-        "patch_size_level0": grid.tile_size_level0[0],
-        "level0_magnification": round(10 / slide.mpp[0]),
-        "target_magnification": round(10 / grid.mpp),
-        "overlap": 0,
-        "level0_width": slide.dimensions[0],
-        "level0_height": slide.dimensions[1],
-        "mpp_x": slide.mpp[0],
-        "mpp_y": slide.mpp[1],
-        "mpp_source": slide.scale.source,
-        "mpp_note": "; ".join(slide.scale.notes),
-    }
-
-
-def _check_made_by(
-    path: Path,
-    wanted: dict[str, Any],
-    looks: Sequence[int],
-    scale: float | tuple[float, float] | None,
-) -> dict[str, Any]:
-    """What a bag says of itself; raises a BagError unless it was made with the wanted settings and looks."""
-    info = {"decoder": "cpu"} | bag_info(path)  # bags of version 0.2.0 do not say so
-    for key, value in wanted.items():
-        if info.get(key) != value:
-            raise BagError(
-                f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
-                "another folder, or delete the bag to extract the slide again."
-            )
-    if info.get("mpp_source") == "given" and (scale is None or isinstance(scale, IfUnknown)):
-        raise BagError(
-            f"{path}: already there, but made with a scale that was given, {info['mpp_x']:g} um/px. Give it "
-            "again (--force-mpp), use another folder, or delete the bag to extract the slide again."
-        )
-    if missing := set(looks) - set(info["looks"]):
-        raise BagError(
-            f"{path}: already there, but without a look of {min(missing)} pixels. Use another folder, or "
-            "delete the bag to extract the slide again."
-        )
-    return info
 
 
 def _show_rate(bar: tqdm, records: list[tuple]) -> None:
