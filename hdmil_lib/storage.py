@@ -228,7 +228,8 @@ def save_weights(model: "nn.Module", path: Path) -> None:
     """Write the parameters and buffers of a model as safetensors."""
     from safetensors.torch import save
 
-    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = save(tensors, {"digest": weights_digest(model)})
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -238,15 +239,19 @@ def load_weights(model: "nn.Module", path: Path) -> None:
     Raises:
         CheckpointError: The file is missing or damaged, or belongs to a model of another shape.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
         model.load_state_dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            wanted = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
     except RuntimeError as error:
         raise CheckpointError(f"{path}: weights of another model ({error}); train it again") from error
+    if wanted not in (None, weights_digest(model)):
+        raise CheckpointError(f"{path}: was changed or damaged; delete its folder and train again")
 
 
 def weights_digest(model: "nn.Module") -> str:

@@ -3,10 +3,10 @@
 import io
 import sys
 
-from hdmil_lib.cli import cohorts, features, models, prediction  # registers their commands
+from hdmil_lib.cli import checking, cohorts, features, models, prediction  # registers their commands
 from hdmil_lib.cli.app import app
 
-__all__ = ["app", "cohorts", "features", "main", "models", "prediction"]
+__all__ = ["app", "checking", "cohorts", "features", "main", "models", "prediction"]
 
 
 def main() -> None:
