@@ -175,7 +175,7 @@ def test_extract_goes_on_when_a_slide_fails_and_says_which(work, tmp_path):
         "extract", tmp_path / "notes.tif", work / "slides" / "s00.tif", "--out", tmp_path / "bags", code=1
     )
     assert "notes.tif" in error
-    assert [path.name for path in (tmp_path / "bags").iterdir()] == ["s00.h5"]
+    assert [path.name for path in (tmp_path / "bags").glob("*.h5")] == ["s00.h5"]
 
 
 def test_two_slides_of_one_name_would_share_a_bag(work, tmp_path):
