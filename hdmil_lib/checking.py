@@ -84,7 +84,7 @@ def _checked(path: Path, kind: str, check: Callable[[], str]) -> Checked:
     try:
         detail = check()
     except (HDMILError, OSError) as error:
-        return Checked(path, kind, "damaged", " ".join(str(error).split()))  # type: ignore[arg-type]
+        return Checked(path, kind, "damaged", " ".join(str(error).split()).removeprefix(f"{path}: "))  # type: ignore[arg-type]
     if detail.startswith("unfinished: "):
         return Checked(path, kind, "unfinished", detail.removeprefix("unfinished: "))  # type: ignore[arg-type]
     return Checked(path, kind, "ok", detail)  # type: ignore[arg-type]

@@ -348,15 +348,16 @@ def extract(
         tried_with = settings_of(own, min_tissue) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
         settings = failures.settings_digest(tried_with | {"max_broken": max_broken})
         if not (retry_failed or overwrite or (out / f"{file.slide_id}.h5").is_file()):
-            reason = failures.known_reason(out, file.slide_id, source, settings)
+            reason = failures.known_reason(out, file.slide_id, source or failures.NO_FILE, settings)
             if reason is not None:
                 return "failed", 0, {}, reason, False
         try:
             status, n_tiles, about = run(file, own, source)
         except Exception as error:  # any error concerns this slide only
             message = readable(" ".join(str(error).split())) or type(error).__name__
-            if isinstance(error, SlideError) and source is not None:
-                failures.remember(out, file.slide_id, file.path, message, source, settings)
+            if isinstance(error, SlideError):
+                known = source or failures.NO_FILE
+                failures.remember(out, file.slide_id, file.path, message, known, settings)
             return "failed", 0, {}, message, True
         return status, n_tiles, about, "", status == "done"
 

@@ -15,6 +15,9 @@ from hdmil_lib.storage import readable, write_json
 from hdmil_lib.version import __version__
 
 FOLDER = "failed"
+NO_FILE = "0" * 32
+"""Fingerprint of a file that is not there or cannot be read."""
+
 REMEDY = "delete it, so that the slide is tried again"
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -28,7 +31,7 @@ class Failure(Schema):
         slide_id: Name of the slide.
         path: Its file.
         reason: Why it failed, in one line.
-        source: Fingerprint of its file.
+        source: Fingerprint of its file, or `NO_FILE`.
         settings: Digest of the settings with which it was tried, and of the version of hdmil.
     """
 

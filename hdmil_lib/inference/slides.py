@@ -20,7 +20,7 @@ from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import list_slides
-from hdmil_lib.storage import readable, write_table
+from hdmil_lib.storage import readable, remove_stale, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,6 +273,7 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{out.parent}: cannot be a folder ({error.strerror}); choose another"
         ) from error
+    remove_stale(out.parent)
     if not out.is_file():
         return {}
     try:
