@@ -33,7 +33,8 @@ import yardsticks as yard
 from tqdm import tqdm
 
 from hdmil_lib.config import n_threads, setup
-from hdmil_lib.encoders.extraction import encode_tiles, spread_tiles
+from hdmil_lib.encoders.encoding import encode_tiles
+from hdmil_lib.encoders.extraction import spread_tiles
 from hdmil_lib.encoders.loading import ENCODERS, Encoder, load_encoder
 from hdmil_lib.encoders.networks import build_network
 from hdmil_lib.models import HDMIL

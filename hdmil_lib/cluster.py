@@ -283,8 +283,8 @@ def _absolute(file: SlideFile) -> SlideFile:
 
 
 def _failed_row(failure: _Failure) -> dict[str, Any]:
-    blank = {"n_tiles": 0, "seconds": 0.0, "mpp": None, "mpp_source": None, "note": None}
-    return {"slide_id": failure.name, "status": "failed", "error": failure.message, **blank}
+    blank = {"n_tiles": 0, "seconds": 0.0, "mpp": None, "mpp_source": None, "note": None, "n_broken": 0}
+    return {"slide_id": failure.name, "status": "failed", "error": failure.message, "tried": True, **blank}
 
 
 def _run(

@@ -208,7 +208,7 @@ class Cohort:
                 absent, f"{source}: no slide file for", "correct `path` (relative to the CSV), or drop them"
             )
             return
-        bags = {bag.stem for bag in self.bag_dir.glob("*.h5")}
+        bags = {bag.stem for bag in self.bag_dir.glob("[!.]*.h5")}
         absent = [s for s in self.slide_ids if s not in bags]
         if absent and Path(absent[0]).stem in bags:
             raise CohortError(

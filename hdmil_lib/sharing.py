@@ -167,6 +167,14 @@ class SharedRun:
         """Number of processes that ended while they held a slide, this one being free."""
         return len(self._locks(name)) - (name in self._held)
 
+    def forget_deaths(self, names: Iterable[str]) -> None:
+        """Let slides that were set aside be tried again."""
+        for name in names:
+            locks = self._locks(name)
+            if len(locks) >= TRIES and self.is_dead(locks[-1]):
+                for lock in reversed(locks):
+                    lock.unlink(missing_ok=True)
+
     def release(self, name: str, *, settled: bool = True) -> None:
         """Give a slide back.
 
@@ -224,11 +232,10 @@ class SharedRun:
     def set_aside(self, name: str) -> str:
         """What is to be said of a slide that ended too many processes."""
         last = read_owner(self._locks(name)[-1])
-        locks = self.folder / "locks" / f"{name}.*.lock"
         return (
             f"set aside, since it ended {TRIES} processes that worked on it"
             + (f" (the last was {last})" if last else "")
-            + f"; to try it again, delete {locks}"
+            + "; try it again with --retry-failed"
         )
 
     def _locks(self, name: str) -> list[Path]:

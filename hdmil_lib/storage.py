@@ -41,6 +41,9 @@ def check_output(path: Path, *, folder: bool = False) -> None:
 TEMPORARY = re.compile(r"\.hdmil-[0-9a-f]{12}(\.\w+)?")
 """Names of files that are being written, or were when their process was killed."""
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Characters that end a line or that a terminal obeys."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of a disk, a quota or a file that can hold no more."""
 
@@ -207,9 +210,16 @@ def read_table(path: Path) -> "pd.DataFrame":
     separator = max(",;\t", key=text.lstrip().splitlines()[0].count)
     try:
         lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        header, *rows = [[field.strip() for field in line] for line in lines if any(map(str.strip, line))]
+        filled = [[field.strip() for field in line] for line in lines if any(map(str.strip, line))]
     except csv.Error as error:
         raise CohortError(f"{path}: cannot be read as a table ({error})") from error
+    if not filled:
+        raise CohortError(f"{path}: is empty; give a CSV with a header and one row per slide")
+    for number, line in enumerate(filled):
+        if odd := [field for field in line if CONTROL.search(field)]:
+            where = f"row {number}" if number else "the header"
+            raise CohortError(f"{path}: {where} holds control characters, {odd[0][:40]!r}; remove them")
+    header, *rows = filled
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         raise CohortError(f"{path}: the column {repeated[0]!r} is there more than once; rename one")
     for number, row in enumerate(rows, 1):
@@ -231,7 +241,8 @@ def save_weights(model: "nn.Module", path: Path) -> None:
     """Write the parameters and buffers of a model as safetensors."""
     from safetensors.torch import save
 
-    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = save(tensors, {"digest": weights_digest(model)})
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -241,15 +252,19 @@ def load_weights(model: "nn.Module", path: Path) -> None:
     Raises:
         CheckpointError: The file is missing or damaged, or belongs to a model of another shape.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
         model.load_state_dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            wanted = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
     except RuntimeError as error:
         raise CheckpointError(f"{path}: weights of another model ({error}); train it again") from error
+    if wanted not in (None, weights_digest(model)):
+        raise CheckpointError(f"{path}: was changed or damaged; delete its folder and train again")
 
 
 def weights_digest(model: "nn.Module") -> str:

@@ -72,12 +72,17 @@ def write_heatmap(prediction: "Prediction", path: Path) -> None:
     prediction.plot(path)
 
 
+def printable(text: str) -> str:
+    """Text in which control characters, which a terminal would obey, are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_answer(slide: Path, classes: Sequence[str], probabilities: "np.ndarray") -> None:
     """Print the name of a slide and its classes by falling probability, (C,)."""
     order = probabilities.argsort()[::-1]
     ranked = ", ".join(f"{classes[c]} {probabilities[c]:.3f}" for c in order)
-    typer.echo(f"slide    {slide.stem}")
-    typer.echo(f"class    {classes[order[0]]} ({ranked})")
+    typer.echo(printable(f"slide    {slide.stem}"))
+    typer.echo(printable(f"class    {classes[order[0]]} ({ranked})"))
 
 
 def print_seconds(seconds: dict[str, float]) -> None:
@@ -99,4 +104,4 @@ def print_progress(out: Path, progress: "Progress") -> None:
 
 def print_error(message: str) -> None:
     """Print an error as one red line on stderr."""
-    typer.secho(f"error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    typer.secho(f"error: {printable(' '.join(message.split()))}", fg=typer.colors.RED, err=True)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from slide_factory import damage_tile, write_slide
 
 from hdmil_lib.bags import read_bag
-from hdmil_lib.encoders.extraction import encode_tiles, extract, extract_slide
+from hdmil_lib.encoders.encoding import encode_tiles
+from hdmil_lib.encoders.extraction import extract, extract_slide
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.errors import HDMILError, SlideError
 from hdmil_lib.slides import Slide, TileGrid, gpu_decoding, stored_tiles

@@ -1,6 +1,7 @@
 """Real processes that extract and predict into one place: the work is shared, and kills lose nothing."""
 
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,10 @@ def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(start, undistur
     for _ in range(2):
         wait_until(partial(works, tmp_path, victim))
         time.sleep(generator.uniform(0, 0.3))
+        victim.send_signal(signal.SIGSTOP)  # so that it cannot go on to a slide that has ended a process
+        if any(number for number in numbers_of(tmp_path, victim)):
+            victim.send_signal(signal.SIGCONT)
+            break  # a second death of a slide would set it aside
         victim.kill()
         victim.wait()
         victim = start("extract", tmp_path, 0.3)
@@ -122,6 +127,12 @@ def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(start, undistur
     same_bags(tmp_path, undisturbed)
     assert done_by(tmp_path)["slide_id"].is_unique
     assert set(progress_of(tmp_path).slides["status"]) == {"done"}
+
+
+def numbers_of(out: Path, process: subprocess.Popen) -> list[int]:
+    """How many processes had ended at each slide that this process holds."""
+    locks = [(lock, read_owner(lock)) for lock in (run_folder(out) / "locks").glob("*.lock")]
+    return [int(lock.name.split(".")[-2]) for lock, owner in locks if owner and owner.pid == process.pid]
 
 
 def works(out: Path, process: subprocess.Popen) -> bool:

@@ -5,6 +5,7 @@ import signal
 import sys
 
 from hdmil_lib.cli import (  # importing a module registers its commands
+    checking,
     cluster,
     cohorts,
     exchange,
@@ -18,6 +19,7 @@ from hdmil_lib.cli.app import app
 
 __all__ = [
     "app",
+    "checking",
     "cluster",
     "cohorts",
     "exchange",

@@ -67,6 +67,16 @@ def extract(
     min_sharpness: MinSharpness = None,
     shard: ShardOption = None,
     scheduler: Scheduler = None,
+    max_broken: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of a slide's tiles that may be unreadable and left out."),
+    ] = 0.1,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail slides of which any tile is unreadable.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try slides again that could not be read before.")
+    ] = False,
 ) -> None:
     """Turn slides into bags of features; skip existing bags, and continue if a slide fails.
 
@@ -94,6 +104,8 @@ def extract(
         "looks": look,
         "shard": part,
         "tissue": settings,
+        "max_broken": 0 if strict else max_broken,
+        "retry_failed": retry_failed,
     }
     if scheduler is not None:
         from hdmil_lib import cluster
@@ -114,6 +126,14 @@ def _print_report(report: "pd.DataFrame") -> None:
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    if not report["tried"].any():
+        typer.echo("nothing to do: no slide is new")
+    if len(failed) and not failed["tried"].all():
+        n_known = int((~failed["tried"]).sum())
+        typer.echo(f"{n_known} slides could not be read before; --retry-failed tries them again")
+    for slide_id, n_broken in zip(report["slide_id"], report["n_broken"], strict=True):
+        if n_broken:
+            typer.echo(f"note: {slide_id}: {n_broken:,} tiles could not be read and were left out")
     odd = report[report["note"].fillna("") != ""]
     for slide_id, mpp_used, note in zip(odd["slide_id"], odd["mpp"], odd["note"], strict=True):
         typer.echo(f"note: {slide_id}: {mpp_used:.4g} um/px was used; {note}")

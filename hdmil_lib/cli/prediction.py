@@ -63,6 +63,9 @@ def predict(
     mpp: Mpp = None,
     force_mpp: ForceMpp = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try slides again that ended processes before.")
+    ] = False,
     shard: ShardOption = None,
     scheduler: Scheduler = None,
 ) -> None:
@@ -96,11 +99,12 @@ def predict(
     if part is not None and not part.of(files):
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
         return
+    many: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
+    many["retry_failed"] = retry_failed
     if scheduler is not None and out is not None:
         from hdmil_lib import cluster
 
-        given: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
-        given |= {"decoder": decoder, "device": device}
+        given = many | {"decoder": decoder, "device": device}
         with client_of(scheduler) as client:
             print_table(cluster.predict_many(model, files, out=out, client=client, shard=part, **given), out)
         return
@@ -118,15 +122,14 @@ def predict(
                 "--out is needed for several slides, and cannot be combined with --anytime, --max-tiles, "
                 "--max-seconds, --heatmap or --geojson"
             )
-        options: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
-        print_table(loaded.predict_many(slides, out=out, device=gpus, shard=part, **options), out)
+        print_table(loaded.predict_many(files, out=out, device=gpus, shard=part, **many), out)
         return
     slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
         predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
         return
-    options = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
+    options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
     prediction = loaded.predict(slide, progress=True, **options)
     print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")

@@ -1,10 +1,9 @@
 """Extraction of features: slides are turned into bags; runs can be interrupted and resumed."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,61 +13,33 @@ from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag, EncoderIdentity, read_bag, write_bag
 from hdmil_lib.config import torch_threads
-from hdmil_lib.encoders import made_by
-from hdmil_lib.encoders.made_by import TILE_MPP, TILE_SIZE, wanted_decoder
+from hdmil_lib.encoders import failures
+from hdmil_lib.encoders.attributes import (
+    TILE_MPP,
+    TILE_SIZE,
+    check_made_by,
+    geometry,
+    settings_of,
+    wanted_decoder,
+)
+from hdmil_lib.encoders.encoding import encode_tiles, gpu_decoder
 from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
+from hdmil_lib.slides.fingerprint import fingerprint
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
-from hdmil_lib.slides.quality import ink_notes
-from hdmil_lib.storage import readable
+from hdmil_lib.storage import readable, remove_stale
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
     from hdmil_lib.encoders.loading import Encoder
-    from hdmil_lib.slides.gpu_decoding import NvImageCodec
 
 TileLabels = Callable[[Path, TileGrid], np.ndarray | None]
 """Function from a slide file and its grid to the share of tumor in each tile, or None if it is unknown."""
 
-
-def encode_tiles(
-    slide: Slide,
-    grid: TileGrid,
-    rows: Sequence[int] | np.ndarray,
-    encoder: "Encoder",
-    *,
-    progress: bool = False,
-    **options: Any,
-) -> np.ndarray:
-    """Read and encode the given tiles only (paper, section 3.3).
-
-    Args:
-        slide: The open slide.
-        grid: Tiles of the slide.
-        rows: Rows of the grid to encode, (n,).
-        encoder: The encoder.
-        progress: Whether a bar is shown.
-        **options: Options of `encode_blocks`.
-
-    Returns:
-        float32 (n, D), in the order of `rows`.
-
-    Raises:
-        SlideError: A tile cannot be read, and `strict`.
-    """
-    features, done = np.empty((len(rows), encoder.dim), np.float32), 0
-    with (
-        tqdm(total=len(rows), desc=slide.name, unit="tile", leave=False, disable=not progress) as bar,
-        closing(encode_blocks(slide, grid, rows, encoder, **options)) as blocks,
-    ):
-        for block in blocks:
-            features[done : done + len(block)] = block
-            done += len(block)
-            bar.update(len(block))
-    return features
+MAX_BROKEN = 0.1
+"""Share of the tiles of a slide that may be unreadable; such tiles are left out of the bag."""
 
 
 def spread_tiles(
@@ -104,58 +75,6 @@ def spread_tiles(
     return np.stack(tiles)
 
 
-def encode_blocks(
-    slide: Slide,
-    grid: TileGrid,
-    rows: Sequence[int] | np.ndarray,
-    encoder: "Encoder",
-    *,
-    batch_size: int | None = None,
-    n_readers: int = 2,
-    strict: bool = True,
-    seconds: dict[str, float] | None = None,
-) -> Generator[np.ndarray, None, None]:
-    """Features of the given tiles, block by block.
-
-    Threads read ahead while the encoder runs, at most `n_readers` + 1 blocks, so memory does not grow
-    with the slide. To stop early, close the generator; then no further tiles are read.
-
-    Args:
-        slide: The open slide.
-        grid: Tiles of the slide.
-        rows: Rows of the grid to encode, (n,).
-        encoder: The encoder.
-        batch_size: Number of tiles per block and encoder call; the encoder's `batch_size` by default.
-        n_readers: Number of reading threads; with 0 tiles are read in this thread, so that the seconds of
-            both stages add up.
-        strict: Whether a tile that cannot be read is an error; otherwise its features are nan.
-        seconds: Dictionary to which the times are added: "crop" for reading, summed over threads, and
-            "features" for the encoder.
-
-    Yields:
-        float32 (b, D), in the order of `rows`.
-
-    Raises:
-        SlideError: A tile cannot be read, and `strict`.
-    """
-    seconds = {} if seconds is None else seconds
-    batch_size = batch_size or encoder.batch_size
-    decoder = _gpu_decoder(slide, grid, encoder)
-    # After an error or Ctrl-C the readers must end before the slide is closed, hence the `closing`.
-    with closing(_read_batches(slide, grid, rows, batch_size, n_readers, strict, decoder)) as batches:
-        for tiles, whole, crop_seconds in batches:
-            start = time.perf_counter()
-            if whole.all():
-                features = encoder(tiles)
-            else:
-                features = np.full((len(tiles), encoder.dim), np.nan, np.float32)
-                if whole.any():
-                    features[whole] = encoder(tiles[whole])
-            seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - start
-            seconds["crop"] = seconds.get("crop", 0.0) + crop_seconds
-            yield features
-
-
 def extract_slide(
     slide_path: str | Path,
     encoder: "Encoder",
@@ -167,6 +86,7 @@ def extract_slide(
     min_tissue: float | None = None,
     tissue: TissueSettings | str | None = None,
     looks: Sequence[int] = (),
+    max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
     progress: bool = False,
 ) -> Bag:
@@ -182,6 +102,8 @@ def extract_slide(
         min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
         tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
         looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
+        max_broken: Largest share of tiles that cannot be read; they are left out, and the bag's attribute
+            `n_broken` counts them. With 0, the first one is an error.
         tile_labels: Function that gives the share of tumor in each tile, stored for teaching and evaluation.
         progress: Whether a bar is shown.
 
@@ -189,34 +111,57 @@ def extract_slide(
         The bag as written.
 
     Raises:
-        SlideError: The slide cannot be read or holds no tissue.
+        SlideError: The slide cannot be read, holds no tissue, or more of its tiles are broken than allowed.
         BagError: The features are not finite.
     """
+    source = fingerprint(Path(slide_path))
     with Slide(slide_path, mpp=mpp, name=slide_id) as slide:
         settings = tissue_settings(tissue, min_tissue=min_tissue)
         grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, tissue=settings)
-        rows = range(len(grid))
-        features = encode_tiles(slide, grid, rows, encoder, batch_size=batch_size, progress=progress)
-        coarse = {side: encode_tiles(slide, grid.at(side), rows, encoder.at(side)) for side in looks}
-        attrs = made_by.settings(encoder, settings) | _geometry(slide, grid, settings)
-        attrs |= {"precision": encoder.precision, "engine": encoder.engine}
+        rows, broken = range(len(grid)), list[int]()
+        options: dict[str, Any] = {"strict": max_broken == 0, "broken": broken}
+        features = encode_tiles(
+            slide, grid, rows, encoder, batch_size=batch_size, progress=progress, **options
+        )
+        coarse = {
+            side: encode_tiles(slide, grid.at(side), rows, encoder.at(side), **options) for side in looks
+        }
+        n_broken = _check_broken(slide, len(grid), broken, max_broken)
+        whole = np.isin(rows, broken, invert=True)
+        attrs = settings_of(encoder, settings) | geometry(slide, grid, settings)
+        attrs |= {"precision": encoder.precision, "engine": encoder.engine, "n_broken": n_broken}
+        if source is not None:
+            attrs["source_fingerprint"] = source
         if revision := getattr(encoder, "revision", ""):
             attrs["encoder_revision"] = revision
-        attrs["decoded_by"] = "cpu" if _gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
+        attrs["decoded_by"] = "cpu" if gpu_decoder(slide, grid, encoder) is None else "nvjpeg"
         labels = None if tile_labels is None else tile_labels(Path(slide_path), grid)
         bag = Bag(
             slide_id=readable(slide.name),
-            features=features,
-            coords=grid.coords,
-            rowcol=grid.rowcol,
+            features=features[whole],
+            coords=grid.coords[whole],
+            rowcol=grid.rowcol[whole],
             shape=grid.shape,
-            patches=grid.patches,
+            patches=grid.patches[whole],
             encoder=EncoderIdentity(encoder.name, encoder.weights_hash),
             attrs=attrs,
-            looks=coarse,
+            looks={side: values[whole] for side, values in coarse.items()},
         )
+        if labels is not None and broken:
+            labels = labels[whole]
         write_bag(out_path, bag, labels)
     return read_bag(out_path)
+
+
+def _check_broken(slide: Slide, n_tiles: int, broken: Sequence[int], max_broken: float) -> int:
+    """Number of tiles that cannot be read; raises a SlideError if they are more than allowed, or all."""
+    n_broken = len(set(broken))
+    if n_broken > max_broken * n_tiles or n_broken == n_tiles:
+        raise SlideError(
+            f"{slide.path}: {n_broken:,} of {n_tiles:,} tiles cannot be read, more than {max_broken:.0%}. "
+            "Copy or download the file again, or allow a larger share (--max-broken)."
+        )
+    return n_broken
 
 
 def extract(
@@ -229,8 +174,10 @@ def extract(
     min_tissue: float | None = None,
     tissue: TissueSettings | str | None = None,
     looks: Sequence[int] = (),
+    max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     shard: Shard | None = None,
     run: SharedRun | None = None,
     progress: bool = True,
@@ -238,7 +185,10 @@ def extract(
     """Turn slides into bags `<out>/<slide_id>.h5`; a slide that fails does not stop the others.
 
     Existing bags of the same encoder and settings are skipped, so an interrupted run resumes if started
-    again. Several processes, also of several machines, may fill one folder: each slide is done by one of
+    again. Why a slide cannot be read is kept in `<out>/failed/<slide_id>.json`, and the slide is not tried
+    again unless its file or the settings change. Other failures, such as a full disk, are tried again.
+
+    Several processes, also of several machines, may fill one folder: each slide is done by one of
     them, and all end when all slides are done. See `hdmil_lib.sharing`.
 
     Args:
@@ -254,15 +204,19 @@ def extract(
         min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
         tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
         looks: Further sides at which each tile is encoded; see `extract_slide`.
+        max_broken: Largest share of tiles of a slide that cannot be read; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
         overwrite: Whether existing bags are extracted again.
+        retry_failed: Whether slides are tried again that could not be read before, or that were set aside
+            since they ended processes.
         shard: The part of the slides to extract; all by default.
         run: The part of this process in a run, entered, if these slides are only some of its slides.
         progress: Whether bars over slides and tiles are shown; with several encoders over slides alone.
 
     Returns:
         One row per slide, in the order of the slides: slide_id, status ("done", "skipped" or "failed"),
-            n_tiles, seconds, error; mpp (of level 0, along x), mpp_source, and note, what is odd about it.
+            n_tiles, seconds, error; mpp (of level 0, along x), mpp_source, and note, what is odd about it;
+            n_broken, the tiles that were left out; and tried, false if nothing was done in this run.
 
     Raises:
         SlideError: No slide is named, or a folder or table names none.
@@ -284,10 +238,12 @@ def extract(
             f"{out}: cannot be a folder ({error.strerror}); choose another for the bags"
         ) from error
 
-    def bag_of(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any]]:
+    remove_stale(out)
+
+    def bag_of(file: SlideFile, own: "Encoder", source: str | None) -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            info = made_by.check_made_by(out_path, made_by.settings(own, settings), looks, scale)
+            info = check_made_by(out_path, settings_of(own, settings), looks, scale, source, max_broken)
             return "skipped", info["n_tiles"], info
         bag = extract_slide(
             file.path,
@@ -298,10 +254,31 @@ def extract(
             batch_size=batch_size,
             tissue=settings,
             looks=looks,
+            max_broken=max_broken,
             tile_labels=tile_labels,
             progress=progress and len(encoders) == 1,
         )
+        failures.forget(out, file.slide_id)
         return "done", len(bag), bag.attrs
+
+    def attempt(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any], str, bool]:
+        """Extract a slide; returns status, number of tiles, attributes, error, and whether it was tried."""
+        source = fingerprint(file.path)
+        tried_with = settings_of(own, settings) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
+        digest = failures.settings_digest(tried_with | {"max_broken": max_broken})
+        if not (retry_failed or overwrite or (out / f"{file.slide_id}.h5").is_file()):
+            reason = failures.known_reason(out, file.slide_id, source or failures.NO_FILE, digest)
+            if reason is not None:
+                return "failed", 0, {}, reason, False
+        try:
+            status, n_tiles, about = bag_of(file, own, source)
+        except Exception as error:  # any error concerns this slide only
+            message = readable(" ".join(str(error).split())) or type(error).__name__
+            if isinstance(error, SlideError):
+                known = source or failures.NO_FILE
+                failures.remember(out, file.slide_id, file.path, message, known, digest)
+            return "failed", 0, {}, message, True
+        return status, n_tiles, about, "", status == "done"
 
     records = dict[str, tuple]()
     bar = tqdm(total=len(by_name), desc="slides", unit="slide", disable=not progress)
@@ -311,29 +288,28 @@ def extract(
         """Extract slides until none is left."""
         while (taken := todo.take()) is not None:
             name, message = taken
-            start, about, settled = time.perf_counter(), dict[str, Any](), False
+            start, settled = time.perf_counter(), message is None
             try:
-                if message is not None:
-                    raise SlideError(message)
-                status, n_tiles, made = bag_of(by_name[name], own)
-                message, about, settled = "", dict(made), True
-            except Exception as error:  # any error concerns this slide only
-                settled = message is None
-                status, n_tiles, message = "failed", 0, readable(str(error)) or type(error).__name__
+                outcome = ("failed", 0, {}, message, False) if message else attempt(by_name[name], own)
             except BaseException:
+                settled = False
                 todo.clear()  # the other encoders end with their slide
                 raise
             finally:
                 shared.release(name, settled=settled)
+            status, n_tiles, about, error, tried = outcome
             spent = time.perf_counter() - start
             with showing:
                 scale = (about.get(key) for key in ("mpp_x", "mpp_source", "mpp_note"))
-                records[name] = (name, status, n_tiles, spent, message, *scale)
-                shared.record(name, status, n_tiles, spent, message)
+                n_broken = int(about.get("n_broken", 0))
+                records[name] = (name, status, n_tiles, spent, error, *scale, n_broken, tried)
+                shared.record(name, status, n_tiles, spent, error)
                 _show_rate(bar, list(records.values()))
                 bar.update()
 
     with bar, nullcontext(run) if run else SharedRun(run_folder(out), list(by_name)) as shared:
+        if retry_failed:
+            shared.forget_deaths(by_name)
         todo = WorkList(shared, by_name)
         if len(encoders) == 1:
             work(encoders[0])
@@ -348,67 +324,8 @@ def extract(
                     todo.clear()
                     raise
     columns = ["slide_id", "status", "n_tiles", "seconds", "error", "mpp", "mpp_source", "note"]
+    columns += ["n_broken", "tried"]
     return pd.DataFrame([records[name] for name in by_name], columns=columns)
-
-
-def _read_batches(
-    slide: Slide,
-    grid: TileGrid,
-    rows: Sequence[int] | np.ndarray,
-    batch_size: int,
-    n_readers: int,
-    strict: bool,
-    decoder: "NvImageCodec | None",
-) -> "Generator[tuple[np.ndarray | Tensor, np.ndarray, float], None, None]":
-    """Batches of tiles in order, a mask of the tiles that could be read, and the seconds of reading.
-
-    A batch must be used before the next one is taken, since its memory is reused. With a decoder it is on the
-    decoder's GPU, in memory of its own.
-    """
-
-    def read_tile(row: int, out: np.ndarray) -> bool:
-        try:
-            grid.read_tile(slide, row, out)
-        except SlideError:
-            if strict:
-                raise
-            return False
-        return True
-
-    def read(
-        batch: Sequence[int] | np.ndarray, out: np.ndarray
-    ) -> "tuple[np.ndarray | Tensor, np.ndarray, float]":
-        start = time.perf_counter()
-        if decoder is not None:
-            tiles, errors = grid.read_tiles(slide, batch, decoder)
-            if errors and strict:
-                raise min(errors.items())[1]
-            whole = np.isin(np.arange(len(batch)), list(errors), invert=True)
-            return tiles, whole, time.perf_counter() - start
-        whole = np.array([read_tile(int(row), tile) for row, tile in zip(batch, out, strict=False)])
-        return out[: len(batch)], whole, time.perf_counter() - start
-
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    n_on_host = 0 if decoder is not None else min(batch_size, len(rows))
-    shape = (n_on_host, grid.tile_size, grid.tile_size, 3)
-    memory = deque(np.empty((n_readers + 1, *shape), np.uint8))
-    if n_readers == 0:
-        for batch in batches:
-            yield read(batch, memory[0])
-        return
-    with ThreadPoolExecutor(n_readers) as pool:
-        waiting: deque = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(read, batch, memory[0]))
-                memory.rotate(-1)
-                if len(waiting) > n_readers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
@@ -420,32 +337,6 @@ def _copies_of_one(encoder: "Encoder | Sequence[Encoder]") -> "list[Encoder]":
             f"{len(encoders)} encoders of {len(kinds)} kinds; give one, or copies of one from Encoder.to."
         )
     return encoders
-
-
-def _gpu_decoder(slide: Slide, grid: TileGrid, encoder: "Encoder") -> "NvImageCodec | None":
-    """The decoder of the encoder's GPU if the encoder asks for it and the slide allows it, else None."""
-    if wanted_decoder(encoder) != "nvjpeg":
-        return None
-    from hdmil_lib.slides.gpu_decoding import nvjpeg
-
-    decoder = nvjpeg(encoder.device)
-    return decoder if slide.can_decode(grid.mpp, decoder) else None
-
-
-def _geometry(slide: Slide, grid: TileGrid, tissue: TissueSettings) -> dict[str, Any]:
-    """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
-    return {
-        "patch_size_level0": grid.tile_size_level0[0],
-        "level0_magnification": round(10 / slide.mpp[0]),
-        "target_magnification": round(10 / grid.mpp),
-        "overlap": 0,
-        "level0_width": slide.dimensions[0],
-        "level0_height": slide.dimensions[1],
-        "mpp_x": slide.mpp[0],
-        "mpp_y": slide.mpp[1],
-        "mpp_source": slide.scale.source,
-        "mpp_note": "; ".join((*slide.scale.notes, *ink_notes(grid, tissue))),
-    }
 
 
 def _show_rate(bar: tqdm, records: list[tuple]) -> None:

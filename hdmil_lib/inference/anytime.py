@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag
-from hdmil_lib.encoders.extraction import encode_blocks
+from hdmil_lib.encoders.encoding import encode_blocks
 from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.inference.prediction import stage
 from hdmil_lib.inference.slides import check_bag, look_scores, running_on

@@ -13,7 +13,7 @@ import torch
 
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity
-from hdmil_lib.encoders.extraction import encode_tiles
+from hdmil_lib.encoders.encoding import encode_tiles
 from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
 from hdmil_lib.kernels.segments import Segments
@@ -22,7 +22,7 @@ from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
 from hdmil_lib.slides.presets import described
-from hdmil_lib.storage import readable, write_table
+from hdmil_lib.storage import readable, remove_stale, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,6 +179,7 @@ def predict_many(
     out: str | Path,
     all_tiles: bool = False,
     device: str | torch.device | Sequence[str | torch.device] = "auto",
+    retry_failed: bool = False,
     shard: Shard | None = None,
     run: SharedRun | None = None,
     progress: bool = True,
@@ -196,6 +197,7 @@ def predict_many(
         out: The file, CSV unless its suffix is .parquet.
         all_tiles: Whether every tile is read and LIPN is not used (HDMIL†).
         device: Device or devices, as `devices.resolve_all` takes them; "auto" is the model's GPU, or all.
+        retry_failed: Whether slides are tried again that were set aside since they ended processes.
         shard: The part of the slides to classify; all by default.
         run: The part of this process in a run, entered, if these slides are only some of its slides.
         progress: Whether a bar over slides is shown.
@@ -252,6 +254,8 @@ def predict_many(
                     bar.set_postfix(failed=n_failed, refresh=False)
 
     with bar, nullcontext(run) if run else SharedRun(run_folder(out), todo_names) as shared:
+        if retry_failed:
+            shared.forget_deaths(todo_names)
         todo = WorkList(shared, todo_names)
         if len(targets) == 1:
             work(model, targets[0])
@@ -332,6 +336,7 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{out.parent}: cannot be a folder ({error.strerror}); choose another"
         ) from error
+    remove_stale(out.parent)
     if not out.is_file():
         return {}
     try:

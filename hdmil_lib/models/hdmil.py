@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # modules of higher layers; the methods that use them import 
     from hdmil_lib.encoders.loading import Encoder
     from hdmil_lib.inference.anytime import AnytimeStep, Trajectory
     from hdmil_lib.inference.prediction import Prediction
+    from hdmil_lib.slides.listing import Source
 
 Pooling = Literal["dmin", "lipn"]
 Screening = Literal["networks", "random"]
@@ -372,7 +373,7 @@ class HDMIL(nn.Module):
         return predict(self, slide, all_tiles=all_tiles, device=device, **options)
 
     def predict_many(
-        self, slides: "str | Path | Sequence[str | Path]", *, out: str | Path, **options: Any
+        self, slides: "Source | Sequence[Source]", *, out: str | Path, **options: Any
     ) -> "pd.DataFrame":
         """Classify many slides into a CSV file, one row per slide; see `inference.slides.predict_many`.
 

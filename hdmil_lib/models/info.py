@@ -8,8 +8,11 @@ from pydantic import Field
 from hdmil_lib.schema import Schema
 from hdmil_lib.version import __version__
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Text = Annotated[str, Field(max_length=1000)]
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+"""Text without characters that end a line or that a terminal obeys."""
+
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PRINTABLE)]
+Text = Annotated[str, Field(max_length=1000, pattern=PRINTABLE)]
 
 
 class ModelInfo(Schema):

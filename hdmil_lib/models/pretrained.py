@@ -21,7 +21,7 @@ from hdmil_lib.models.lipn import LIPN
 from hdmil_lib.models.look import LookSettings, SecondLook
 from hdmil_lib.models.settling import neutral
 from hdmil_lib.schema import Schema, read_schema, to_json
-from hdmil_lib.storage import read_json, write_json, write_whole
+from hdmil_lib.storage import read_json, remove_stale, write_json, write_whole
 
 if TYPE_CHECKING:
     from hdmil_lib.models.hdmil import HDMIL
@@ -61,6 +61,7 @@ def save(model: "HDMIL", folder: Path) -> None:
     config["config_sha256"] = _digest(config)
     folder.mkdir(parents=True, exist_ok=True)
     _finish_interrupted(folder)
+    remove_stale(folder)
     write_json(folder / PENDING, config)
     write_whole(folder / WEIGHTS, lambda part: part.write_bytes(weights))
     os.replace(folder / PENDING, folder / CONFIG)

@@ -1,5 +1,6 @@
 """Which reader takes a file: OpenSlide, or one of ours for what OpenSlide does not open."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,6 @@ def open_file(path: Path) -> OpenSlideFile | Image:
     Raises:
         SlideError: No reader knows the file, or it is damaged.
     """
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise SlideError(
-            f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
-        )
     vendor = detect(path)
     if vendor == GENERIC and is_ome(path):
         return open_tiff(path)
@@ -41,6 +38,24 @@ def open_file(path: Path) -> OpenSlideFile | Image:
     if vendor is None and is_tiff(path):
         return open_tiff(path)
     return OpenSlideFile(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise a SlideError that says what to do where a file is missing, closed, empty or without its folder."""
+    if path.is_dir():
+        raise SlideError(f"{path}: is a folder without slides, not a slide. Check the path of the slide.")
+    if path.is_symlink() and not path.is_file():
+        raise SlideError(f"{path}: links to {path.readlink()}, which is not there. Mend the link.")
+    if not path.is_file():
+        raise SlideError(f"{path}: no such file. Check the path of the slide.")
+    if not os.access(path, os.R_OK):
+        raise SlideError(f"{path}: no permission to read it. Change its permissions.")
+    if path.stat().st_size == 0:
+        raise SlideError(f"{path}: is empty. Copy or download it again.")
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise SlideError(
+            f"{path}: its folder {path.stem}/ is missing, which holds the pixels; copy it beside the file."
+        )
 
 
 def is_tiff(path: Path) -> bool:

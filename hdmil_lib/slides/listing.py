@@ -158,9 +158,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_dir():
             if not path.with_suffix(".mrxs").is_file():
-                yield from _walk(path)
+                yield from _below(path)
         elif path.is_file() or path.is_symlink():
             yield path
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files below a folder; the folder itself if it is called like a slide and holds none, to be reported."""
+    if folder.suffix.lower() in SLIDE_SUFFIXES and not _in_folder(folder):
+        return [folder]
+    return list(_walk(folder))
 
 
 def _one_per_series(slides: Iterable[SlideFile]) -> list[SlideFile]:

@@ -1,7 +1,7 @@
 """Open whole-slide images and read fields and thumbnails from them at any scale in micrometers per pixel."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,14 +12,14 @@ from PIL import Image
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.dicom_frames import open_frames
-from hdmil_lib.slides.formats import open_file
+from hdmil_lib.slides.formats import check_file, open_file
 from hdmil_lib.slides.image import Pixels
 from hdmil_lib.slides.openslide_file import OpenSlideFile
 from hdmil_lib.slides.scale import scale_of
 from hdmil_lib.slides.stored_tiles import StoredTiles
+from hdmil_lib.slides.thumbnails import GAP, overlap_weights, quarters
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
     from torch import Tensor
 
     from hdmil_lib.slides.device_tiles import TilesOnDevice
@@ -33,8 +33,10 @@ LEVEL_TOLERANCE = 1.02
 BLOCK = 2048
 """Side of the blocks from which a thumbnail is averaged, in pixels of the level; it limits the memory."""
 
-LEAF = 256
-"""Side of the blocks that are given up where a file is damaged, in pixels of the level."""
+MAX_GAPS, MAX_THUMBNAIL = 0.25, 2**30
+"""Largest share of a thumbnail that may be unreadable, and largest number of its pixels: 26 cm at 8 um/px."""
+
+COPY_AGAIN = "The file is damaged or incomplete; copy or download it again."
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ class Slide:
         """
         self.path = Path(path)
         self.name = name or self.path.stem
-        if not self.path.is_file():
-            raise SlideError(f"{self.path}: no such file. Check the path of the slide.")
+        check_file(self.path)
         self._file = OpenSlideFile(self.path) if reader == "openslide" else open_file(self.path)
         self.vendor, properties, sizes = self._file.vendor, self._file.properties, self._file.sizes
         self.dimensions = sizes[0]
@@ -262,48 +263,82 @@ class Slide:
             last row and column may reach beyond the bounds.
 
         Raises:
-            SlideError: The file is damaged.
+            SlideError: The file is damaged, or says that it is larger than any slide.
         """
-        return self._thumbnail(mpp, strict=True)[0]
+        picture, readable = self.thumbnail_with_gaps(mpp)
+        if not readable.all():
+            raise SlideError(f"{self.path}: {1 - readable.mean():.2%} of it cannot be read. {COPY_AGAIN}")
+        return picture
 
-    def thumbnail_and_damage(self, mpp: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
-        """Make the picture of `thumbnail` of a file that may be damaged; what cannot be read is white.
+    def thumbnail_with_gaps(self, mpp: float = 8.0) -> tuple[np.ndarray, np.ndarray]:
+        """Make the picture of `thumbnail` of a slide that may be damaged in places.
+
+        What cannot be read from a level is read from the finer ones.
 
         Args:
             mpp: Scale of the thumbnail in um/px.
 
         Returns:
-            RGB pixels, uint8 (H, W, 3), and where they could not be read, bool (H, W): in squares of up to
-            `LEAF` pixels of the level, which are read alone where a larger block fails.
+            The thumbnail, uint8 (H, W, 3), white where no level can be read, and where one can, bool (H, W).
 
         Raises:
-            SlideError: Nothing of the slide can be read.
+            SlideError: More than a quarter cannot be read, or the file says that it is larger than any slide.
         """
-        return self._thumbnail(mpp, strict=False)
-
-    def _thumbnail(self, mpp: float, *, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        x, y, *extent = self.bounds
-        width, height = (math.ceil(e * m / mpp - 1e-6) for e, m in zip(extent, self.mpp, strict=True))
-        index, scale, (left, top) = self._locate_for_mean(x, y, mpp)
-        thumbnail = np.full((height, width, 3), 255, np.uint8)
-        damaged = np.zeros((height, width), bool)
-        leaf = [max(1, int(LEAF / s)) for s in scale]
-        parts = _blocks(0, 0, width, height, [max(1, int(BLOCK / s)) for s in scale])
+        width, height = (
+            math.ceil(e * m / mpp - 1e-6) for e, m in zip(self.bounds[2:], self.mpp, strict=True)
+        )
+        if width * height > MAX_THUMBNAIL:
+            raise SlideError(
+                f"{self.path}: says that it has {self.bounds[2]:,} x {self.bounds[3]:,} pixels of "
+                f"{self.mpp[0]:g} um, more than any slide. {COPY_AGAIN}"
+            )
+        index, scale = self._level_for(mpp, 1.0)
+        if max(scale) > LEVEL_TOLERANCE:
+            index, scale = self._level_for(mpp, 2.0)
+        picture, readable = np.full((height, width, 3), 255, np.uint8), np.zeros((height, width), bool)
+        step_x, step_y = (max(GAP, int(BLOCK / s) // GAP * GAP) for s in scale)
+        parts = [
+            (row, column, min(step_y, height - row), min(step_x, width - column))
+            for row in range(0, height, step_y)
+            for column in range(0, width, step_x)
+        ]
+        n_lost = 0
         while parts:
-            x0, y0, x1, y1 = parts.pop()
-            corner, shape = (left + x0 * scale[0], top + y0 * scale[1]), (y1 - y0, x1 - x0)
+            row, column, rows, columns = part = parts.pop()
+            error = self._draw(picture, part, index, mpp)
+            if error is None:
+                readable[row : row + rows, column : column + columns] = True
+            elif max(rows, columns) > GAP:
+                parts += quarters(*part)
+            else:
+                n_lost += rows * columns
+                if n_lost > MAX_GAPS * readable.size:
+                    raise error
+        return picture, readable
+
+    def _draw(
+        self, picture: np.ndarray, part: tuple[int, int, int, int], index: int, mpp: float
+    ) -> SlideError | None:
+        """Draw a part (row, column, rows, columns) of a thumbnail; a small one if need be from finer levels.
+
+        Returns:
+            None, or the last error if the part cannot be drawn.
+        """
+        row, column, rows, columns = part
+        failed = None
+        for level_index in range(index, -1 if max(rows, columns) <= GAP else index - 1, -1):
+            level = self.levels[level_index]
+            scale = mpp / (self.mpp[0] * level.downsample_x), mpp / (self.mpp[1] * level.downsample_y)
+            left = self.bounds[0] / level.downsample_x + column * scale[0]
+            top = self.bounds[1] / level.downsample_y + row * scale[1]
             try:
-                thumbnail[y0:y1, x0:x1] = self._area_mean(index, *corner, scale, shape)
-            except SlideError:
-                if strict:
-                    raise
-                if x1 - x0 > leaf[0] or y1 - y0 > leaf[1]:
-                    parts += _blocks(x0, y0, x1, y1, leaf)
-                    continue
-                damaged[y0:y1, x0:x1] = True
-                if damaged.all():
-                    raise
-        return thumbnail, damaged
+                mean = self._area_mean(level_index, left, top, scale, (rows, columns))
+            except SlideError as error:
+                failed = error
+                continue
+            picture[row : row + rows, column : column + columns] = mean
+            return None
+        return failed
 
     def read_mean(self, x: float, y: float, size: tuple[int, int], mpp: float) -> np.ndarray:
         """Read a rectangle of which each pixel is the mean over its square, as in `thumbnail`.
@@ -371,9 +406,9 @@ class Slide:
         region, (u, v) = self._read_level(index, left, top, left + columns * scale[0], top + rows * scale[1])
         pixels = region.astype(np.float32)
         h, w, _ = pixels.shape
-        down = _overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
+        down = overlap_weights(top - v, scale[1], rows, h) @ pixels.reshape(h, w * 3)
         down = down.reshape(rows, w, 3).transpose(1, 0, 2).reshape(w, rows * 3)
-        mean = _overlap_weights(left - u, scale[0], columns, w) @ down
+        mean = overlap_weights(left - u, scale[0], columns, w) @ down
         return np.rint(mean.reshape(columns, rows, 3).transpose(1, 0, 2))
 
     def _read_level(
@@ -400,15 +435,6 @@ class Slide:
         x, y = math.floor(left), math.floor(top)
         size = (math.ceil(right - x - 1e-6), math.ceil(bottom - y - 1e-6))
         return self._pixels.read(index, x, y, *size, out), (x, y)
-
-
-def _blocks(x0: int, y0: int, x1: int, y1: int, side: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of blocks of at most `side` that cover a rectangle, the last first."""
-    return [
-        (x, y, min(x + side[0], x1), min(y + side[1], y1))
-        for y in reversed(range(y0, y1, side[1]))
-        for x in reversed(range(x0, x1, side[0]))
-    ]
 
 
 def _into(out: np.ndarray | None, image: Image.Image) -> np.ndarray:
@@ -439,19 +465,6 @@ def _downsample(size: int, level_size: int) -> float:
         if level_size in (size // guess, math.ceil(size / guess)):
             return float(guess)
     return ratio
-
-
-def _overlap_weights(start: float, scale: float, n_cells: int, n_pixels: int) -> "csr_array":
-    """Share of each pixel in each cell, (n_cells, n_pixels).
-
-    Cell i is the interval [start + i * scale, start + (i + 1) * scale), pixel j the interval [j, j + 1).
-    """
-    from scipy.sparse import csr_array  # a tenth of a second that opening a slide need not wait for
-
-    edges = start + scale * np.arange(n_cells + 1)
-    pixels = np.arange(n_pixels)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return csr_array((np.maximum(overlap, 0.0) / scale).astype(np.float32))
 
 
 def _averaged_factor(scale: tuple[float, float]) -> int | None:

@@ -86,8 +86,8 @@ class TileGrid:
         settings = tissue_settings(tissue, min_tissue=min_tissue)
         patch_mpp = mpp * tile_size / patch_size
         shape = grid_shape(slide, tile_size * mpp)
-        thumbnail, damaged = slide.thumbnail_and_damage(patch_mpp)
-        mask = tissue_mask(thumbnail, patch_mpp, settings) | damaged
+        thumbnail, readable = slide.thumbnail_with_gaps(patch_mpp)
+        mask = tissue_mask(thumbnail, patch_mpp, settings) | ~readable  # what cannot be seen may be tissue
         share = blocks(mask, shape, patch_size).mean(axis=(2, 3))
         rowcol = np.argwhere(share >= settings.min_tissue)
         if len(rowcol) == 0:

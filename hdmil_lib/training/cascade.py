@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hdmil_lib.batches import BagBatch, BagDataset
+from hdmil_lib.errors import CheckpointError
 from hdmil_lib.inference.anytime import RunningDMIN, ranked
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL, LIPN, SecondLook
@@ -27,6 +28,7 @@ from hdmil_lib.splits import Split
 from hdmil_lib.storage import load_weights, read_json, write_json
 from hdmil_lib.training.fit import WEIGHTS, TrainSettings
 from hdmil_lib.training.look import LOOK_TRAINING, fit_look
+from hdmil_lib.training.records import fitting, read_run
 
 LIPN_WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 """Candidates for the weight of LIPN's logit beside the second look's, relative to their spreads."""
@@ -121,22 +123,25 @@ def fit_cascade(
 
 def load_cascade(dmin: DMIN, lipn: LIPN, folder: Path) -> HDMIL:
     """The model of a folder that `fit_cascade` wrote, given the networks that it was trained for."""
-    rules = read_json(folder / "config.json")["cascade"]
-    look = SecondLook(dmin.in_dim, rules["settings"]["side"])
-    load_weights(look, folder / WEIGHTS)
-    look.coarse_weight.fill_(rules["coarse_weight"])
-    return HDMIL(
-        dmin,
-        lipn,
-        thresholds=rules["thresholds"],
-        screening=rules["screening"],
-        random_share=rules["settings"]["keep_ratio"],
-        look=look.eval(),
-        look_share=rules["settings"]["keep_ratio"],
-        slope=rules["slope"],
-        bias=rules["bias"],
-        settling=rules["settling"],
-    )
+    rules = read_run(folder).cascade
+    if rules is None:
+        raise CheckpointError(f"{folder}: the cascade has no rules yet; run the cross-validation again")
+    with fitting(folder / "config.json"):
+        look = SecondLook(dmin.in_dim, rules.settings.side)
+        load_weights(look, folder / WEIGHTS)
+        look.coarse_weight.fill_(rules.coarse_weight)
+        return HDMIL(
+            dmin,
+            lipn,
+            thresholds=rules.thresholds,
+            screening=rules.screening,
+            random_share=rules.settings.keep_ratio,
+            look=look.eval(),
+            look_share=rules.settings.keep_ratio,
+            slope=rules.slope,
+            bias=rules.bias,
+            settling=rules.settling,
+        )
 
 
 @torch.no_grad()
@@ -286,5 +291,5 @@ def calibrate(logits: Tensor, labels: Tensor, weight: float = 1e-2) -> tuple[flo
 
 def judgments(folders: Sequence[Path]) -> pd.DataFrame:
     """How cascades compared with random tiles on validation slides, one row per folder of `fit_cascade`."""
-    rules = [read_json(folder / "config.json")["cascade"] for folder in folders]
-    return pd.DataFrame([rule["judged"] | {"screening": rule["screening"]} for rule in rules])
+    rules = [rule for folder in folders if (rule := read_run(folder).cascade) is not None]
+    return pd.DataFrame([rule.judged | {"screening": rule.screening} for rule in rules])

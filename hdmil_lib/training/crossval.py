@@ -29,7 +29,7 @@ from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, LIPN, MILModel, create_model
 from hdmil_lib.splits import Split, read_splits, write_splits
-from hdmil_lib.storage import read_json, write_json, write_table
+from hdmil_lib.storage import read_json, remove_stale, write_json, write_table
 from hdmil_lib.training.cascade import CascadeSettings, fit_cascade
 from hdmil_lib.training.fit import fit, predict_slides
 from hdmil_lib.training.joint import fine_tune
@@ -115,6 +115,8 @@ def cross_validate(
         out = cache_dir() / "runs" / f"{identity['cohort']}-{digest}"
     out = Path(out)
     claim_folder(out, identity)
+    for folder in out.glob("**/"):
+        remove_stale(folder)
     write_splits(parts, out / "splits")
     write_table(out / "slides.csv", cohort.table[["slide_id", "case_id", "label"]])
     n_classes = len(cohort.classes)

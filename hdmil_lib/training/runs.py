@@ -7,6 +7,7 @@ import pandas as pd
 
 from hdmil_lib.errors import CheckpointError
 from hdmil_lib.storage import read_json, write_whole
+from hdmil_lib.training.records import REMEDY, read_rows
 
 
 def runs_table(out_dir: str | Path) -> pd.DataFrame:
@@ -28,9 +29,11 @@ def runs_table(out_dir: str | Path) -> pd.DataFrame:
         folder = path.parent
         if not (folder / "provenance.json").is_file():
             continue
+        if missing := {"settings", "model"} - set(read_json(folder / "config.json")):
+            raise CheckpointError(f"{folder}/config.json: lacks {min(missing)}; {REMEDY}")
         config, provenance = (read_json(folder / f"{name}.json") for name in ("config", "provenance"))
         network = read_json(folder / "model.json") if (folder / "model.json").is_file() else None
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = read_rows(path, ["epoch", "val_loss"], float_precision="round_trip")
         table.insert(0, "method", folder.parent.name)
         table.insert(1, "fold", int(folder.name.removeprefix("fold")))
         shown = {"network": network, "settings": config["settings"], "loss": config.get("loss")}

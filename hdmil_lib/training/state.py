@@ -62,18 +62,21 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         with safe_open(path, framework="pt") as file:
             history = json.loads(file.metadata()["history"])
             groups = json.loads(file.metadata()["groups"])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); delete it to start over") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = tensor
-    model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model.")})
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    torch.set_rng_state(tensors["rng"])
-    if (gpu := _gpu_of(model)) and "rng_gpu" in tensors:
-        torch.cuda.set_rng_state(tensors["rng_gpu"], gpu)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = tensor
+        model.load_state_dict(
+            {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
+        )
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        torch.set_rng_state(tensors["rng"])
+        if (gpu := _gpu_of(model)) and "rng_gpu" in tensors:
+            torch.cuda.set_rng_state(tensors["rng_gpu"], gpu)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: unreadable ({reason}); delete it to start over") from error
     return history
 
 

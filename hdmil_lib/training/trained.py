@@ -12,10 +12,11 @@ from hdmil_lib.evaluation.statistics import summary_table
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
 from hdmil_lib.splits import Split, read_splits
-from hdmil_lib.storage import load_weights, read_json
+from hdmil_lib.storage import load_weights
 from hdmil_lib.training.cascade import load_cascade
 from hdmil_lib.training.fit import WEIGHTS
 from hdmil_lib.training.joint import LIPN_WEIGHTS
+from hdmil_lib.training.records import fitting, read_cross_validation, read_model, read_rows, read_run
 
 
 class CrossValidation:
@@ -39,7 +40,7 @@ class CrossValidation:
             CheckpointError: The folder holds no cross-validation, or a method is not finished.
         """
         self.folder = Path(folder)
-        self._config = read_json(self.folder / "config.json")
+        self._config = read_cross_validation(self.folder)
         if methods is None:
             methods = [name for name in METHODS if (self.folder / name).is_dir()]
         check_methods(methods)
@@ -51,18 +52,26 @@ class CrossValidation:
             raise CheckpointError(
                 f"{absent[0].parent}: was not run to its end; run the cross-validation again"
             )
-        tables = [pd.read_csv(path, dtype={"slide_id": str}) for path in paths]
+        columns = (
+            "method",
+            "fold",
+            "slide_id",
+            "label",
+            "keep_ratio",
+            *(f"p_{c}" for c in range(len(self.classes))),
+        )
+        tables = [read_rows(path, columns, dtype={"slide_id": str}) for path in paths]
         self.predictions = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"method": []})
 
     @property
     def n_folds(self) -> int:
         """Number of folds."""
-        return int(self._config["n_folds"])
+        return self._config.n_folds
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the class indices."""
-        return tuple(self._config["classes"])
+        return self._config.classes
 
     @property
     def splits(self) -> list[Split]:
@@ -72,7 +81,7 @@ class CrossValidation:
     @property
     def cases(self) -> dict[str, str]:
         """Case by slide_id."""
-        table = pd.read_csv(self.folder / "slides.csv", dtype=str)
+        table = read_rows(self.folder / "slides.csv", ("slide_id", "case_id"), dtype=str)
         return dict(zip(table["slide_id"], table["case_id"], strict=True))
 
     def table(self, level: float = 0.95) -> pd.DataFrame:
@@ -114,13 +123,15 @@ class CrossValidation:
                 raise CheckpointError(
                     f"{path.parent}: was not run to its end; run the cross-validation again"
                 )
-            losses[fold] = pd.read_csv(path)["val_loss"].min()
+            losses[fold] = read_rows(path, ["val_loss"])["val_loss"].min()
         return min(losses, key=lambda fold: losses[fold])
 
     def classifier(self, method: str, fold: int) -> MILModel:
         """Bag classifier that a method trained on a fold, in evaluation mode."""
         folder = self._fold(method, fold)
-        model = create_model(**read_json(folder / "model.json"))
+        description = read_model(folder)
+        with fitting(folder / "model.json"):
+            model = create_model(**description)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 
@@ -135,21 +146,22 @@ class CrossValidation:
             return cascade
         trained = method if entry.screen in ("lipn", "joint") else entry.base
         folder = self._fold(trained, fold)
-        thresholds = read_json(folder / "config.json").get("thresholds")
+        thresholds = read_run(folder).thresholds
         if thresholds is None:
             raise CheckpointError(f"{folder}: LIPN is not trained to its end; run the cross-validation again")
         dmin = self._dmin(method if joint else entry.dmin, fold)
         lipn = LIPN(dmin.n_classes)
         load_weights(lipn, folder / (LIPN_WEIGHTS if joint else WEIGHTS))
         published = entry.screen == "published"
-        return HDMIL(
-            dmin,
-            lipn,
-            thresholds=None if published else thresholds,
-            pooling="lipn" if published else "dmin",
-            trained_thresholds=thresholds,
-            info=self._info(trained),
-        )
+        with fitting(folder / "config.json"):
+            return HDMIL(
+                dmin,
+                lipn,
+                thresholds=None if published else thresholds,
+                pooling="lipn" if published else "dmin",
+                trained_thresholds=thresholds,
+                info=self._info(trained),
+            )
 
     def _dmin(self, method: str, fold: int) -> DMIN:
         return cast(DMIN, self.classifier(method, fold))
@@ -165,14 +177,14 @@ class CrossValidation:
                 "test accuracy, mean (sd) over folds": mean_sd(scores["accuracy"]),
                 "share of tiles read": round(float(scores["keep_ratio"].mean()), 4),
             }
-        encoder = self._config["encoder"]
+        tissue = self._config.tissue
         return ModelInfo(
             classes=self.classes,
-            encoder=encoder["name"],
-            encoder_weights=encoder["weights_hash"],
-            cohort=self._config["cohort"],
+            encoder=self._config.encoder.name,
+            encoder_weights=self._config.encoder.weights_hash,
+            cohort=self._config.cohort,
             metrics=metrics,
-            **self._config.get("tissue", {}),
+            **({} if tissue is None else tissue.model_dump()),
         )
 
     def _fold(self, method: str, fold: int) -> Path:
