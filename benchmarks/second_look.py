@@ -6,9 +6,9 @@ On each cohort and for each seed one DMIN is trained, and networks that rank til
 its masks, as published, and from its evidence, and second looks of several sides from its evidence. "8 um/px,
 encoder" is the second look on LIPN's own patches, enlarged to 64 pixels: it has the pretrained features and
 not the scale. With `--scratch` a small convolutional network learns from the pixels of the look at 2 um/px:
-it has the scale and not the pretrained features. "ranks" learns which of two tiles of a slide has more
-evidence, not how much. "second round" learns from the evidence of a DMIN that was fine-tuned on the fifth of
-the tiles that the first look chose.
+it has the scale and not the pretrained features. Second looks learn which of two tiles of a slide has more
+evidence; "amounts" learns how much each has. "second round" learns from the evidence of a DMIN that was
+fine-tuned on the fifth of the tiles that the first look chose.
 
 DMIN then reads the highest tiles of each test slide, the same share of every slide. The test slides serve no
 choice: epochs are chosen on validation slides. On drawn cohorts three folds are averaged, composed cohorts
@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 
 from hdmil_lib.bags import Bag
@@ -55,7 +54,7 @@ from hdmil_lib.synthetic.cohorts import prepare_cohort
 from hdmil_lib.synthetic.composed import compose_cohort
 from hdmil_lib.training.crossval import cross_validate
 from hdmil_lib.training.fit import TrainSettings, optimize
-from hdmil_lib.training.lipn import evidence_targets, fit_lipn
+from hdmil_lib.training.lipn import evidence_loss, evidence_targets, fit_lipn
 from hdmil_lib.training.look import KEEP_RATIO, LOOK_TRAINING, LookLearning, fit_look
 
 RESULTS = Path(__file__).resolve().parent / "results" / "second_look.json"
@@ -112,7 +111,8 @@ def rankings(
         look = SecondLook(data.dim, side)
         fit_look(look, dmin, data, split, replace(LOOK_TRAINING, seed=seed), out=folder / f"look{side}")
         scores[name] = look_scores(look, data, split.test)
-    looks = {"ranks": RankLearning(SecondLook(data.dim, 64), dmin, data, split.train)}
+    looks: dict[str, LookLearning]
+    looks = {"amounts": AmountLearning(SecondLook(data.dim, 64), dmin, data, split.train)}
     looks["second round"] = second_round(dmin, data, split, seed, folder)
     for name, objective in looks.items():
         torch.manual_seed(seed)
@@ -133,20 +133,13 @@ def rankings(
     return scores
 
 
-class RankLearning(LookLearning):
-    """For pairs of tiles of a slide, the look learns which has more evidence, weighted by the difference."""
+class AmountLearning(LookLearning):
+    """The look learns the evidence of each tile, as LIPN does."""
 
     def loss(self, batch: BagBatch) -> LossTerms:
         logits = self.look(batch.look(self.look.side))
         target = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
-        start, size = batch.segments.offsets[batch.segments.bag], batch.segments.sizes[batch.segments.bag]
-        losses, weights = [], []
-        for _ in range(8):  # each tile meets eight others
-            other = start + (torch.rand(len(target)) * size).long()
-            difference = target - target[other]
-            losses.append(softplus(-difference.sign() * (logits - logits[other])) * difference.abs())
-            weights.append(difference.abs())
-        return {"ranks": torch.cat(losses).sum() / torch.cat(weights).sum().clamp(min=1e-6)}
+        return evidence_loss(logits[:, None], target, batch.segments)
 
 
 def second_round(dmin: DMIN, data: BagDataset, split: Split, seed: int, folder: Path) -> LookLearning:

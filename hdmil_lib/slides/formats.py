@@ -41,7 +41,7 @@ def open_file(path: Path) -> OpenSlideFile | Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise a SlideError that says what to do where a file is missing, closed, empty or without its folder."""
+    """Raise a SlideError if a file is missing, closed to us, empty or without its folder."""
     if path.is_dir():
         raise SlideError(f"{path}: is a folder without slides, not a slide. Check the path of the slide.")
     if path.is_symlink() and not path.is_file():

@@ -1,4 +1,4 @@
-"""Training of the second look to predict which tiles are evidence for a trained DMIN."""
+"""Training of the second look to order the tiles of a slide by their evidence for a trained DMIN."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,22 +7,27 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from hdmil_lib.batches import BagBatch, BagDataset
+from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, LossTerms, SecondLook
-from hdmil_lib.models.lipn import thresholds_for_keep_ratio
+from hdmil_lib.models.ragged import highest
 from hdmil_lib.splits import Split
 from hdmil_lib.storage import weights_digest
 from hdmil_lib.training.fit import WEIGHTS, Objective, TrainSettings, describe_run, on_device, optimize
-from hdmil_lib.training.lipn import evidence_loss, evidence_targets
+from hdmil_lib.training.lipn import evidence_targets
 
 LOOK_TRAINING = TrainSettings(1e-3, epochs=20, min_epochs=20, batch_size=4)
 KEEP_RATIO = 0.2
-"""Share of the tiles that the validation reads."""
+"""Share of the tiles of each slide that the validation reads."""
+
+N_PAIRS = 8
+"""Number of other tiles of its slide with which each tile is compared in one step."""
 
 
 class LookLearning(Objective):
-    """The evidence of tiles as the target; the validation loss is DMIN's on the tiles of highest score."""
+    """Order of the tiles by evidence; the validation loss is DMIN's on the tiles of highest score."""
 
     def __init__(self, look: SecondLook, dmin: DMIN, data: BagDataset, slide_ids: Sequence[str]):
         self.learner = self.look = look
@@ -33,15 +38,13 @@ class LookLearning(Objective):
     def loss(self, batch: BagBatch) -> LossTerms:
         logits = self.look(batch.look(self.look.side))
         target = torch.cat([self.targets[slide_id] for slide_id in batch.slide_ids])
-        return evidence_loss(logits[:, None], target, batch.segments)
+        return {"ranks": rank_loss(logits, target, batch.segments)}
 
     def predict(self, slide_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        batches = [self.data.batch([slide_id]) for slide_id in slide_ids]
-        scores = [self.look(batch.look(self.look.side)).sigmoid() for batch in batches]
-        threshold = thresholds_for_keep_ratio([s[:, None] for s in scores], KEEP_RATIO)[0]
         logits, kept = [], []
-        for batch, score in zip(batches, scores, strict=True):
-            read = (score > threshold) | (score == score.max())
+        for slide_id in slide_ids:
+            batch = self.data.batch([slide_id])
+            read = highest(self.look(batch.look(self.look.side)), batch.segments, KEEP_RATIO)
             rows, segments = batch.segments.select(read)
             logits.append(self.dmin(batch.features, segments, rows=rows).logits)
             kept.append(read.float().mean())
@@ -49,6 +52,30 @@ class LookLearning(Objective):
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.look.parameters())}]
+
+
+def rank_loss(scores: Tensor, evidence: Tensor, segments: Segments, n_pairs: int = N_PAIRS) -> Tensor:
+    """Logistic loss of the order of pairs of tiles of one slide, weighted by their difference in evidence.
+
+    Screening needs only the order of the tiles, and only where evidence differs. A look that learns the
+    amounts is measured beside it in `benchmarks/second_look.py`.
+
+    Args:
+        scores: Logits of the look (N,).
+        evidence: Evidence of the tiles according to DMIN (N,).
+        segments: Slides of the tiles.
+        n_pairs: Number of tiles, drawn with replacement from the same slide, that each tile meets.
+
+    Returns:
+        Mean of softplus(-sign(e_i - e_j) (s_i - s_j)) over pairs with the weights |e_i - e_j|.
+    """
+    start, size = segments.offsets[segments.bag], segments.sizes[segments.bag]
+    drawn = torch.rand(n_pairs, len(scores), device=scores.device)
+    others = start + (drawn * size).long()
+    difference = evidence - evidence[others]
+    losses = softplus(-difference.sign() * (scores - scores[others]))
+    weights = difference.abs()
+    return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 def fit_look(
@@ -62,11 +89,11 @@ def fit_look(
     device: str | torch.device = "auto",
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Train a second look to predict the evidence of tiles according to a trained DMIN.
+    """Train a second look to order the tiles of a slide by their evidence according to a trained DMIN.
 
-    DMIN is frozen; see `evidence_targets`. The features of the look are standardized. The best epoch is the
-    one whose tiles of highest score, a fifth of all, give DMIN the lowest cross entropy on the validation
-    slides. Everything else is as in `fit`.
+    DMIN is frozen; see `evidence_targets` and `rank_loss`. The features of the look are standardized. The
+    best epoch is the one whose tiles of highest score, a fifth of each slide, give DMIN the lowest cross
+    entropy on the validation slides. Everything else is as in `fit`.
 
     Args:
         look: The network, with its initial weights.
@@ -79,7 +106,7 @@ def fit_look(
         progress: Whether a bar over epochs is shown.
 
     Returns:
-        As `fit`; the term is `evidence`.
+        As `fit`; the term is `ranks`.
 
     Raises:
         BagError: The bags have no looks of this side.
@@ -87,6 +114,7 @@ def fit_look(
     config = describe_run(look, data, split, settings) | {
         "dmin": weights_digest(dmin),
         "side": look.side,
+        "pairs": N_PAIRS,
     }
     look.standardize([data.to("cpu").batch(split.train).look(look.side)])
     with on_device(data, device, look, dmin) as data:
