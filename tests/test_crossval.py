@@ -194,7 +194,7 @@ def test_what_was_not_run_is_missed(cohort, cv, tmp_path):
         with pytest.raises(CheckpointError, match="abmil.fold0: was not run to its end"):
             ask("abmil")
     (few.folder / "hdmil" / "fold0").mkdir(parents=True)
-    (few.folder / "hdmil" / "fold0" / "config.json").write_text(json.dumps({"model": "LIPN"}))
+    (few.folder / "hdmil" / "fold0" / "config.json").write_text(json.dumps({"model": "LIPN", "settings": {}}))
     with pytest.raises(CheckpointError, match="not trained to its end"):
         few.hdmil(0)
     with pytest.raises(CheckpointError, match="hdmil.fold0: was not run to its end"):
@@ -477,12 +477,13 @@ def test_what_could_not_be_scored_is_refused_before_training(cohort, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_remembers_how_tissue_was_found_and_refuses_bags_that_differ():
+def test_a_run_remembers_which_tiles_the_bags_hold_and_refuses_bags_that_differ():
     bags, _ = make_bags(4)
-    assert crossval._tissue(bags) == {}  # as by default, so that older runs stay the same runs
-    found = {"tissue": "ihc", "min_tissue": 0.1}
-    bags = {slide_id: replace(bag, attrs={**bag.attrs, **found}) for slide_id, bag in bags.items()}
-    assert crossval._tissue(bags) == {"tissue": found}
-    bags["s01"] = replace(bags["s01"], attrs={**bags["s01"].attrs, "tissue": "tma"})
-    with pytest.raises(BagError, match="s00 was found with the settings 'ihc', that of s01 with 'tma'"):
-        crossval._tissue(bags)
+    assert crossval._tiles(bags) == {}  # as by default, so that older runs stay the same runs
+    made = {"tissue": "ihc", "min_tissue": 0.1, "tile_mpp": 1.0}
+    bags = {name: replace(bag, attrs={**bag.attrs, **made, "patch_size": 512}) for name, bag in bags.items()}
+    assert crossval._tiles(bags) == {"tiles": made | {"tile_size": 512}}
+    for key, value, option in (("tissue", "tma", "tissue"), ("patch_size", 256, "tile-size")):
+        differing = bags | {"s01": replace(bags["s01"], attrs={**bags["s01"].attrs, key: value})}
+        with pytest.raises(BagError, match=f"bag s00 was made with .* bag s01 with .*--{option}"):
+            crossval._tiles(differing)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from model_factory import ColorEncoder, make_model, write_textured_slide
 from slide_factory import INK, damage_tile, write_slide
 
 from hdmil_lib.bags import EncoderIdentity, bag_info, read_bag, read_tile_labels
@@ -24,7 +25,7 @@ from hdmil_lib.encoders.extraction import extract, extract_slide, spread_tiles
 from hdmil_lib.encoders.loading import load_encoder
 from hdmil_lib.errors import BagError, CohortError, HDMILError, SlideError
 from hdmil_lib.kernels.tile_preprocess import fit_reinhard
-from hdmil_lib.slides import Slide, TileGrid
+from hdmil_lib.slides import Slide, TileGrid, TileSettings
 from hdmil_lib.slides.listing import slide_files
 from hdmil_lib.synthetic.truth import tile_labels
 
@@ -268,12 +269,45 @@ def test_what_is_done_is_skipped_and_what_is_different_is_reported(slide_path, t
 
     other = MeanColor()
     other.weights_hash = "f" * 12
-    for changed in (run(other), run(min_tissue=0.5), run(mpp=0.4)):
+    wide = run(tiles=TileSettings(128, 1.0))
+    for changed in (run(other), run(min_tissue=0.5), run(mpp=0.4), wide):
         assert changed.status == "failed"
         assert "made with" in changed.error
         assert "another folder, or delete the bag" in changed.error
     assert run(other, overwrite=True).status == "done"
     assert bag_info(tmp_path / "a.h5")["weights_hash"] == "f" * 12
+
+
+@pytest.mark.parametrize(("size", "mpp"), [(128, 1.0), (512, 0.5), (224, 0.5), (128, 0.7)])
+def test_tiles_of_other_sizes_and_scales_are_recorded_and_repeated_by_prediction(tmp_path, size, mpp):
+    path = write_textured_slide(tmp_path / "s.tif", 6, 7)
+    tiles = TileSettings(size, mpp)
+    bag = extract_slide(path, ColorEncoder(), tmp_path / "bags" / "s.h5", tiles=tiles)
+    assert (bag.attrs["patch_size"], bag.attrs["tile_mpp"]) == (size, mpp)
+    with Slide(path) as slide:
+        fields = [slide.read_field(x, y, (size, size), mpp) for x, y in bag.coords.tolist()]
+    np.testing.assert_array_equal(bag.features, ColorEncoder()(np.stack(fields)).astype("f2"))
+    model = make_model()
+    model.info = model.info.model_copy(update={"tile_size": size, "tile_mpp": mpp})
+    prediction = model.predict(path, all_tiles=True, device="cpu")
+    np.testing.assert_array_equal(prediction.coords, bag.coords)
+
+
+def test_a_slide_that_is_much_coarser_than_its_tiles_is_refused_or_enlarged(tmp_path):
+    make_slide(tmp_path / "10x.tif", 6, 8, mpp=(1.0, 1.0))
+    make_slide(tmp_path / "0.55.tif", 3, 4, mpp=(0.55, 0.55))
+    table = extract(tmp_path, MeanColor(), tmp_path / "bags", progress=False).set_index("slide_id")
+    assert table.status.to_dict() == {"0.55": "done", "10x": "failed"}
+    assert "enlarged 2.0 times" in table.error["10x"]
+    assert "--allow-upsampling" in table.error["10x"]
+    assert table.note["0.55"] == "tiles of 0.5 um/px are enlarged 1.10 times"
+    for tiles, note in (
+        (TileSettings(allow_upsampling=True), "tiles of 0.5 um/px are enlarged 2.00 times"),
+        (TileSettings(mpp=1.0), ""),
+    ):
+        out = tmp_path / f"{tiles.mpp}"
+        row = extract(tmp_path / "10x.tif", MeanColor(), out, tiles=tiles, progress=False).iloc[0]
+        assert (row.status, row.note) == ("done", note)
 
 
 @pytest.mark.parametrize(

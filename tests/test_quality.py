@@ -21,7 +21,7 @@ from hdmil_lib.cli import app
 from hdmil_lib.cli.options import tissue_of
 from hdmil_lib.encoders.extraction import extract
 from hdmil_lib.errors import HDMILError, SlideError
-from hdmil_lib.slides import PRESETS, Slide, TileGrid, tissue_mask, tissue_settings
+from hdmil_lib.slides import PRESETS, Slide, TileGrid, TileSettings, tissue_mask, tissue_settings
 from hdmil_lib.slides.focus import BLURRED, sharpness
 from hdmil_lib.slides.quality import Square, fold_mask, slide_quality
 from hdmil_lib.viz.quality import contact_sheet, preset_sheet
@@ -34,6 +34,10 @@ def hdmil(*arguments, code=0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result
+
+
+COARSE = TileSettings(allow_upsampling=True)
+"""Small slides of 1 um/px are enough where only tissue counts."""
 
 
 def write_thumbnail(path: Path, thumbnail: np.ndarray, mpp: float = 1.0) -> Path:
@@ -70,7 +74,7 @@ def textured(path: Path, blurred_columns: int = 0) -> Path:
 def test_each_square_says_what_it_is(marked):
     with Slide(marked) as slide:
         quality = slide_quality(slide, "he", focus=False)
-        grid = TileGrid.from_slide(slide, tissue="he")
+        grid = TileGrid.from_slide(slide, tissue="he", allow_upsampling=True)
         plain = slide_quality(slide, focus=False)
     assert quality.n_tiles == len(grid)
     assert (quality.squares[grid.rowcol[:, 0], grid.rowcol[:, 1]] == Square.KEPT).all()
@@ -94,7 +98,7 @@ def test_each_square_says_what_it_is(marked):
 
 def test_extract_says_that_tiles_lie_on_ink(marked, tmp_path):
     for name, noted in (("default", True), ("he", False)):
-        table = extract([marked], ColorEncoder(), tmp_path / name, tissue=name, progress=False)
+        table = extract([marked], ColorEncoder(), tmp_path / name, tissue=name, tiles=COARSE, progress=False)
         assert ("tiles lie on pen ink; --tissue he" in table.note[0]) == noted
 
 
@@ -186,7 +190,9 @@ def test_extract_takes_presets_and_records_them(tmp_path):
     )
 
     def run(**options):
-        return extract([path], ColorEncoder(), tmp_path / "bags", progress=False, **options).iloc[0]
+        return extract(
+            [path], ColorEncoder(), tmp_path / "bags", tiles=COARSE, progress=False, **options
+        ).iloc[0]
 
     refused = run()
     assert refused.status == "failed"

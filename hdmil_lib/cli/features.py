@@ -7,6 +7,7 @@ import typer
 
 from hdmil_lib.cli.app import app
 from hdmil_lib.cli.options import (
+    AllowUpsampling,
     Decoder,
     Devices,
     EncoderWeights,
@@ -20,6 +21,8 @@ from hdmil_lib.cli.options import (
     Mpp,
     Scheduler,
     ShardOption,
+    TileMpp,
+    TileSize,
     Tissue,
     client_of,
     scale_of,
@@ -59,6 +62,9 @@ def extract(
     ] = None,
     look: Looks = [],  # noqa: B006
     decoder: Decoder = "cpu",
+    tile_size: TileSize = 256,
+    tile_mpp: TileMpp = 0.5,
+    allow_upsampling: AllowUpsampling = False,
     tissue: Tissue = "default",
     min_tissue: MinTissue = None,
     min_saturation: MinSaturation = None,
@@ -86,10 +92,12 @@ def extract(
     from hdmil_lib.devices import resolve_all
     from hdmil_lib.encoders import extraction
     from hdmil_lib.encoders.loading import load_encoder
+    from hdmil_lib.slides import TileSettings
     from hdmil_lib.slides.listing import list_slides
 
     setup()
     settings = tissue_of(tissue, min_tissue, min_saturation, min_piece, max_hole, min_sharpness)
+    tiles = TileSettings(tile_size, tile_mpp, allow_upsampling)
     scale, gpus, part = scale_of(mpp, force_mpp), resolve_all(device), shard_of(shard)
     files = list_slides(slides)  # nothing is loaded where there are none
     if part is not None and not part.of(files):
@@ -104,6 +112,7 @@ def extract(
         "looks": look,
         "shard": part,
         "tissue": settings,
+        "tiles": tiles,
         "max_broken": 0 if strict else max_broken,
         "retry_failed": retry_failed,
     }
@@ -115,7 +124,7 @@ def extract(
             _print_report(cluster.extract(files, out, **given))
         return
     if precision == "int8":
-        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings)
+        options["int8_tiles"] = extraction.spread_tiles(slides, mpp=scale, tissue=settings, tiles=tiles)
     loaded = load_encoder(encoder, device=gpus[0], **options)
     copies = [loaded, *(loaded.to(gpu) for gpu in gpus[1:])]
     _print_report(extraction.extract(files, copies, out, **given))

@@ -50,6 +50,12 @@ MinPiece = Annotated[
 MaxHole = Annotated[
     float | None, typer.Option(help="Largest hole that is filled in mm2; else that of the preset.")
 ]
+TileSize = Annotated[int, typer.Option(help="Side of the tiles in pixels.")]
+TileMpp = Annotated[float, typer.Option(help="Scale of the tiles in um/px: 0.5 is 20x, 1 is 10x.")]
+AllowUpsampling = Annotated[
+    bool,
+    typer.Option("--allow-upsampling", help="Enlarge slides that are much coarser than the tiles are to be."),
+]
 MinSharpness = Annotated[
     float | None,
     typer.Option(help="Leave out tiles that are less sharp: 0.05 is a blur of 2 um; reads all tiles twice."),

@@ -8,6 +8,7 @@ import typer
 
 from hdmil_lib.cli.app import app
 from hdmil_lib.cli.options import (
+    AllowUpsampling,
     Decoder,
     Devices,
     EncoderWeights,
@@ -62,6 +63,7 @@ def predict(
     decoder: Decoder = "cpu",
     mpp: Mpp = None,
     force_mpp: ForceMpp = None,
+    allow_upsampling: AllowUpsampling = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a tile is damaged.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try slides again that ended processes before.")
@@ -100,7 +102,7 @@ def predict(
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
         return
     many: dict[str, Any] = {"all_tiles": all_tiles, "mpp": scale, "strict": strict}
-    many["retry_failed"] = retry_failed
+    many |= {"retry_failed": retry_failed, "allow_upsampling": allow_upsampling}
     if scheduler is not None and out is not None:
         from hdmil_lib import cluster
 
@@ -127,9 +129,11 @@ def predict(
     slide, own_scale = files[0].path, files[0].scale(scale)
     if by_tiles:
         margin = None if anytime else math.inf  # that of the model, or none
-        predict_anytime(loaded, slide, margin=margin, device=gpus[0], mpp=own_scale, **budget)
+        rules: dict[str, Any] = {"margin": margin, "allow_upsampling": allow_upsampling, **budget}
+        predict_anytime(loaded, slide, device=gpus[0], mpp=own_scale, **rules)
         return
     options: dict[str, Any] = {"all_tiles": all_tiles, "device": gpus[0], "mpp": own_scale, "strict": strict}
+    options["allow_upsampling"] = allow_upsampling
     prediction = loaded.predict(slide, progress=True, **options)
     print_answer(slide, prediction.classes, prediction.probabilities)
     typer.echo(f"tiles    {prediction.n_read:,} of {prediction.n_tiles:,} read")

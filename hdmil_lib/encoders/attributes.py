@@ -11,13 +11,13 @@ from hdmil_lib.errors import BagError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.presets import describe
 from hdmil_lib.slides.quality import ink_notes
+from hdmil_lib.slides.reader import LEVEL_TOLERANCE
 from hdmil_lib.slides.scale import IfUnknown
 
 if TYPE_CHECKING:
     from hdmil_lib.encoders.loading import Encoder
+    from hdmil_lib.slides.tiling import TileSettings
     from hdmil_lib.slides.tissue import TissueSettings
-
-TILE_SIZE, TILE_MPP = 256, 0.5
 
 
 def wanted_decoder(encoder: "Encoder") -> str:
@@ -25,14 +25,14 @@ def wanted_decoder(encoder: "Encoder") -> str:
     return getattr(encoder, "decoder", "cpu")
 
 
-def settings_of(encoder: "Encoder", tissue: "TissueSettings") -> dict[str, Any]:
+def settings_of(encoder: "Encoder", tissue: "TissueSettings", tiles: "TileSettings") -> dict[str, Any]:
     """Attributes that an existing bag must have, whatever its slide, to be skipped."""
     return {
         "encoder": encoder.name,
         "weights_hash": encoder.weights_hash,
         "decoder": wanted_decoder(encoder),
-        "patch_size": TILE_SIZE,
-        "tile_mpp": TILE_MPP,
+        "patch_size": tiles.size,
+        "tile_mpp": tiles.mpp,
         "min_tissue": tissue.min_tissue,
         "tissue": describe(tissue),
     }
@@ -57,8 +57,16 @@ def geometry(slide: Slide, grid: TileGrid, tissue: "TissueSettings") -> dict[str
         "mpp_x": slide.mpp[0],
         "mpp_y": slide.mpp[1],
         "mpp_source": slide.scale.source,
-        "mpp_note": "; ".join((*slide.scale.notes, *ink_notes(grid, tissue))),
+        "mpp_note": "; ".join((*slide.scale.notes, *_enlarged(slide, grid), *ink_notes(grid, tissue))),
     }
+
+
+def _enlarged(slide: Slide, grid: TileGrid) -> list[str]:
+    """What is to be said where tiles are finer than the slide."""
+    factor = max(slide.mpp) / grid.mpp
+    return (
+        [f"tiles of {grid.mpp:g} um/px are enlarged {factor:.2f} times"] if factor > LEVEL_TOLERANCE else []
+    )
 
 
 def check_made_by(

@@ -15,8 +15,6 @@ from hdmil_lib.bags import Bag, EncoderIdentity, read_bag, write_bag
 from hdmil_lib.config import torch_threads
 from hdmil_lib.encoders import failures
 from hdmil_lib.encoders.attributes import (
-    TILE_MPP,
-    TILE_SIZE,
     check_made_by,
     geometry,
     settings_of,
@@ -25,9 +23,10 @@ from hdmil_lib.encoders.attributes import (
 from hdmil_lib.encoders.encoding import encode_tiles, gpu_decoder
 from hdmil_lib.errors import BagError, HDMILError, SlideError
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
-from hdmil_lib.slides import Slide, TileGrid, TissueSettings, tissue_settings
+from hdmil_lib.slides import Slide, TileGrid, TileSettings, TissueSettings, tissue_settings
 from hdmil_lib.slides.fingerprint import fingerprint
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
+from hdmil_lib.slides.tiling import DEFAULT_TILES
 from hdmil_lib.storage import readable, remove_stale
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def spread_tiles(
     *,
     mpp: float | tuple[float, float] | None = None,
     tissue: TissueSettings | str | None = None,
+    tiles: TileSettings = DEFAULT_TILES,
 ) -> np.ndarray:
     """Tiles evenly spread over slides, with which an int8 encoder is calibrated.
 
@@ -58,21 +58,22 @@ def spread_tiles(
         n_slides: Largest number of slides, the first ones.
         mpp: Micrometers per level-0 pixel of all slides, if the files do not say.
         tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
+        tiles: Side and scale of the tiles.
 
     Returns:
-        The tiles, uint8 (n, 256, 256, 3).
+        The tiles, uint8 (n, side, side, 3).
 
     Raises:
         SlideError: A slide cannot be read or holds no tissue.
     """
-    tiles = []
+    read = []
     files = list_slides(slides)[:n_slides]
     for file in files:
         with Slide(file.path, file.scale(mpp)) as slide:
-            grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, tissue=tissue)
+            grid = tiles.grid(slide, tissue)
             rows = np.linspace(0, len(grid) - 1, min(len(grid), n_tiles // len(files))).astype(int)
-            tiles += [grid.read_tile(slide, row) for row in rows]
-    return np.stack(tiles)
+            read += [grid.read_tile(slide, row) for row in rows]
+    return np.stack(read)
 
 
 def extract_slide(
@@ -85,6 +86,7 @@ def extract_slide(
     batch_size: int | None = None,
     min_tissue: float | None = None,
     tissue: TissueSettings | str | None = None,
+    tiles: TileSettings = DEFAULT_TILES,
     looks: Sequence[int] = (),
     max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
@@ -101,6 +103,7 @@ def extract_slide(
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
         tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
+        tiles: Side and scale of the tiles.
         looks: Further sides, in pixels, at which each tile is read and encoded: 64 is a look at 2 um/px.
         max_broken: Largest share of tiles that cannot be read; they are left out, and the bag's attribute
             `n_broken` counts them. With 0, the first one is an error.
@@ -117,7 +120,7 @@ def extract_slide(
     source = fingerprint(Path(slide_path))
     with Slide(slide_path, mpp=mpp, name=slide_id) as slide:
         settings = tissue_settings(tissue, min_tissue=min_tissue)
-        grid = TileGrid.from_slide(slide, tile_size=TILE_SIZE, mpp=TILE_MPP, tissue=settings)
+        grid = tiles.grid(slide, settings)
         rows, broken = range(len(grid)), list[int]()
         options: dict[str, Any] = {"strict": max_broken == 0, "broken": broken}
         features = encode_tiles(
@@ -128,7 +131,7 @@ def extract_slide(
         }
         n_broken = _check_broken(slide, len(grid), broken, max_broken)
         whole = np.isin(rows, broken, invert=True)
-        attrs = settings_of(encoder, settings) | geometry(slide, grid, settings)
+        attrs = settings_of(encoder, settings, tiles) | geometry(slide, grid, settings)
         attrs |= {"precision": encoder.precision, "engine": encoder.engine, "n_broken": n_broken}
         if source is not None:
             attrs["source_fingerprint"] = source
@@ -173,6 +176,7 @@ def extract(
     batch_size: int | None = None,
     min_tissue: float | None = None,
     tissue: TissueSettings | str | None = None,
+    tiles: TileSettings = DEFAULT_TILES,
     looks: Sequence[int] = (),
     max_broken: float = MAX_BROKEN,
     tile_labels: TileLabels | None = None,
@@ -203,6 +207,7 @@ def extract(
         batch_size: Number of tiles per encoder call; the encoder's `batch_size` by default.
         min_tissue: Smallest share of tissue in a tile; that of `tissue` if not given.
         tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
+        tiles: Side and scale of the tiles.
         looks: Further sides at which each tile is encoded; see `extract_slide`.
         max_broken: Largest share of tiles of a slide that cannot be read; see `extract_slide`.
         tile_labels: Function that gives the share of tumor in each tile; see `extract_slide`.
@@ -243,7 +248,9 @@ def extract(
     def bag_of(file: SlideFile, own: "Encoder", source: str | None) -> tuple[str, int, Mapping[str, Any]]:
         out_path, scale = out / f"{file.slide_id}.h5", file.scale(mpp)
         if out_path.is_file() and not overwrite:
-            info = check_made_by(out_path, settings_of(own, settings), looks, scale, source, max_broken)
+            info = check_made_by(
+                out_path, settings_of(own, settings, tiles), looks, scale, source, max_broken
+            )
             return "skipped", info["n_tiles"], info
         bag = extract_slide(
             file.path,
@@ -253,6 +260,7 @@ def extract(
             mpp=scale,
             batch_size=batch_size,
             tissue=settings,
+            tiles=tiles,
             looks=looks,
             max_broken=max_broken,
             tile_labels=tile_labels,
@@ -264,7 +272,7 @@ def extract(
     def attempt(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any], str, bool]:
         """Extract a slide; returns status, number of tiles, attributes, error, and whether it was tried."""
         source = fingerprint(file.path)
-        tried_with = settings_of(own, settings) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
+        tried_with = settings_of(own, settings, tiles) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
         digest = failures.settings_digest(tried_with | {"max_broken": max_broken})
         if not (retry_failed or overwrite or (out / f"{file.slide_id}.h5").is_file()):
             reason = failures.known_reason(out, file.slide_id, source or failures.NO_FILE, digest)

@@ -29,12 +29,11 @@ from hdmil_lib.bags import Bag
 from hdmil_lib.encoders.encoding import encode_blocks
 from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.inference.prediction import stage
-from hdmil_lib.inference.slides import check_bag, look_scores, running_on
+from hdmil_lib.inference.slides import check_bag, grid_of, look_scores, running_on
 from hdmil_lib.kernels.random import bits_at
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models import DMIN, HDMIL
 from hdmil_lib.slides import Slide, TileGrid
-from hdmil_lib.slides.presets import described
 
 if TYPE_CHECKING:
     from hdmil_lib.encoders.loading import Encoder
@@ -125,6 +124,7 @@ def stream(
     device: str | torch.device = "auto",
     block: int = BLOCK,
     n_readers: int = 1,
+    allow_upsampling: bool = False,
 ) -> Generator[AnytimeStep, None, None]:
     """Classify a slide block by block in the order of LIPN's scores, with a prediction after each block.
 
@@ -143,6 +143,7 @@ def stream(
         device: Device on which networks and encoder run; see `HDMIL.predict`.
         block: Number of tiles per block; a margin is valid for the block size that it was learned with.
         n_readers: Number of threads that read ahead while the encoder runs, at most `n_readers` + 1 blocks.
+        allow_upsampling: Whether the slide may be much coarser than the model's tiles.
 
     Raises:
         ValueError: A budget is not positive, or the margin is out of range; raised at the call.
@@ -164,13 +165,7 @@ def stream(
         start, seconds = time.perf_counter(), dict[str, float]()
         with running_on(model, device), Slide(slide_path, mpp) as slide:
             with stage(seconds, "thumbnail"):
-                grid = TileGrid.from_slide(
-                    slide,
-                    tile_size=info.tile_size,
-                    mpp=info.tile_mpp,
-                    patch_size=info.patch_size,
-                    tissue=described(info.tissue, info.min_tissue),
-                )
+                grid = grid_of(slide, info, allow_upsampling)
             with stage(seconds, "lipn"):
                 scores = lipn_scores(model, grid.patches)
             if model.looks_again:

@@ -18,6 +18,7 @@ from hdmil_lib.errors import BagError, CheckpointError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
+from hdmil_lib.models.info import ModelInfo
 from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
@@ -67,6 +68,7 @@ def predict_slide(
     mpp: float | tuple[float, float] | None = None,
     n_readers: int = 2,
     strict: bool = False,
+    allow_upsampling: bool = False,
     progress: bool = False,
 ) -> Prediction:
     """Classify a slide file; tiles that LIPN does not keep are never read at full resolution.
@@ -80,6 +82,7 @@ def predict_slide(
         n_readers: Number of threads that read ahead while the encoder runs; with 0 the stages do not overlap,
             so that their seconds add up.
         strict: Whether a damaged tile is an error; otherwise it is listed in `Prediction.broken`.
+        allow_upsampling: Whether the slide may be much coarser than the model's tiles.
         progress: Whether a bar over the tiles is shown.
 
     Raises:
@@ -92,13 +95,7 @@ def predict_slide(
     with running_on(model, device), stage(seconds, "total"), Slide(slide_path, mpp) as slide:
         encoder, info = model.encoder, model.known_info
         with stage(seconds, "thumbnail"):
-            grid = TileGrid.from_slide(
-                slide,
-                tile_size=info.tile_size,
-                mpp=info.tile_mpp,
-                patch_size=info.patch_size,
-                tissue=described(info.tissue, info.min_tissue),
-            )
+            grid = grid_of(slide, info, allow_upsampling)
         mask, rows = None, np.arange(len(grid))
         if not all_tiles:
             with stage(seconds, "lipn"):
@@ -390,6 +387,22 @@ def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
         return round(side / attrs["mpp_x"]), round(side / attrs["mpp_y"])
     width = int(attrs.get("patch_size_level0", tile_size))
     return width, width
+
+
+def grid_of(slide: Slide, info: ModelInfo, allow_upsampling: bool = False) -> TileGrid:
+    """The tiles of a slide, cut and chosen as those on which a model was trained.
+
+    Raises:
+        SlideError: The slide has no tiles of that kind.
+    """
+    return TileGrid.from_slide(
+        slide,
+        tile_size=info.tile_size,
+        mpp=info.tile_mpp,
+        patch_size=info.patch_size,
+        tissue=described(info.tissue, info.min_tissue),
+        allow_upsampling=allow_upsampling,
+    )
 
 
 def look_scores(

@@ -2,7 +2,7 @@
 
 from hdmil_lib.slides.presets import PRESETS, TissuePreset, tissue_settings
 from hdmil_lib.slides.reader import Level, Slide
-from hdmil_lib.slides.tiling import TileGrid
+from hdmil_lib.slides.tiling import TileGrid, TileSettings
 from hdmil_lib.slides.tissue import TissueSettings, tissue_mask
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PRESETS",
     "Slide",
     "TileGrid",
+    "TileSettings",
     "TissuePreset",
     "TissueSettings",
     "tissue_mask",

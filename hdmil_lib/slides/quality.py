@@ -140,7 +140,7 @@ def slide_quality(
     settings = tissue_settings(tissue)
     grid, error = None, ""
     try:
-        grid = TileGrid.from_slide(slide, tissue=replace(settings, min_sharpness=0.0))
+        grid = TileGrid.from_slide(slide, tissue=replace(settings, min_sharpness=0.0), allow_upsampling=True)
         shape, thumbnail, mask = grid.shape, grid.thumbnail, grid.tissue
     except SlideError as reason:
         error = str(reason).removeprefix(f"{slide.path}: ")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hdmil_lib.errors import SlideError
+from hdmil_lib.errors import HDMILError, SlideError
 from hdmil_lib.slides.focus import SHARPNESS_MPP, sharpness
 from hdmil_lib.slides.presets import PRESETS, tissue_settings
 from hdmil_lib.slides.reader import Slide
@@ -16,6 +16,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdmil_lib.slides.gpu_decoding import NvImageCodec
+
+
+MAX_UPSAMPLING = 1.25
+"""Tile pixels per pixel of the slide up to which slides are enlarged: scanners of 20x go to 0.55 um/px."""
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """Which tiles are cut from slides.
+
+    Attributes:
+        size: Side of a tile in pixels.
+        mpp: Scale of the tiles in um/px.
+        allow_upsampling: Whether slides may be much coarser than that; see `TileGrid.from_slide`.
+    """
+
+    size: int = 256
+    mpp: float = 0.5
+    allow_upsampling: bool = False
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.size <= 8192:
+            raise HDMILError(f"tiles of {self.size} pixels: the side must be 16 to 8192")
+        if not 0.05 <= self.mpp <= 100:
+            raise HDMILError(f"tiles of {self.mpp:g} um/px: the scale must be 0.05 to 100")
+
+    def grid(self, slide: Slide, tissue: TissueSettings | str | None = None) -> "TileGrid":
+        """The tiles of a slide; see `TileGrid.from_slide`."""
+        own = self.allow_upsampling
+        return TileGrid.from_slide(
+            slide, tile_size=self.size, mpp=self.mpp, tissue=tissue, allow_upsampling=own
+        )
+
+
+DEFAULT_TILES = TileSettings()
+"""256 pixels at 0.5 um/px, as in the paper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +96,7 @@ class TileGrid:
         patch_size: int = 16,
         min_tissue: float | None = None,
         tissue: TissueSettings | str | None = None,
+        allow_upsampling: bool = False,
     ) -> "TileGrid":
         """Lay the grid over a slide's bounds and keep the tiles with tissue.
 
@@ -75,15 +112,25 @@ class TileGrid:
                 8 um/px with the default values.
             min_tissue: Smallest share of tissue in a tile, 0 to 1; that of `tissue` if not given.
             tissue: Settings of the tissue mask, or the name of a preset; None takes the defaults.
+            allow_upsampling: Whether tiles may be much finer than the slide, more than `MAX_UPSAMPLING`
+                times; then they are enlarged and lack the detail that their scale promises.
 
         Returns:
             The grid, with the N tiles that have enough tissue, and are sharp if the settings ask for it.
 
         Raises:
-            SlideError: The slide is smaller than one tile, or no tile has enough tissue or is sharp.
+            SlideError: The slide is smaller than one tile or too coarse, or no tile has enough tissue or is
+                sharp.
             HDMILError: There is no such preset, or a setting is out of its range.
         """
         settings = tissue_settings(tissue, min_tissue=min_tissue)
+        enlarged = max(slide.mpp) / mpp
+        if enlarged > MAX_UPSAMPLING and not allow_upsampling:
+            raise SlideError(
+                f"{slide.path}: has {max(slide.mpp):.4g} um/px; tiles of {mpp:g} um/px would be enlarged "
+                f"{enlarged:.1f} times and lack detail. Check the scale, take tiles of a coarser scale "
+                "(--tile-mpp), or allow it (--allow-upsampling)."
+            )
         patch_mpp = mpp * tile_size / patch_size
         shape = grid_shape(slide, tile_size * mpp)
         thumbnail, readable = slide.thumbnail_with_gaps(patch_mpp)

@@ -108,7 +108,7 @@ def cross_validate(
         "features": data.digest(cohort.slide_ids),
         "encoder": asdict(data.encoder),
         "cohort": cohort.root.resolve().name,
-        **_tissue(bags),
+        **_tiles(bags),
     }
     if out is None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -132,25 +132,28 @@ def cross_validate(
     return CrossValidation(out, methods)
 
 
-def _tissue(bags: Mapping[str, Bag]) -> dict[str, Any]:
-    """How the tissue of the slides was found, if not as by default: prediction must find it likewise.
+def _tiles(bags: Mapping[str, Bag]) -> dict[str, Any]:
+    """Which tiles the bags hold, if not those by default: prediction must cut the same.
 
     Raises:
         BagError: Two bags differ in it.
     """
-    found: dict[tuple[str, float], str] = {}
+    usual = {"tissue": "default", "min_tissue": 0.25, "tile_size": 256, "tile_mpp": 0.5}
+    found: dict[str, tuple[Any, str]] = {}
     for slide_id, bag in bags.items():
-        settings = str(bag.attrs.get("tissue", "default")), float(bag.attrs.get("min_tissue", 0.25))
-        found.setdefault(settings, slide_id)
-    if len(found) > 1:
-        (one, first), (other, second) = list(found.items())[:2]
-        raise BagError(
-            f"the tissue of {first} was found with the settings {one[0]!r}, that of {second} with "
-            f"{other[0]!r}; extract all slides with the same --tissue"
-        )
-    tissue, min_tissue = next(iter(found), ("default", 0.25))
-    usual = (tissue, min_tissue) == ("default", 0.25)
-    return {} if usual else {"tissue": {"tissue": tissue, "min_tissue": min_tissue}}
+        own = {key: bag.attrs.get(key, value) for key, value in usual.items()}
+        if "tile_mpp" in bag.attrs:  # else the size may be one in level-0 pixels
+            own["tile_size"] = int(bag.attrs.get("patch_size", 256))
+        for key, value in own.items():
+            other, first = found.setdefault(key, (value, slide_id))
+            if value != other:
+                option = key.replace("_", "-")
+                raise BagError(
+                    f"bag {first} was made with {key} {other!r}, bag {slide_id} with {value!r}; extract all "
+                    f"slides with the same --{option}"
+                )
+    made = {key: found[key][0] for key in usual} if found else usual
+    return {} if made == usual else {"tiles": made}
 
 
 def _check_patches(methods: Sequence[str], bags: Mapping[str, Bag]) -> None:

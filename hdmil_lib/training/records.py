@@ -26,9 +26,11 @@ class _Encoder(Schema):
     weights_hash: Text
 
 
-class _Tissue(Schema):
+class _Tiles(Schema):
     tissue: Text
     min_tissue: Annotated[float, Field(ge=0, le=1)]
+    tile_size: Size
+    tile_mpp: Annotated[float, Field(gt=0, le=1000)]
 
 
 class CrossValidationRecord(Schema):
@@ -43,7 +45,7 @@ class CrossValidationRecord(Schema):
     features: Text
     encoder: _Encoder
     cohort: Text
-    tissue: _Tissue | None = None
+    tiles: _Tiles | None = None
 
 
 class ModelRecord(Schema):

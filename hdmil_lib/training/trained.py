@@ -177,14 +177,14 @@ class CrossValidation:
                 "test accuracy, mean (sd) over folds": mean_sd(scores["accuracy"]),
                 "share of tiles read": round(float(scores["keep_ratio"].mean()), 4),
             }
-        tissue = self._config.tissue
+        tiles = self._config.tiles
         return ModelInfo(
             classes=self.classes,
             encoder=self._config.encoder.name,
             encoder_weights=self._config.encoder.weights_hash,
             cohort=self._config.cohort,
             metrics=metrics,
-            **({} if tissue is None else tissue.model_dump()),
+            **({} if tiles is None else tiles.model_dump()),
         )
 
     def _fold(self, method: str, fold: int) -> Path:
