@@ -98,6 +98,13 @@ class Bag:
         return self.patches
 
     @property
+    def tile_um(self) -> float:
+        """Side of a tile in um; 128 for a bag that does not say."""
+        if {"patch_size", "tile_mpp"} <= set(self.attrs):
+            return float(self.attrs["patch_size"] * self.attrs["tile_mpp"])
+        return 128.0
+
+    @property
     def thumbnail(self) -> np.ndarray:
         """The slide at 8 um/px composed of its patches, white where there is none, uint8 (H, W, 3)."""
         rows, cols = self.shape

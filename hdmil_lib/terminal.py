@@ -62,7 +62,12 @@ def predict_anytime(model: "HDMIL", slide: Path, **options: Any) -> None:
 
 
 def write_heatmap(prediction: "Prediction", path: Path) -> None:
-    """Write the picture of a prediction, without a window in any environment."""
+    """Write a picture of a prediction, without a window in any environment, or an OME-TIFF."""
+    from hdmil_lib.viz.heatmap import SUFFIXES
+
+    if path.name.endswith(SUFFIXES):
+        prediction.to_ome_tiff(path)
+        return
     import matplotlib
 
     from hdmil_lib.viz.style import use_style

@@ -46,7 +46,8 @@ def grid() -> SimpleNamespace:
     thumbnail = np.full((N_ROWS * 16 + 3, N_COLS * 16 + 9, 3), 230, np.uint8)
     tissue = np.zeros(thumbnail.shape[:2], bool)
     tissue[:32] = True
-    return SimpleNamespace(thumbnail=thumbnail, tissue=tissue, rowcol=rowcol, shape=(N_ROWS, N_COLS))
+    shape = (N_ROWS, N_COLS)
+    return SimpleNamespace(thumbnail=thumbnail, tissue=tissue, rowcol=rowcol, shape=shape, tile_um=128.0)
 
 
 def overlay(ax: Axes) -> np.ndarray:
@@ -325,7 +326,8 @@ import numpy as np
 from types import SimpleNamespace
 from hdmil_lib.viz import overlays, style
 style.use_style()
-grid = SimpleNamespace(thumbnail=np.zeros((32, 48, 3)), rowcol=np.array([[0, 1]]), shape=(2, 3))
+picture = np.zeros((32, 48, 3))
+grid = SimpleNamespace(thumbnail=picture, rowcol=np.array([[0, 1]]), shape=(2, 3), tile_um=128.0)
 overlays.attention_overlay(grid, np.ones(1)).figure.canvas.draw()
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
@@ -446,3 +448,14 @@ def test_tissue_needs_a_mask(grid):
     del grid.tissue
     with pytest.raises(ValueError, match="SimpleNamespace has no tissue mask"):
         plots.tissue_tiles(grid)
+
+
+def test_maps_of_wide_tiles_have_their_scale(grid):
+    grid.tile_um = 512.0
+    ax = overlays.tissue_tiles(grid)
+    height, width = grid.thumbnail.shape[:2]
+    assert ax.get_xlim() == pytest.approx((0, width * 0.032))
+    assert ax.get_ylim() == pytest.approx((height * 0.032, 0))
+    frame = overlays.mark_tile(grid, 3, ax).patches[-1]
+    assert frame.get_width() == pytest.approx(0.512)
+    assert frame.get_x() == pytest.approx(grid.rowcol[3, 1] * 0.512)

@@ -30,7 +30,7 @@ from hdmil_lib.terminal import (
     write_heatmap,
 )
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg", ".ome.tif", ".ome.tiff")
 
 
 @app.command()
@@ -44,7 +44,10 @@ def predict(
         typer.Option(help="Table to write, .csv or .parquet, one row per slide; needed for several slides."),
     ] = None,
     heatmap: Annotated[
-        Path | None, typer.Option(help="Picture to write of attention and kept tiles.")
+        Path | None,
+        typer.Option(
+            help="Picture to write of attention and kept tiles: .png, .pdf, or .ome.tif for QuPath."
+        ),
     ] = None,
     geojson: Annotated[
         Path | None, typer.Option(help="GeoJSON file to write of the kept tiles, for QuPath.")
@@ -85,7 +88,7 @@ def predict(
     setup()
     for output in filter(None, (heatmap, geojson, out)):
         check_output(output)
-    if heatmap is not None and heatmap.suffix not in PICTURE_SUFFIXES:
+    if heatmap is not None and not heatmap.name.endswith(PICTURE_SUFFIXES):
         raise HDMILError(f"{heatmap}: cannot write such a picture; name it {' or '.join(PICTURE_SUFFIXES)}")
     budget = {"max_tiles": max_tiles, "max_seconds": max_seconds}
     by_tiles = anytime or any(value is not None for value in budget.values())

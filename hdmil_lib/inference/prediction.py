@@ -44,6 +44,8 @@ class Prediction:
             features, dmin, and total.
         thumbnail: The slide at 8 um/px, uint8 (H, W, 3); composed of the patches for a bag.
         broken: Rows of tiles that could not be read, int64; the prediction is from the other tiles.
+        tile_um: Side of a tile in um.
+        slide_size: (width, height) of level 0 in pixels; None for a bag that does not say.
     """
 
     slide_id: str
@@ -58,6 +60,8 @@ class Prediction:
     seconds: dict[str, float]
     thumbnail: np.ndarray
     broken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    tile_um: float = 128.0
+    slide_size: tuple[int, int] | None = None
 
     @property
     def n_tiles(self) -> int:
@@ -145,6 +149,18 @@ class Prediction:
         features = [self._polygon(i) for i in range(self.n_tiles) if self.kept[i] or not kept_only]
         content = json.dumps({"type": "FeatureCollection", "features": features})
         write_whole(Path(path), lambda part: part.write_text(content, encoding="utf-8"))
+
+    def to_ome_tiff(self, path: str | Path) -> None:
+        """Write attention and kept tiles as a pyramidal OME-TIFF over the whole slide, which QuPath opens.
+
+        See `viz.heatmap.write_heatmap`.
+
+        Raises:
+            BagError: The prediction is from a bag that does not know the size of its slide.
+        """
+        from hdmil_lib.viz.heatmap import write_heatmap
+
+        write_heatmap(self, Path(path))
 
     def _polygon(self, i: int) -> dict[str, Any]:
         (x, y), (width, height) = self.coords[i].tolist(), self.tile_size_level0

@@ -126,6 +126,8 @@ def predict_slide(
         shape=grid.shape,
         rowcol=grid.rowcol,
         thumbnail=grid.thumbnail,
+        tile_um=grid.tile_um,
+        slide_size=slide.dimensions,
         seconds=seconds,
         broken=rows[~whole],
         **result,
@@ -162,6 +164,8 @@ def predict_bag(
         shape=bag.shape,
         rowcol=bag.rowcol,
         thumbnail=bag.thumbnail,
+        tile_um=bag.tile_um,
+        slide_size=_slide_size(bag),
         seconds=seconds,
         probabilities=output.probabilities[0].cpu().numpy(),
         attention=output.attention.cpu().numpy(),
@@ -387,6 +391,14 @@ def _tile_size_level0(bag: Bag, tile_size: int) -> tuple[int, int]:
         return round(side / attrs["mpp_x"]), round(side / attrs["mpp_y"])
     width = int(attrs.get("patch_size_level0", tile_size))
     return width, width
+
+
+def _slide_size(bag: Bag) -> tuple[int, int] | None:
+    """Width and height of a bag's slide in level-0 pixels, if the bag says."""
+    attrs = bag.attrs
+    if not {"level0_width", "level0_height"} <= set(attrs):
+        return None
+    return int(attrs["level0_width"]), int(attrs["level0_height"])
 
 
 def grid_of(slide: Slide, info: ModelInfo, allow_upsampling: bool = False) -> TileGrid:

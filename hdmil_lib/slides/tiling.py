@@ -161,6 +161,11 @@ class TileGrid:
     def __len__(self) -> int:
         return len(self.coords)
 
+    @property
+    def tile_um(self) -> float:
+        """Side of a tile in um."""
+        return self.tile_size * self.mpp
+
     def at(self, side: int) -> "TileGrid":
         """The same tiles, read with `side` pixels along each side: a coarser look at the same tissue."""
         return replace(self, tile_size=side, mpp=self.mpp * self.tile_size / side)

@@ -1,8 +1,8 @@
 """Maps on the slide: tissue and tiles, attention, kept tiles and truth, drawn over the thumbnail in mm.
 
-A map is drawn from anything that lies on the grid: a `TileGrid`, a `Prediction` or a `Bag`, of the paper's
-geometry (tiles of 128 um, which are 16 thumbnail pixels of 8 um). Neither models nor other slow libraries are
-imported here.
+A map is drawn from anything that lies on the grid: a `TileGrid`, a `Prediction` or a `Bag`. A tile is 16
+thumbnail pixels wide: 128 um with tiles as in the paper. Neither models nor other slow libraries are imported
+here.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,6 @@ from hdmil_lib.viz.style import BLUE, INK, SEQUENTIAL, VERMILION, YELLOW, axes_o
 if TYPE_CHECKING:
     from hdmil_lib.inference.prediction import Prediction
 
-TILE_MM = 0.128
-THUMBNAIL_MM = 0.008
 PIXELS = 16
 """Thumbnail pixels along a tile's side."""
 MAP_SIZE = (6.4, 4.6)
@@ -33,8 +31,12 @@ class OnGrid(Protocol):
     """Tiles on a slide's grid: a `TileGrid`, a `Prediction` or a `Bag`."""
 
     @property
+    def tile_um(self) -> float:
+        """Side of a tile in um."""
+
+    @property
     def thumbnail(self) -> np.ndarray:
-        """The slide at 8 um/px, uint8 (H, W, 3)."""
+        """The slide with 16 pixels per tile, uint8 (H, W, 3)."""
 
     @property
     def rowcol(self) -> np.ndarray:
@@ -68,11 +70,11 @@ def _cells(grid: OnGrid, colors: np.ndarray) -> np.ndarray:
 
 def _map(grid: OnGrid, cells: np.ndarray, ax: Axes | None) -> Axes:
     """The slide under an RGBA image that covers the grid, (rows * k, cols * k, 4)."""
-    thumbnail = _thumbnail(grid)
-    ax = slide_overview(thumbnail, ax=ax)
-    ax.imshow(cells, extent=_extent(*grid.shape, TILE_MM), interpolation="nearest")
+    thumbnail, pixel_um = _thumbnail(grid), grid.tile_um / PIXELS
+    ax = slide_overview(thumbnail, pixel_um, ax)
+    ax.imshow(cells, extent=_extent(*grid.shape, grid.tile_um / 1000), interpolation="nearest")
     height, width = thumbnail.shape[:2]
-    ax.set(xlim=(0, width * THUMBNAIL_MM), ylim=(height * THUMBNAIL_MM, 0))
+    ax.set(xlim=(0, width * pixel_um / 1000), ylim=(height * pixel_um / 1000, 0))
     return ax
 
 
@@ -108,7 +110,7 @@ def tissue_tiles(grid: OnGrid, tissue: np.ndarray | None = None, ax: Axes | None
     frame = np.ones((PIXELS, PIXELS, 1), np.uint8)
     frame[1:-1, 1:-1] = 0
     ax = _map(grid, np.kron(tiles, frame), ax)
-    y, x = ((np.arange(size) + 0.5) * THUMBNAIL_MM for size in tissue.shape)
+    y, x = ((np.arange(size) + 0.5) * grid.tile_um / PIXELS / 1000 for size in tissue.shape)
     ax.contour(x, y, tissue, levels=[0.5], colors=[INK], linewidths=1.2)
     _above(ax, [Patch(fc="none", ec=INK, label="tissue"), Patch(fc="none", ec=BLUE, label="tile")])
     return ax
@@ -231,6 +233,7 @@ def prediction_figure(prediction: "Prediction") -> Figure:
 def mark_tile(grid: OnGrid, i: int, ax: Axes) -> Axes:
     """Frame tile i on a map of the slide."""
     row, col = grid.rowcol[i]
-    frame = Rectangle((col * TILE_MM, row * TILE_MM), TILE_MM, TILE_MM, fc="none", ec=YELLOW, lw=2.5)
+    side = grid.tile_um / 1000
+    frame = Rectangle((col * side, row * side), side, side, fc="none", ec=YELLOW, lw=2.5)
     ax.add_patch(frame)
     return ax
