@@ -211,7 +211,7 @@ def test_a_missing_table_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["../evil", "a/b", "a\\b", "..", ".hidden", "a\x1b[31m"])
 def test_a_name_that_is_no_file_name_is_refused(slide, tmp_path, name):
     (tmp_path / "labels.csv").write_text(f'slide_id,path\n"{name}",a.tif\n')
-    with pytest.raises(CohortError, match="cannot be the name of a bag"):
+    with pytest.raises(CohortError, match="cannot be the name of a bag|holds control characters"):
         list_slides(tmp_path / "labels.csv")
 
 
