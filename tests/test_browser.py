@@ -134,7 +134,7 @@ def open_notebook(browser, lab: tuple[str, Path], name: str, cells: list[str]):
 
 
 def tile_place(page, row: int, column: int) -> tuple[float, float]:
-    """Where a square of the sample slide's grid lies on the page, when all of it is shown."""
+    """Where the center of a square of the sample slide's grid is, when all of the slide is shown."""
     box = page.locator(".slide-viewer canvas").first.bounding_box()
     width, height = 2220, 2967
     scale = min(box["width"] / width, box["height"] / height)
@@ -142,20 +142,50 @@ def tile_place(page, row: int, column: int) -> tuple[float, float]:
     return left + (column + 0.5) * 256.5 * scale, top + (row + 0.5) * 256.5 * scale
 
 
+def whole_slide(page) -> None:
+    """Bring the viewer into the window, with all of the slide in it."""
+    page.locator(".slide-viewer").scroll_into_view_if_needed()
+    page.locator(".slide-fit").click()
+    page.wait_for_timeout(800)  # it moves there
+
+
+def drag_around(page, top: float, left: float, bottom: float, right: float) -> None:
+    """Draw a line around squares of the grid, with the shift key held."""
+    corners = [(top, left), (top, right), (bottom, right), (bottom, left), (top, left)]
+    page.keyboard.down("Shift")
+    page.mouse.move(*tile_place(page, *corners[0]))
+    page.mouse.down()
+    for corner in corners[1:]:
+        page.mouse.move(*tile_place(page, *corner), steps=5)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+
+
 def test_the_viewer_shows_tiles_and_a_click_arrives_in_python(browser, lab, tmp_path):
     page = open_notebook(browser, lab, "viewer", [SET_UP, "viewer", "report"])
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
     page.wait_for_selector('.slide-viewer[data-drawn="true"]')
-    page.wait_for_timeout(1500)
-    page.screenshot(path=tmp_path / "viewer.png")
-    assert (
-        page.locator(
-            '.jp-OutputArea-output[data-mime-type*="error"], .jp-RenderedText[data-mime-type*="stderr"]'
-        ).count()
-        == 0
-    )
+
+    whole_slide(page)
     page.mouse.click(*tile_place(page, 4, 3))
-    page.wait_for_selector(".slide-panel .slide-tile")
-    page.wait_for_timeout(1000)
+    page.get_by_text("row 4, column 3 of the grid").wait_for()
+    page.get_by_text("selected 10, marked 0, asked twice 0 of").wait_for()
+    page.wait_for_function("document.querySelector('.slide-tile').naturalWidth === 256")
+    page.wait_for_function("document.querySelector('.slide-patch').naturalWidth === 16")
     page.screenshot(path=tmp_path / "selected.png")
-    print(page.locator(".slide-panel").inner_text())
-    print(page.locator(".widget-label").all_inner_texts())
+
+    for _ in range(4):  # to the finest level and back: all that is shown again is there already
+        page.mouse.wheel(0, -400)
+        page.wait_for_timeout(250)
+    page.screenshot(path=tmp_path / "zoomed.png")
+    whole_slide(page)
+    drag_around(page, 3.6, 2.6, 8.4, 5.4)
+    page.get_by_text("selected 10, marked 15, asked twice 0 of").wait_for()
+    page.select_option(".slide-overlay", "tissue")
+    page.get_by_text("no tissue").wait_for()
+    page.screenshot(path=tmp_path / "marked.png")
+
+    assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"], .jp-mod-error').count() == 0
+    assert problems == []
+    page.close()

@@ -7,24 +7,26 @@ import math
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import pytest
 import traitlets
-from model_factory import ColorEncoder, make_model, write_textured_slide
+from model_factory import make_model, write_textured_slide
 from PIL import Image
 from slide_factory import bounds_properties, damage_tile, paint_disc, slide_properties, write_slide
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.sample import sample_slide
+from hdmil_lib.viz import viewer as viewer_package
 from hdmil_lib.viz.viewer import Overlay, SlideViewer
 from hdmil_lib.viz.viewer.deepzoom import GRAY, DeepZoom
 from hdmil_lib.viz.viewer.frames import bar_length
 
-JPEG_ERROR = 6.0
-"""Mean difference in gray levels that JPEG stays below on tissue; a shift by a pixel makes more."""
+JPEG_ERROR = 8.0
+"""Mean difference in gray levels that JPEG stays below on tissue."""
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -89,7 +91,10 @@ def test_tiles_are_the_pixels_of_the_slide_at_every_level(viewer, slide):
         field = slide.read_field(256 * x * scale, 256 * y * scale, (width, height), slide.mpp[0] * scale)
         found = decode(jpeg)
         assert found.shape == field.shape
-        assert np.abs(found - field).mean() < JPEG_ERROR, (level, x, y)
+        error = np.abs(found - field).mean()
+        assert error < JPEG_ERROR, (level, x, y)
+        if field.std() > 25:  # there is something to be seen
+            assert 2 * error < np.abs(np.roll(found, 1, axis=1) - field).mean(), (level, x, y)
 
 
 def test_tiles_together_cover_the_slide_exactly(slide):
@@ -132,17 +137,17 @@ def test_places_are_right_for_pixels_of_any_shape_and_for_bounds(tmp_path, mpp):
 
 def test_coarse_tiles_of_a_slide_without_a_pyramid_come_from_its_thumbnail(tmp_path):
     rng = np.random.default_rng(0)
-    coarse = rng.integers(60, 220, (24, 40, 3)).astype(np.uint8)
+    coarse = rng.integers(60, 220, (12, 20, 3)).astype(np.uint8)
     path = write_slide(tmp_path / "flat.tif", coarse.repeat(256, 0).repeat(256, 1), pyramid=False, tile=256)
     with Slide(path) as slide:
         tiles = DeepZoom(slide)
-        level = 8  # 64 pixels of the file per pixel
+        level = 8  # 32 pixels of the file per pixel
         reads = []
         slide.read_field = lambda *args: reads.append(args)
         found = tiles.pixels(level, 0, 0)
         assert reads == []
-    wanted = coarse.repeat(4, 0).repeat(4, 1).astype(int)
-    inner = np.s_[1::4, 1::4]
+    wanted = coarse.repeat(8, 0).repeat(8, 1).astype(int)
+    inner = np.s_[3::8, 3::8]
     assert found.shape == wanted.shape
     assert np.abs(found[inner] - wanted[inner]).mean() < 8
 
@@ -326,7 +331,7 @@ def test_overlays_of_the_wrong_size_are_refused(slide):
 def test_a_prediction_shows_its_attention_and_kept_tiles(tmp_path):
     path = write_textured_slide(tmp_path / "slide.tif")
     model = make_model(path)
-    prediction = model.predict(path, encoder=ColorEncoder())
+    prediction = model.predict(path)
     viewer = prediction.view(path, {"truth": Overlay(np.ones(prediction.n_tiles), "share")})
     best = f"attention, {prediction.label}"
     assert list(viewer.overlays)[0] == best == viewer.overlay
@@ -413,9 +418,6 @@ def test_a_request_after_closing_is_not_an_error(viewer):
 
 
 def test_the_front_end_and_its_license_are_packed():
-    folder = __import__("hdmil_lib.viz.viewer", fromlist=["x"]).__path__[0]
-    from pathlib import Path
-
-    license_text = (Path(folder) / "openseadragon.LICENSE.txt").read_text()
-    assert "OpenSeadragon contributors" in license_text
+    folder = Path(viewer_package.__file__).parent
+    assert "OpenSeadragon contributors" in (folder / "openseadragon.LICENSE.txt").read_text()
     assert "export default" in SlideViewer._esm

@@ -177,7 +177,7 @@ class DeepZoom:
 def jpeg_bytes(pixels: np.ndarray) -> bytes:
     """RGB pixels, uint8 (h, w, 3), as JPEG."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
