@@ -128,8 +128,8 @@ def open_notebook(browser, lab: tuple[str, Path], name: str, cells: list[str]):
     page.goto(f"{address}/doc/tree/{name}.ipynb?token={TOKEN}")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_function("window.jupyterapp?.commands.hasCommand('notebook:run-all-cells')")
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached")
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.get_by_text("| Idle").wait_for()  # the kernel has started
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     return page
 
 

@@ -123,6 +123,9 @@ class SlideViewer(anywidget.AnyWidget):
         """Number of tiles of the grid."""
         return 0 if self.grid is None else len(self.grid.rowcol)
 
+    def __repr__(self) -> str:
+        return f"SlideViewer({self.slide.name!r}, {self.n_tiles:,} tiles)"
+
     def close(self) -> None:
         """Remove the viewer from the page, end its threads and free its tiles.
 
@@ -137,7 +140,7 @@ class SlideViewer(anywidget.AnyWidget):
         if self._owns_slide:
             self.slide.close()
 
-    def frame(self, longest: int = 640) -> bytes:
+    def frame(self, longest: int = 480) -> bytes:
         """The slide with the overlay, the marked tiles and a scale bar as PNG, for places without widgets.
 
         Args:
@@ -159,8 +162,7 @@ class SlideViewer(anywidget.AnyWidget):
         if bundle is None:
             return None
         data, metadata = bundle
-        text = f"{self!r}: the slide {self.slide.name}"
-        return data | {"image/png": base64.b64encode(self.frame()).decode(), "text/plain": text}, metadata
+        return data | {"image/png": base64.b64encode(self.frame()).decode()}, metadata
 
     # What is sent once
 
