@@ -175,9 +175,9 @@ def test_the_viewer_shows_tiles_and_a_click_arrives_in_python(browser, lab, tmp_
     page.wait_for_function("document.querySelector('.slide-patch').naturalWidth === 16")
     page.screenshot(path=tmp_path / "selected.png")
 
-    for _ in range(4):  # to the finest level and back: all that is shown again is there already
+    for _ in range(10):  # to the finest level and back: all that is shown again is there already
         page.mouse.wheel(0, -400)
-        page.wait_for_timeout(250)
+        page.wait_for_timeout(150)
     page.screenshot(path=tmp_path / "zoomed.png")
     whole_slide(page)
     drag_around(page, 3.6, 2.6, 8.4, 5.4)
@@ -188,4 +188,35 @@ def test_the_viewer_shows_tiles_and_a_click_arrives_in_python(browser, lab, tmp_
 
     assert page.locator('.jp-OutputArea-output[data-mime-type*="stderr"], .jp-mod-error').count() == 0
     assert problems == []
+    page.close()
+
+
+LABORATORY = """
+from hdmil_lib.viz.laboratories import BeatLIPN
+from hdmil_lib.viz.viewer import link_scatter
+
+tumor = np.zeros(len(grid))
+tumor[[10, 14]] = 1
+game = BeatLIPN(slide, grid, attention, tumor, budget=2)
+"""
+
+
+def test_a_point_shows_its_tile_and_the_game_is_scored(browser, lab, tmp_path):
+    points = "link_scatter(viewer, np.stack([np.arange(len(grid)), np.zeros(len(grid))], 1), attention)"
+    page = open_notebook(browser, lab, "laboratory", [SET_UP, LABORATORY, points])
+    page.wait_for_selector(".tile-scatter")
+    page.locator(".tile-scatter").scroll_into_view_if_needed()
+    page.locator(".tile-scatter").click(position={"x": 348, "y": 348})  # the last point
+    page.get_by_text("tile 38 of 39").wait_for()
+    page.screenshot(path=tmp_path / "scatter.png")
+    page.close()
+
+    page = open_notebook(browser, lab, "game", [SET_UP, LABORATORY, "game"])
+    page.wait_for_selector('.slide-viewer[data-drawn="true"]')
+    whole_slide(page)
+    page.mouse.click(*tile_place(page, 4, 3))
+    page.get_by_text("1 of 2 chosen").wait_for()
+    page.mouse.click(*tile_place(page, 5, 3))
+    page.get_by_text("You found 100%").wait_for()
+    page.screenshot(path=tmp_path / "game.png")
     page.close()

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets
 import numpy as np
@@ -21,7 +22,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.sample import sample_slide
 from hdmil_lib.viz import viewer as viewer_package
-from hdmil_lib.viz.viewer import Overlay, SlideViewer
+from hdmil_lib.viz.viewer import Overlay, SlideViewer, TileScatter, link_scatter
 from hdmil_lib.viz.viewer.deepzoom import GRAY, DeepZoom
 from hdmil_lib.viz.viewer.frames import bar_length
 
@@ -326,6 +327,63 @@ def test_overlays_of_the_wrong_size_are_refused(slide):
         SlideViewer(slide, overlays={"alone": np.zeros(39)})
     with pytest.raises(SlideError):
         SlideViewer("absent.svs")
+
+
+def test_an_overlay_can_be_added_changed_and_removed(viewer):
+    n = len(viewer.grid)
+    viewer.selected = 2
+    viewer.set_overlay("evidence", np.arange(n))
+    viewer.overlay = "evidence"
+    before = viewer._layers[-1]["png"]
+    assert ("evidence", "2", f"{n - 2} of {n}") in viewer._details["values"]
+    viewer.set_overlay("evidence", -np.arange(n))
+    assert viewer._layers[-1]["png"] != before
+    assert [layer["name"] for layer in viewer._layers] == list(viewer.overlays)
+    with pytest.raises(ValueError, match="is needed"):
+        viewer.set_overlay("evidence", np.arange(3))
+    assert len(viewer.overlays["evidence"].values) == n
+    viewer.drop_overlay("evidence")
+    assert viewer.overlay == ""
+    assert "evidence" not in [layer["name"] for layer in viewer._layers]
+
+
+def test_an_overlay_of_many_tiles_changes_fast(tmp_path):
+    """A slider that moves a threshold has 200 ms per step, also on a slide of 20,000 tiles."""
+    rowcol = np.argwhere(np.ones((125, 160)))
+    tiles = SimpleNamespace(
+        rowcol=rowcol,
+        coords=rowcol[:, ::-1] * 256,
+        shape=(125, 160),
+        thumbnail=np.full((2000, 2560, 3), 255, np.uint8),
+        tile_size_level0=(256, 256),
+    )
+    with Slide(write_textured_slide(tmp_path / "slide.tif")) as slide:
+        viewer = SlideViewer(slide, tiles)
+        scores = np.random.default_rng(0).normal(size=20_000)
+        start = time.perf_counter()
+        for threshold in (0.0, 0.5, 1.0):
+            viewer.set_overlay("kept", scores > threshold)
+        assert (time.perf_counter() - start) / 3 < 0.2
+        viewer.close()
+
+
+def test_a_point_and_its_tile_are_selected_together(viewer):
+    n = len(viewer.grid)
+    box = link_scatter(viewer, np.random.default_rng(0).normal(size=(n, 2)), np.arange(n))
+    scatter = box.children[1]
+    assert isinstance(scatter, TileScatter)
+    scatter.set_state({"selected": 12})  # as a click on a point does
+    assert viewer._details["title"].startswith("tile 12 of")
+    viewer.region = [1, 2]
+    assert scatter.region == [1, 2]
+    points = np.frombuffer(scatter._points, "<f4").reshape(n, 2)
+    assert points.min() == 0
+    assert points.max() == 1
+    with pytest.raises(ValueError, match="3 points, but the viewer has 39"):
+        link_scatter(viewer, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"\(N, 2\)"):
+        TileScatter(np.zeros((3, 3)))
+    assert len(np.frombuffer(TileScatter(np.zeros((4, 2)))._points, "<f4")) == 8
 
 
 def test_a_prediction_shows_its_attention_and_kept_tiles(tmp_path):

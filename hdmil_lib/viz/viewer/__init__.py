@@ -6,6 +6,7 @@ connection of the widget, so that neither a server nor a proxy is needed.
 """
 
 from hdmil_lib.viz.viewer.layers import Overlay
+from hdmil_lib.viz.viewer.scatter import TileScatter, link_scatter
 from hdmil_lib.viz.viewer.slide_viewer import SlideViewer, viewer_of
 
-__all__ = ["Overlay", "SlideViewer", "viewer_of"]
+__all__ = ["Overlay", "SlideViewer", "TileScatter", "link_scatter", "viewer_of"]

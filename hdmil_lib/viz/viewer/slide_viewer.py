@@ -140,6 +140,34 @@ class SlideViewer(anywidget.AnyWidget):
         if self._owns_slide:
             self.slide.close()
 
+    def set_overlay(self, name: str, values: np.ndarray | Overlay) -> None:
+        """Add an overlay, or change the values of one, as a slider does that moves a threshold.
+
+        Args:
+            name: Its name; set the trait `overlay` to it to draw it.
+            values: One value per tile, (N,), or an `Overlay`.
+
+        Raises:
+            ValueError: The viewer has no grid, or these are not values of its tiles.
+        """
+        if self.grid is None:
+            raise ValueError(
+                f"overlays need the grid of the tiles; make the viewer with grid=, then set {name!r}"
+            )
+        overlay = values if isinstance(values, Overlay) else Overlay(values)
+        layers = {layer["name"]: layer for layer in self._layers} | {name: self._layer(name, overlay)}
+        self.overlays[name] = overlay
+        self._layers = list(layers.values())
+        self._show_details()
+
+    def drop_overlay(self, name: str) -> None:
+        """Remove an overlay, if there is one of this name."""
+        if self.overlay == name:
+            self.overlay = ""
+        self.overlays.pop(name, None)
+        self._layers = [layer for layer in self._layers if layer["name"] != name]
+        self._show_details()
+
     def frame(self, longest: int = 480) -> bytes:
         """The slide with the overlay, the marked tiles and a scale bar as PNG, for places without widgets.
 
@@ -180,16 +208,20 @@ class SlideViewer(anywidget.AnyWidget):
             "shape": [0, 0] if self.grid is None else list(self.grid.shape),
         }
         rowcol = b"" if self.grid is None else self.grid.rowcol.astype("<i4").tobytes()
-        return {"_about": about, "_rowcol": rowcol, "_layers": [self._layer(name) for name in self.overlays]}
+        return {
+            "_about": about,
+            "_rowcol": rowcol,
+            "_layers": [self._layer(*item) for item in self.overlays.items()],
+        }
 
-    def _layer(self, name: str) -> dict[str, Any]:
+    def _layer(self, name: str, overlay: Overlay) -> dict[str, Any]:
         assert self.grid is not None
-        image = self.overlays[name].image(self.grid)
+        image = overlay.image(self.grid)
         return {
             "name": name,
             "png": png_bytes(image),
-            "size": self._extent(name, image),
-            "legend": self.overlays[name].legend(),
+            "size": self._extent(overlay, image),
+            "legend": overlay.legend(),
         }
 
     def _pitch(self) -> tuple[float, float]:
@@ -206,18 +238,19 @@ class SlideViewer(anywidget.AnyWidget):
         width, height = pitch * self.slide.mpp / self.tiles.mpp
         return float(width), float(height)
 
-    def _extent(self, name: str, image: np.ndarray) -> tuple[float, float]:
+    def _extent(self, overlay: Overlay, image: np.ndarray) -> tuple[float, float]:
         """(width, height) of an overlay in pixels of the viewer."""
         height, width = image.shape[:2]
-        cell = [side / PATCH_PX if self.overlays[name].kind == "mask" else side for side in self._pitch()]
+        cell = [side / PATCH_PX if overlay.kind == "mask" else side for side in self._pitch()]
         return width * cell[0], height * cell[1]
 
     def _layer_on(self, name: str, scale: float) -> tuple[np.ndarray, tuple[int, int]] | None:
         """An overlay and its (width, height) in pixels of a picture of this scale."""
         if not name or self.grid is None:
             return None
-        image = self.overlays[name].image(self.grid)
-        width, height = self._extent(name, image)
+        overlay = self.overlays[name]
+        image = overlay.image(self.grid)
+        width, height = self._extent(overlay, image)
         return image, (round(width * scale), round(height * scale))
 
     def _box(self, row: int, scale: float) -> tuple[float, float, float, float]:

@@ -144,17 +144,18 @@ function controls(model, viewer) {
   const legend = element("span", "display:inline-flex;gap:5px;align-items:center");
   const fit = element("button", "", { textContent: "whole slide", className: "slide-fit" });
   const status = element("span", "opacity:0.75;flex:1;text-align:right", { className: "slide-status" });
-  const layers = model.get("_layers");
-  for (const name of ["", ...layers.map((layer) => layer.name)]) {
-    choice.append(element("option", "", { value: name, textContent: name || "no overlay" }));
-  }
   const opacity = element("label", "display:inline-flex;gap:5px;align-items:center");
   opacity.append("opacity", slider);
-  bar.append(...(layers.length ? [choice, opacity, legend] : []), fit, status);
+  bar.append(choice, opacity, legend, fit, status);
   choice.onchange = () => { model.set("overlay", choice.value); model.save_changes(); };
   slider.oninput = () => { model.set("opacity", +slider.value); model.save_changes(); };
   fit.onclick = () => viewer.viewport.goHome();
   const update = () => {
+    const layers = model.get("_layers");
+    const names = ["", ...layers.map((layer) => layer.name)];
+    choice.replaceChildren(
+      ...names.map((name) => element("option", "", { value: name, textContent: name || "no overlay" })));
+    for (const part of [choice, opacity, legend]) part.style.display = layers.length ? "inline-flex" : "none";
     choice.value = model.get("overlay");
     slider.value = model.get("opacity");
     const shown = layers.find((layer) => layer.name === model.get("overlay"))?.legend;
@@ -266,12 +267,14 @@ function render({ model, el, store }) {
     const pixels = onScreen([0, 0, about.width, about.height])[2];
     drawScaleBar(context, (about.mpp * about.width) / pixels, clientHeight);
   };
-  for (const layer of model.get("_layers")) {
-    createImageBitmap(new Blob([layer.png], { type: "image/png" })).then((bitmap) => {
-      images.set(layer.name, { bitmap, size: layer.size });
-      draw();
-    });
-  }
+  const loadLayers = () => {
+    for (const layer of model.get("_layers")) {
+      createImageBitmap(new Blob([layer.png], { type: "image/png" })).then((bitmap) => {
+        images.set(layer.name, { bitmap, size: layer.size });
+        draw();
+      });
+    }
+  };
 
   viewer.addHandler("open", draw);
   viewer.addHandler("update-viewport", draw);
@@ -324,15 +327,16 @@ function render({ model, el, store }) {
   };
   const showDetails = () => drawPanel(panel, model.get("_details"), urls);
   const showOverlay = () => { update(); draw(); };
+  const showLayers = () => { loadLayers(); showOverlay(); };
   const showHeight = () => { stage.style.height = `${model.get("height")}px`; };
   const showError = (error) => { status.textContent = error; };
   const observed = {
     overlay: showOverlay, opacity: showOverlay, selected: showSelected, region: showRegion, _details: showDetails,
-    height: showHeight,
+    height: showHeight, _layers: showLayers,
   };
   for (const [name, react] of Object.entries(observed)) model.on(`change:${name}`, react);
   store.onError.add(showError);
-  showOverlay();
+  showLayers();
   showRegion();
   showDetails();
 
