@@ -308,6 +308,18 @@ def test_an_overlay_has_a_pixel_per_tile_where_the_tile_is(viewer):
     assert layers["tissue"]["size"][0] / tissue.width == pytest.approx(8 / viewer.slide.mpp[0], rel=1e-3)
 
 
+def test_tiles_of_other_sizes_are_drawn_and_shown_where_they_are(slide):
+    grid = TileGrid.from_slide(slide, tile_size=512, mpp=0.5)
+    viewer = SlideViewer(slide, grid, {"rank": np.arange(len(grid)), "tissue": grid.tissue}, selected=2)
+    sizes = {layer["name"]: layer["size"] for layer in viewer._layers}
+    assert sizes["rank"][0] == pytest.approx(grid.shape[1] * 256 / slide.mpp[0])
+    assert sizes["tissue"][0] == pytest.approx(grid.tissue.shape[1] * 16 / slide.mpp[0])
+    wanted = grid.at(256).read_tile(slide, 2)
+    assert np.abs(decode(viewer._details["tile"]) - wanted).mean() < JPEG_ERROR
+    np.testing.assert_array_equal(decode(viewer._details["patch"]), grid.patches[2])
+    viewer.close()
+
+
 def test_values_are_colored_by_size_or_by_rank():
     values = np.array([0.0, 1.0, 100.0])
     by_rank, by_size = (Overlay(values, kind).colors() for kind in ("rank", "value"))
@@ -355,7 +367,7 @@ def test_an_overlay_of_many_tiles_changes_fast(tmp_path):
         coords=rowcol[:, ::-1] * 256,
         shape=(125, 160),
         thumbnail=np.full((2000, 2560, 3), 255, np.uint8),
-        tile_size_level0=(256, 256),
+        tile_um=128.0,
     )
     with Slide(write_textured_slide(tmp_path / "slide.tif")) as slide:
         viewer = SlideViewer(slide, tiles)
@@ -416,10 +428,10 @@ def test_the_static_frame_shows_slide_overlay_and_marks(viewer):
     covered = decode(viewer.frame(320))
     scale = 320 / 2967
     row, column = viewer.grid.rowcol[1]  # dropped
-    y, x = (int((n + 0.5) * viewer._pitch()[0] * scale) for n in (row, column))
+    y, x = (int((n + 0.5) * viewer._pitch() * scale) for n in (row, column))
     assert covered[y, x].tolist() == [107, 112, 120]
     row, column = viewer.grid.rowcol[0]
-    y, x = (int((n + 0.5) * viewer._pitch()[0] * scale) for n in (row, column))
+    y, x = (int((n + 0.5) * viewer._pitch() * scale) for n in (row, column))
     np.testing.assert_array_equal(covered[y, x], bare[y, x])
     viewer.selected, viewer.region = 10, [2, 3]
     marked = decode(viewer.frame(320))

@@ -9,35 +9,19 @@ import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
-from hdmil_lib.viz.overlays import DROPPED
+from hdmil_lib.viz.overlays import DROPPED, OnGrid
 from hdmil_lib.viz.style import SEQUENTIAL, VERMILION
 
 Kind = Literal["rank", "value", "kept", "share", "mask"]
 GRAY = tuple(round(255 * channel) for channel in DROPPED[:3])
 
 
-class TilesOnSlide(Protocol):
-    """Tiles of a slide: a `TileGrid` or a `Prediction`."""
+class TilesOnSlide(OnGrid, Protocol):
+    """Tiles of a slide: a `TileGrid`, a `Prediction` or a `Bag`."""
 
     @property
     def coords(self) -> np.ndarray:
         """Level-0 (x, y) of the tiles, int64 (N, 2)."""
-
-    @property
-    def rowcol(self) -> np.ndarray:
-        """Position of the tiles on the grid, int64 (N, 2)."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the grid."""
-
-    @property
-    def thumbnail(self) -> np.ndarray:
-        """The slide at 8 um/px, uint8 (H, W, 3)."""
-
-    @property
-    def tile_size_level0(self) -> tuple[int, int]:
-        """Width and height of a tile in level-0 pixels, rounded."""
 
 
 @dataclass(frozen=True, eq=False)

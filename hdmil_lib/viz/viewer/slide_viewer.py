@@ -88,7 +88,8 @@ class SlideViewer(anywidget.AnyWidget):
 
         Args:
             slide: An open slide, which stays the caller's to close, or a file, which `close` closes.
-            grid: The tiles of the slide, a `TileGrid` or a `Prediction`; without them none can be chosen.
+            grid: The tiles of the slide, a `TileGrid`, a `Prediction` or a `Bag`; without them none can
+                be selected.
             overlays: What can be drawn over the slide, by name; the first one is drawn at the start.
             cache_bytes: Most bytes of tiles that are kept in memory.
             **traits: Values of the traits above, such as `height=600`.
@@ -224,25 +225,15 @@ class SlideViewer(anywidget.AnyWidget):
             "legend": overlay.legend(),
         }
 
-    def _pitch(self) -> tuple[float, float]:
-        """(width, height) of a tile in pixels of the viewer.
-
-        It comes from the tiles farthest from the corner, whose places are rounded to whole pixels, so that
-        all tiles are drawn where they are to half a pixel.
-        """
-        if self.grid is None or self.n_tiles == 0:
-            return 1.0, 1.0
-        farthest = self.grid.rowcol.max(axis=0)[::-1]
-        extent = self.grid.coords.max(axis=0) - self.slide.bounds[:2]
-        pitch = np.where(farthest > 0, extent / np.maximum(farthest, 1), self.grid.tile_size_level0)
-        width, height = pitch * self.slide.mpp / self.tiles.mpp
-        return float(width), float(height)
+    def _pitch(self) -> float:
+        """Side of a tile in pixels of the viewer."""
+        return 1.0 if self.grid is None else self.grid.tile_um / self.tiles.mpp
 
     def _extent(self, overlay: Overlay, image: np.ndarray) -> tuple[float, float]:
         """(width, height) of an overlay in pixels of the viewer."""
         height, width = image.shape[:2]
-        cell = [side / PATCH_PX if overlay.kind == "mask" else side for side in self._pitch()]
-        return width * cell[0], height * cell[1]
+        cell = self._pitch() / (PATCH_PX if overlay.kind == "mask" else 1)
+        return width * cell, height * cell
 
     def _layer_on(self, name: str, scale: float) -> tuple[np.ndarray, tuple[int, int]] | None:
         """An overlay and its (width, height) in pixels of a picture of this scale."""
@@ -256,13 +247,9 @@ class SlideViewer(anywidget.AnyWidget):
     def _box(self, row: int, scale: float) -> tuple[float, float, float, float]:
         """Left, top, right and lower edge of a tile in pixels of a picture of this scale."""
         assert self.grid is not None
-        (y, x), (width, height) = self.grid.rowcol[row].tolist(), self._pitch()
-        return (
-            x * width * scale,
-            y * height * scale,
-            (x + 1) * width * scale,
-            (y + 1) * height * scale,
-        )
+        side = self._pitch() * scale
+        y, x = self.grid.rowcol[row].tolist()
+        return x * side, y * side, (x + 1) * side, (y + 1) * side
 
     # Checks of what is set
 
@@ -321,7 +308,7 @@ class SlideViewer(anywidget.AnyWidget):
             return
         row = self.selected
         (y, x), error = self.grid.rowcol[row].tolist(), ""
-        (left, top), side_um = self.grid.coords[row].tolist(), self._pitch()[0] * self.tiles.mpp
+        (left, top), side_um = self.grid.coords[row].tolist(), self.grid.tile_um
         try:
             tile = self.slide.read_field(left, top, (SIDE, SIDE), side_um / SIDE)
         except SlideError as damage:
@@ -329,7 +316,7 @@ class SlideViewer(anywidget.AnyWidget):
         patch = self.grid.thumbnail[PATCH_PX * y : PATCH_PX * (y + 1), PATCH_PX * x : PATCH_PX * (x + 1)]
         values = [(name, *one.describe(row)) for name, one in self.overlays.items() if one.kind != "mask"]
         self._details = {
-            "title": f"tile {row:,} of {self.n_tiles:,}, {side_um:.0f} µm wide",
+            "title": f"tile {row:,} of {self.n_tiles:,}, {side_um:g} µm wide",
             "place": f"row {y}, column {x} of the grid",
             "tile": jpeg_bytes(tile),
             "patch": png_bytes(patch),

@@ -79,22 +79,22 @@ function tileSource(about, store) {
 function tileGrid(model, about) {
   const bytes = model.get("_rowcol");
   const rowcol = new Int32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
-  const [width, height] = about.pitch;
+  const side = about.pitch;
   const rows = new Map();
   for (let i = 0; i < rowcol.length / 2; i++) rows.set(rowcol[2 * i] * about.shape[1] + rowcol[2 * i + 1], i);
   return {
     count: rowcol.length / 2,
     at(x, y) {
-      const row = Math.floor(y / height), column = Math.floor(x / width);
+      const row = Math.floor(y / side), column = Math.floor(x / side);
       if (column < 0 || column >= about.shape[1]) return null;
       return rows.get(row * about.shape[1] + column) ?? null;
     },
-    box: (i) => [rowcol[2 * i + 1] * width, rowcol[2 * i] * height, width, height],
+    box: (i) => [rowcol[2 * i + 1] * side, rowcol[2 * i] * side, side, side],
     within(polygon) {
       const found = [];
       for (let i = 0; i < rowcol.length / 2; i++) {
         const [left, top] = this.box(i);
-        if (inside(polygon, left + width / 2, top + height / 2)) found.push(i);
+        if (inside(polygon, left + side / 2, top + side / 2)) found.push(i);
       }
       return found;
     },
