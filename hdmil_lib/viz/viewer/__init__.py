@@ -1,6 +1,6 @@
 """A viewer of whole slides for notebooks, with one value per tile drawn over the slide.
 
-`SlideViewer` shows a slide in JupyterLab, Notebook 7, VS Code and other front ends of Jupyter widgets. It
+`SlideViewer` shows a slide in JupyterLab and other front ends that run an anywidget. It
 uses OpenSeadragon (openseadragon.min.js, BSD license in openseadragon.LICENSE.txt). The tiles come over the
 connection of the widget, so that neither a server nor a proxy is needed.
 """
