@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -94,6 +94,19 @@ def test_outputs_written_back_pass_as_one_clean_run(course, tmp_path):
     tool.write_back(path, out)
     assert not any("Run All" in fault for fault in tool.check(path, tool.find()))
     assert "hdmil" not in nbformat.read(path, as_version=4).metadata
+
+
+def test_a_widget_that_brings_a_picture_leaves_it():
+    """The slide viewer sends a picture of itself for places without widgets."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "purple").save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    data = {tool.WIDGET_VIEW: {"model_id": "1"}, "image/png": picture, "text/plain": "SlideViewer('a')"}
+    cell = new_code_cell("viewer", outputs=[new_output("display_data", data)])
+    tool._tidy(new_notebook(cells=[cell]))
+    (output,) = cell.outputs
+    assert set(output.data) - {"text/plain"} in ({"image/png"}, {"image/jpeg"})
+    assert output.data["text/plain"] == "SlideViewer('a')"
 
 
 def test_widgets_and_figures_read_well_without_a_kernel(course, tmp_path):

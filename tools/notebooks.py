@@ -148,7 +148,9 @@ def _tidy(notebook: NotebookNode) -> None:
         kept = []
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if WIDGET_VIEW in data:
+            if WIDGET_VIEW in data and "image/png" in data:
+                del data[WIDGET_VIEW]  # the widget brings its own picture
+            elif WIDGET_VIEW in data:
                 if "children=" not in data.get("text/plain", ""):
                     continue  # a finished progress bar
                 output["data"] = {"text/plain": WIDGET_NOTE}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hdmil_lib.errors import HDMILError
 from hdmil_lib.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from hdmil_lib.slides.reader import Slide
+    from hdmil_lib.viz.viewer import Overlay, SlideViewer
 
 
 @contextmanager
@@ -138,6 +142,29 @@ class Prediction:
             finally:
                 plt.close(figure)
         return figure
+
+    def view(
+        self, slide: "Slide | str | Path", overlays: "Mapping[str, np.ndarray | Overlay] | None" = None
+    ) -> "SlideViewer":
+        """Show the slide in a notebook, with attention for each class and the kept tiles drawn over it.
+
+        Args:
+            slide: The slide of this prediction, open or as a file.
+            overlays: More to draw, by name: one value per tile, (N,).
+
+        Returns:
+            The viewer; its `close` frees what it holds.
+
+        Raises:
+            SlideError: The file is no slide.
+            ValueError: An overlay has the wrong number of values.
+            HDMILError: The packages for notebooks are not installed.
+        """
+        try:
+            from hdmil_lib.viz.viewer import viewer_of
+        except ModuleNotFoundError as error:
+            raise HDMILError(f"{error.name} is missing; run `pip install 'hdmil[notebooks]'`") from error
+        return viewer_of(self, slide, overlays)
 
     def to_geojson(self, path: str | Path, *, kept_only: bool = True) -> None:
         """Write tiles as GeoJSON polygons in level-0 pixels, which QuPath opens on the slide.
