@@ -54,12 +54,10 @@ from hdmil_lib.synthetic.presets import preset_named
 RESULTS = Path(__file__).resolve().parent / "results" / "cluster.json"
 HDMIL = (sys.executable, "-c", "from hdmil_lib.cli import main; main()")
 QUIET = {
-    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
-    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
-    "DASK_DISTRIBUTED__WORKER__MEMORY__MONITOR_INTERVAL": "1s",
-    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    f"DASK_{key.upper().replace('.', '__').replace('-', '_')}": str(value)
+    for key, value in cluster.QUIET.items()
 }
-"""The timers of Dask as docs/scale.md sets them."""
+"""The same as variables of the environment, as docs/scale.md sets them."""
 
 EMPTY = """
 import sys, time

@@ -35,6 +35,17 @@ if TYPE_CHECKING:
     from hdmil_lib.training.crossval import Job
     from hdmil_lib.training.trained import CrossValidation
 
+QUIET: Mapping[str, Any] = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.worker.memory.monitor-interval": "1s",
+    "distributed.worker.profile.enabled": False,
+}
+"""Dask's timers for tasks of seconds, for `dask.config.set` before a cluster is made.
+
+By default a worker and its nanny wake a hundred times a second, which takes some percent of their core.
+"""
+
 PATIENCE = 60.0
 """Seconds that a run waits for a worker when all are gone."""
 
