@@ -82,7 +82,7 @@ print(seconds, memory)
 class Sizes:
     """How much is measured."""
 
-    slides: int = 10
+    slides: int = 8
     side: int = 6144
     repeats: int = 3
     tiny: int = 200

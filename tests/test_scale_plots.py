@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 
 def test_each_process_has_a_row_with_its_slides():
     done = pd.DataFrame({"pid": [7, 9, 7], "begin": [0.0, 0.5, 2.0], "end": [2.0, 1.5, 3.0]})
-    ax = worker_timeline(done.assign(slide_id=list("abc")), killed=1.5)
+    ax = worker_timeline(done.assign(lost=[None, True, None]), killed=1.5)
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, False, True]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["process 7", "process 9"]
     assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 2), (2, 1), (0.5, 1)]
     assert [text.get_text() for text in ax.texts] == ["SIGKILL"]

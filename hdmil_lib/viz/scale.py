@@ -7,22 +7,28 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from hdmil_lib.viz.style import INK, MUTED, VERMILION, axes_or_new, looks
+from hdmil_lib.viz.style import INK, MUTED, PALE, VERMILION, axes_or_new, looks
 
 
 def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float | None = None) -> Axes:
     """The slides of each process as bars over time.
 
     Args:
-        done: One row per slide: `pid`, `slide_id`, `begin` and `end`, in seconds since the run began.
+        done: One row per slide: `pid`, `begin` and `end`, in seconds since the run began. Rows with a true
+            `lost` are slides that a killed process did not end.
         ax: Axes to draw on.
         killed: When a process was killed, in seconds since the run began.
     """
+    lost = done["lost"].eq(True) if "lost" in done else pd.Series(False, done.index)
     processes = list(dict.fromkeys(done.sort_values("begin")["pid"]))
     ax = axes_or_new(ax, (8, 0.9 + 0.45 * len(processes)))
     for row, look in enumerate(looks(map(str, processes)).values()):
-        own = done[done["pid"] == processes[row]]
-        ax.barh(row, own["end"] - own["begin"], left=own["begin"], color=look["color"], edgecolor="white")
+        for rows, style in (
+            (~lost, {"color": look["color"], "edgecolor": "white"}),
+            (lost, {"color": PALE, "edgecolor": VERMILION, "hatch": "////"}),
+        ):
+            own = done[rows & (done["pid"] == processes[row])]
+            ax.barh(row, own["end"] - own["begin"], left=own["begin"], **style)
     if killed is not None:
         ax.axvline(killed, color=VERMILION, lw=1.5, ls="--")
         ax.annotate(
