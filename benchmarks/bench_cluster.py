@@ -180,7 +180,7 @@ def dask(
         place = Path(folder) / "scheduler.json"
         options = ("--port", "0", "--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(place))
         scheduler = begin("dask_scheduler", *options)
-        while not place.exists():
+        while not (place.exists() and place.read_text().rstrip().endswith("}")):
             time.sleep(0.05)
         address = json.loads(place.read_text())["address"]
         options = ("--nthreads", "1", "--no-dashboard", "--local-directory", folder)

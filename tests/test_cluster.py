@@ -165,7 +165,7 @@ def test_a_scheduler_that_is_killed_is_said_and_the_run_resumes(slides, here, tm
 
     try:
         start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place))
-        wait_for(place.is_file)
+        wait_for(lambda: place.is_file() and place.read_text().rstrip().endswith("}"))
         address = json.loads(place.read_text())["address"]
         start("dask_worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path))
         client = cluster.connect(address)

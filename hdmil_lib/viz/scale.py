@@ -23,12 +23,13 @@ def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float
     processes = list(dict.fromkeys(done.sort_values("begin")["pid"]))
     ax = axes_or_new(ax, (8, 0.9 + 0.45 * len(processes)))
     for row, look in enumerate(looks(map(str, processes)).values()):
-        for rows, style in (
-            (~lost, {"color": look["color"], "edgecolor": "white"}),
-            (lost, {"color": PALE, "edgecolor": VERMILION, "hatch": "////"}),
+        for rows, color, edge, hatch in (
+            (~lost, look["color"], "white", ""),
+            (lost, PALE, VERMILION, "////"),
         ):
             own = done[rows & (done["pid"] == processes[row])]
-            ax.barh(row, own["end"] - own["begin"], left=own["begin"], **style)
+            width = own["end"] - own["begin"]
+            ax.barh(row, width, left=own["begin"], color=color, edgecolor=edge, hatch=hatch)
     if killed is not None:
         ax.axvline(killed, color=VERMILION, lw=1.5, ls="--")
         ax.annotate(
