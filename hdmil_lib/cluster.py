@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
     from hdmil_lib.models import HDMIL
     from hdmil_lib.training.crossval import Job
     from hdmil_lib.training.trained import CrossValidation
+
+QUIET: Mapping[str, Any] = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.worker.memory.monitor-interval": "1s",
+    "distributed.worker.profile.enabled": False,
+}
+"""Dask's timers for tasks of seconds, for `dask.config.set` before a cluster is made.
+
+By default a worker and its nanny wake a hundred times a second, which takes some percent of their core.
+"""
 
 PATIENCE = 60.0
 """Seconds that a run waits for a worker when all are gone."""
@@ -372,15 +384,16 @@ def _line(error: BaseException) -> str:
 
 def _about(paths: Sequence[str]) -> tuple[str, str, list[str]]:
     """Version of hdmil, name of the machine, and those of the paths that are not there."""
-    import socket
-
-    return __version__, socket.gethostname(), [path for path in paths if not Path(path).exists()]
+    return __version__, gethostname(), [path for path in paths if not Path(path).exists()]
 
 
 def _worker_task(function: Callable[..., Any], arguments: tuple[Any, ...], run_id: str, name: str) -> Any:
-    """Run a task on the one thread of this worker."""
+    """Run a task on the one thread of this worker; an error for the user names the machine."""
     one_core_unless_told()
-    return function(*arguments, run_id=run_id, name=name)
+    try:
+        return function(*arguments, run_id=run_id, name=name)
+    except HDMILError as error:
+        raise HDMILError(f"a worker on {gethostname()}: {error}") from error
 
 
 _runs: dict[tuple[Path, str], SharedRun] = {}

@@ -1,19 +1,24 @@
 """The same work on a cluster of real processes: equal results, kills, poison, and clusters that fail."""
 
+import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from bag_factory import DIM, make_bags, make_cohort
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, WorkerPlugin, get_worker
 from model_factory import ColorEncoder, make_model, write_textured_slide
 from test_cli import hdmil
 
@@ -95,6 +100,13 @@ def holders(out):
     return [owner.pid for owner in map(read_owner, (run_folder(out) / "locks").glob("*.lock")) if owner]
 
 
+def wait_for(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
 def test_bags_are_those_of_one_machine_and_a_second_run_does_nothing(client, slides, here, tmp_path):
     run = partial(cluster.extract, slides, tmp_path, client=client, progress=False)
     report = run()
@@ -110,13 +122,74 @@ def test_a_worker_killed_in_mid_slide_loses_nothing(client, slides, here, tmp_pa
     run = partial(cluster.extract, slides, tmp_path, client=client, progress=False)
     thread = threading.Thread(target=lambda: report.append(run()))
     thread.start()
-    deadline = time.time() + 60
-    while not (run_folder(tmp_path).is_dir() and holders(tmp_path)) and time.time() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: holders(tmp_path))
     os.kill(holders(tmp_path)[0], signal.SIGKILL)
     thread.join()
     assert set(report[0]["status"]) <= {"done", "skipped"}
     same_bags(tmp_path, here)
+
+
+CLIENT = """
+import sys
+from hdmil_lib import cluster
+cluster.extract(sys.argv[2], sys.argv[3], client=cluster.connect(sys.argv[1]), progress=False)
+"""
+
+
+def test_a_client_that_is_killed_loses_nothing_and_the_run_resumes(address, client, slides, here, tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", CLIENT, address, slides, tmp_path])
+    wait_for(lambda: holders(tmp_path))
+    killed.kill()
+    killed.wait()
+    report = cluster.extract(slides, tmp_path, client=client, progress=False)
+    assert set(report["status"]) <= {"done", "skipped"}
+    same_bags(tmp_path, here)
+    assert progress_of(tmp_path).processes["done"].sum() == N_SLIDES, "none was done twice"
+
+
+def test_a_scheduler_that_is_killed_is_said_and_the_run_resumes(slides, here, tmp_path):
+    """Scheduler and worker are commands, as a person starts them."""
+    place, started, found = tmp_path / "scheduler.json", [], []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    def start(module, *arguments):
+        command = [sys.executable, "-m", f"distributed.cli.{module}", "--no-dashboard", *arguments]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started.append(subprocess.Popen(command, env=environment, **silent))
+
+    def run(client):
+        try:
+            cluster.extract(slides, tmp_path / "bags", client=client, progress=False)
+        except HDMILError as error:
+            found.append(str(error))
+
+    try:
+        start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place))
+        wait_for(lambda: place.is_file() and place.read_text().rstrip().endswith("}"))
+        address = json.loads(place.read_text())["address"]
+        start("dask_worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path))
+        client = cluster.connect(address)
+        client.register_plugin(UseDangerous())
+        thread = threading.Thread(target=run, args=(client,))
+        thread.start()
+        wait_for(lambda: holders(tmp_path / "bags"))
+        started[0].kill()
+        thread.join()
+        client.close(timeout=1)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert found == [str(cluster._lost())]
+    report = cluster_here(slides, tmp_path / "bags")
+    assert set(report["status"]) <= {"done", "skipped"}
+    same_bags(tmp_path / "bags", here)
+
+
+def cluster_here(slides, out):
+    from hdmil_lib.encoders.extraction import extract
+
+    return extract(slides, ColorEncoder(), out, progress=False)
 
 
 def test_a_slide_that_kills_every_worker_is_set_aside_and_the_rest_completes(client, slides, here, tmp_path):
@@ -159,6 +232,20 @@ def test_commands_take_the_address_of_a_scheduler(address, client, slides, tmp_p
     assert f"{N_SLIDES} of {N_SLIDES} slides" in hdmil("predict", slides, *arguments)
 
 
+def test_the_command_trains_on_a_cluster(address, client, tmp_path):
+    (tmp_path / "cohort").mkdir()
+    cohort = make_cohort(tmp_path / "cohort", *make_bags(18, n_tiles=8))
+    bags = cohort.bag_path(cohort.slide_ids[0]).parent
+    arguments = ("--cohort", tmp_path / "cohort" / "cohort.csv", "--bags", bags, "--folds", 3, "--epochs", 2)
+    command = ("train", *arguments, "--no-screening", "--compare", "abmil", "--scheduler", address)
+    hdmil(*command, "--out", tmp_path / "trained")
+    hdmil(*command[:-2], "--out", tmp_path / "here", "--workers", 1)
+    tables = [pd.read_csv(tmp_path / name / "scores.csv") for name in ("trained", "here")]
+    pd.testing.assert_frame_equal(*tables)
+    done = progress_of(tmp_path / "trained" / "runs").processes
+    assert (done["done"].sum(), os.getpid() in set(done["pid"])) == (6, False)
+
+
 @pytest.mark.parametrize(
     "wrong", ["tcp://127.0.0.1:9", "127.0.0.1:9", "nonsense", "tcp://nowhere.invalid:8786"]
 )
@@ -181,6 +268,48 @@ def test_workers_of_another_version(client, slides, tmp_path):
             cluster.extract(slides, tmp_path, client=client, progress=False)
     finally:
         client.run(pretend, cluster.__version__)
+
+
+def test_workers_without_the_weights(client, slides, tmp_path):
+    def without(message):
+        from hdmil_lib import cluster, errors
+        from hdmil_lib.encoders import loading
+
+        def refuse(*_, **__):
+            raise errors.HDMILError(message)
+
+        cluster._encoder.cache_clear()
+        loading.load_encoder = refuse if message else lambda *_, **__: Dangerous()
+
+    client.run(without, "uni: the weights are not here; download them first")
+    try:
+        with pytest.raises(
+            HDMILError, match=r"^a worker on .*: uni: the weights are not here; download"
+        ) as e:
+            cluster.extract(slides, tmp_path, client=client, progress=False)
+        assert "\n" not in str(e.value)
+    finally:
+        client.run(without, "")
+
+
+def test_tasks_go_to_workers_with_a_gpu_where_there_are_some():
+    """No GPU is needed: the resource is a number that a worker is started with."""
+
+    def place(*, run_id, name):
+        return get_worker().name
+
+    options = {"nthreads": 1, "dashboard": False}
+    workers = {
+        "plain": {"cls": Worker, "options": options},
+        "gpu": {"cls": Worker, "options": options | {"resources": {"GPU": 1}}},
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0}}
+    tasks = {f"task{i}": (place, ()) for i in range(8)}
+    with SpecCluster(workers=workers, scheduler=scheduler) as local, Client(local) as client:
+        client.wait_for_workers(2, timeout=60)
+        with TemporaryDirectory() as folder:
+            places = cluster._run(client, tasks, Path(folder), [], False)
+    assert set(places.values()) == {"gpu"}
 
 
 def test_a_folder_that_workers_do_not_see(client, tmp_path):

@@ -50,6 +50,9 @@ RIGHT = [
     ("04.1", {0.5: "stays", 0.7: "falls"}, {}),
     ("04.2", {"with noise": 0.18, "without": 0.12}, {}),
     ("04.3", top_k_mask, {}),
+    ("10.1", 125, {}),
+    ("10.2", "largest first", {}),
+    ("10.3", lambda seconds, count: max(seconds[k::count].sum() for k in range(count)), {}),
 ]
 
 WRONG = [
@@ -88,6 +91,11 @@ WRONG = [
     ("04.3", lambda a, ratio: top_k_mask(a, ratio).detach(), {}, "no gradient"),
     ("04.3", lambda a, ratio: top_k_mask(-a, ratio), {}, "dropped whose highest"),
     ("04.3", lambda a, ratio: a.sigmoid(), {}, "neither 0 nor 1"),
+    ("10.1", 1000, {}, "eight bits"),
+    ("10.1", 12, {}, "per second"),
+    ("10.2", "smallest first", {}, "last minutes"),
+    ("10.3", lambda seconds, count: seconds.sum() / count, {}, "the mean over the shards"),
+    ("10.3", lambda seconds, count: seconds.sum(), {}, "every count-th slide"),
 ]
 
 

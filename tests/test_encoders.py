@@ -292,6 +292,24 @@ def test_a_copy_of_a_compiled_encoder_is_compiled(loaded, monkeypatch):
 
 
 @pytest.mark.skipif(not has_openvino(), reason="no openvino")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_openvino_keeps_to_the_threads_that_it_is_given(threads, loaded, monkeypatch):
+    """Processes that share a machine rely on OMP_NUM_THREADS, which OpenVINO itself does not read."""
+    openvino = pytest.importorskip("openvino")
+    asked, compiled = [], openvino.Core.compile_model
+
+    def compile_model(core, *arguments):
+        model = compiled(core, *arguments)
+        asked.append(model.get_property("INFERENCE_NUM_THREADS"))
+        return model
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_model)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    load_encoder("color", device="cpu", engine="openvino", precision="fp32")
+    assert asked == [threads]
+
+
+@pytest.mark.skipif(not has_openvino(), reason="no openvino")
 def test_openvino_has_no_copies(loaded):
     with pytest.raises(HDMILError, match="'openvino' runs on the CPU alone.*engine='torch'"):
         loaded["openvino"].to("cpu")

@@ -22,17 +22,22 @@ from hdmil_lib.sharing import read_owner, run_folder
 N_SLIDES = 6
 
 WORKER = """
-import os, sys, time
+import os, resource, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from model_factory import ColorEncoder, make_model
 from hdmil_lib.encoders.extraction import extract
 
-command, slides, out, seconds = sys.argv[2:6]
+command, slides, out, seconds, pattern, count, limit = sys.argv[2:]
+if int(limit):  # what stands for a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 
 class Slow(ColorEncoder):
     def __call__(self, tiles):
         time.sleep(float(seconds))
+        while len(list(Path(out).glob(pattern))) < int(count):
+            time.sleep(0.02)
         return super().__call__(tiles)
 
 if command == "extract":
@@ -55,11 +60,17 @@ def slides(tmp_path_factory):
 
 @pytest.fixture
 def start(slides):
-    """A function that starts a process that works, with this many seconds per call of the encoder."""
+    """A function that starts a process that works, with this many seconds per call of the encoder.
+
+    Its encoder can wait until there are `count` files of a pattern, and its files can be limited in bytes.
+    """
     started = []
 
-    def begin(command: str, out: Path, seconds: float) -> subprocess.Popen:
+    def begin(
+        command: str, out: Path, seconds: float, pattern: str = "*", count: int = 0, limit: int = 0
+    ) -> subprocess.Popen:
         arguments = [str(Path(__file__).parent), command, str(slides), str(out), str(seconds)]
+        arguments += [pattern, str(count), str(limit)]
         started.append(subprocess.Popen([sys.executable, "-c", WORKER, *arguments]))
         return started[-1]
 
@@ -108,6 +119,35 @@ def test_processes_share_the_slides_and_none_does_one_twice(start, undisturbed, 
     assert notes["pid"].nunique() == 2
     same_bags(tmp_path, undisturbed)
     assert not any((run_folder(tmp_path) / "locks").iterdir())
+
+
+def test_a_slow_process_does_its_slide_and_another_the_rest(start, undisturbed, tmp_path):
+    """The slow one ends its slide only when all others are there."""
+    slow = start("extract", tmp_path, 0, "s*.h5", N_SLIDES - 1)
+    wait_until(partial(works, tmp_path, slow))
+    fast = start("extract", tmp_path, 0)
+    assert [process.wait(120) for process in (slow, fast)] == [0, 0]
+    notes = done_by(tmp_path)
+    assert sorted(notes["slide_id"]) == [f"s{i}" for i in range(N_SLIDES)]
+    assert notes["pid"].value_counts().to_dict() == {slow.pid: 1, fast.pid: N_SLIDES - 1}
+    same_bags(tmp_path, undisturbed)
+
+
+def test_a_disk_that_is_full_for_one_process_loses_nothing(start, undisturbed, tmp_path):
+    """The other one ends its slide after the first failure; what failed is told, and done by the next run."""
+    whole = start("extract", tmp_path, 0, ".hdmil/failed/*.txt", 1)
+    wait_until(partial(works, tmp_path, whole))
+    limited = start("extract", tmp_path, 0, limit=2000)
+    assert [process.wait(120) for process in (whole, limited)] == [0, 0]
+    slides = progress_of(tmp_path).slides
+    failed = slides[slides["status"] == "failed"]
+    assert set(done_by(tmp_path)["pid"]) == {whole.pid}
+    assert all("make room or choose another place" in error for error in failed["error"])
+    assert len(list(tmp_path.glob("[!.]*"))) == N_SLIDES - len(failed) > 0, "no partial file"
+    assert start("extract", tmp_path, 0).wait(120) == 0
+    same_bags(tmp_path, undisturbed)
+    assert done_by(tmp_path)["slide_id"].is_unique
+    assert set(progress_of(tmp_path).slides["status"]) == {"done"}
 
 
 def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(start, undisturbed, tmp_path):

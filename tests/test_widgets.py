@@ -38,6 +38,7 @@ def grid() -> Grid:
         shape=(3, 4),
         patches=generator.integers(0, 255, (12, 16, 16, 3), np.uint8),
         patch_mpp=8.0,
+        tile_um=128.0,
         read_tile=lambda slide, i: np.full((256, 256, 3), 20 * i, np.uint8),
     )
 

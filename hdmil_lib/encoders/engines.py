@@ -146,6 +146,7 @@ class OpenVINOEngine:
         hints = {
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_PRECISION_HINT": {"bf16": "bf16"}.get(precision, "f32"),
+            "INFERENCE_NUM_THREADS": n_threads(),  # it does not look at OMP_NUM_THREADS
         }
         try:
             compiled = ov.Core().compile_model(model_path, "CPU", hints)

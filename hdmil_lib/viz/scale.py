@@ -1,0 +1,65 @@
+"""Figures of runs that several workers share: who did what when, and what limits more workers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
+
+from hdmil_lib.viz.style import INK, MUTED, PALE, VERMILION, axes_or_new, looks
+
+
+def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float | None = None) -> Axes:
+    """The slides of each process as bars over time.
+
+    Args:
+        done: One row per slide: `pid`, `begin` and `end`, in seconds since the run began. Rows with a true
+            `lost` are slides that a killed process did not end.
+        ax: Axes to draw on.
+        killed: When a process was killed, in seconds since the run began.
+    """
+    lost = done["lost"].eq(True) if "lost" in done else pd.Series(False, done.index)
+    processes = list(dict.fromkeys(done.sort_values("begin")["pid"]))
+    ax = axes_or_new(ax, (8, 0.9 + 0.45 * len(processes)))
+    for row, look in enumerate(looks(map(str, processes)).values()):
+        for rows, color, edge, hatch in (
+            (~lost, look["color"], "white", ""),
+            (lost, PALE, VERMILION, "////"),
+        ):
+            own = done[rows & (done["pid"] == processes[row])]
+            width = own["end"] - own["begin"]
+            ax.barh(row, width, left=own["begin"], color=color, edgecolor=edge, hatch=hatch)
+    if killed is not None:
+        ax.axvline(killed, color=VERMILION, lw=1.5, ls="--")
+        ax.annotate(
+            "SIGKILL", (killed, -0.55), color=VERMILION, ha="center", va="bottom", annotation_clip=False
+        )
+    ax.set_yticks(range(len(processes)), [f"process {pid}" for pid in processes])
+    ax.set(xlabel="seconds since the run began", xlim=(0, None), ylim=(len(processes) - 0.5, -0.5))
+    return ax
+
+
+def saturation(
+    per_core: Mapping[str, float], limits: Mapping[str, float], ax: Axes | None = None, *, most: int = 1024
+) -> Axes:
+    """What many cores together read, against what storage and networks give; both axes logarithmic.
+
+    Args:
+        per_core: MB/s that one core reads, by the name of the work.
+        limits: MB/s that a storage or network gives, by its name.
+        ax: Axes to draw on.
+        most: Largest number of cores.
+    """
+    ax = axes_or_new(ax)
+    cores = np.geomspace(1, most, 50)
+    for name, look in looks(per_core).items():
+        ax.plot(cores, cores * per_core[name], label=name, **(look | {"marker": ""}))
+    for name, limit in limits.items():
+        ax.axhline(limit, color=MUTED, lw=1, ls=":")
+        ax.text(1.1, limit * 1.08, name, color=INK, fontsize=8, va="bottom")
+    ax.set(xscale="log", yscale="log", xlabel="cores, one worker each", ylabel="MB/s read from the slides")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.legend(loc="lower right")
+    return ax

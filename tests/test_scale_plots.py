@@ -1,0 +1,24 @@
+"""What the figures about many workers say; their looks were checked by eye."""
+
+import matplotlib
+import pandas as pd
+
+from hdmil_lib.viz.scale import saturation, worker_timeline
+
+matplotlib.use("Agg")
+
+
+def test_each_process_has_a_row_with_its_slides():
+    done = pd.DataFrame({"pid": [7, 9, 7], "begin": [0.0, 0.5, 2.0], "end": [2.0, 1.5, 3.0]})
+    ax = worker_timeline(done.assign(lost=[None, True, None]), killed=1.5)
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, False, True]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["process 7", "process 9"]
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 2), (2, 1), (0.5, 1)]
+    assert [text.get_text() for text in ax.texts] == ["SIGKILL"]
+
+
+def test_the_lines_rise_with_the_cores_and_the_limits_are_named():
+    ax = saturation({"small": 10.0, "large": 1.0}, {"1 Gbit/s": 125.0}, most=100)
+    assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [1000, 100]
+    assert ax.texts[0].get_text() == "1 Gbit/s"
+    assert "MB/s" in ax.get_ylabel()
