@@ -513,7 +513,7 @@ for path in sorted(folder.glob("bad*")):
 
 
 def test_configurations_out_of_bounds_are_refused_at_once(tmp_path):
-    """Each by a CheckpointError of one line, within a second of the processor, without large memory; digests agree."""
+    """Each by a CheckpointError of one line, in a second of CPU time, without large memory; digests agree."""
     good = tmp_path / "good"
     make_model().save_pretrained(good)
     text = (good / "config.json").read_bytes()
