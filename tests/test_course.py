@@ -94,6 +94,14 @@ def by_slide(first, second, cases):
     return disagreement(first, second, np.arange(len(cases)))
 
 
+HEADS = {
+    "means": {
+        "K = 3, linear start": 0.9,
+        "K = 3, random start": 0.905,
+        "K = 12, linear start": 0.87,
+        "K = 12, random start": 0.805,
+    }
+}
 LABELS = [0] * 18 + [1] * 19
 STEPS = [[0.2, 0.8], [0.1, 0.9]]
 BLOCKS = {"kept": 20, "block": 16, "probabilities": np.array([0.1, 0.9])}
@@ -117,6 +125,7 @@ RIGHT = [
     ("05.1", {"left of zero": "whatever their polynomial happens to be", "matters for DMIN": "no"}, {}),
     ("05.2", Product(0.1), {}),
     ("05.3", clenshaw, {}),
+    ("05.4", (-3, -7), HEADS),
     ("06.1", "nothing", {}),
     ("06.2", {"s": 3 * SCORES["s"][:, 1] + 1}, {"scores": SCORES}),
     ("06.3", color_scores, {}),
@@ -181,6 +190,11 @@ WRONG = [
     ("05.2", "deep", {}, "the function itself"),
     ("05.3", lambda x, c: clenshaw(x, c) + c[0], {}, "degree 0"),
     ("05.3", lambda x, c: clenshaw(x, c)[:1], {}, r"\(1,\)"),
+    ("05.4", (-9.5, -7), HEADS, "one thing only"),
+    ("05.4", (3, -7), HEADS, "its sign"),
+    ("05.4", (-0.03, -7), HEADS, "one point"),
+    ("05.4", (-3, -6.5), HEADS, "more is that"),
+    ("05.4", (-3, 0), HEADS, "two differences"),
     ("06.1", "some", {}, "gallery"),
     ("06.2", {"s": SCORES["s"][:, 0]}, {"scores": SCORES}, "normal branch"),
     ("06.2", {"s": SCORES["s"].max(1)}, {"scores": SCORES}, "other branch still count"),

@@ -82,6 +82,35 @@ def _clenshaw(answer: object) -> str:
     return "It agrees with another implementation for degrees 0 to 12, and it never formed a polynomial."
 
 
+@exercise("05.4")
+def _degree_and_start(answer: Sequence[object], *, means: Mapping[str, float]) -> str:
+    degree, interaction = (number(part) for part in answer)
+    mean = {
+        (k, start): 100 * means[f"K = {k}, {start} start"] for k in (3, 12) for start in ("linear", "random")
+    }
+    alone = mean[12, "linear"] - mean[3, "linear"]
+    both = mean[12, "random"] - mean[3, "linear"]
+    start = {k: mean[k, "random"] - mean[k, "linear"] for k in (3, 12)}
+    if abs(degree - both) < 0.2:
+        raise Wrong("Between these two heads both the degree and the start differ. Change one thing only.")
+    if abs(degree + alone) < 0.2:
+        raise Wrong("The degree is right but for its sign: take K = 12 minus K = 3.")
+    if abs(degree - alone) > 0.2:
+        raise Wrong(
+            "For the degree alone, compare the two heads with a linear start; 0.01 of AUC is one point."
+        )
+    if abs(interaction - start[12]) < 0.2:
+        raise Wrong("This is what the start changes at K = 12. By how much more is that than at K = 3?")
+    if abs(interaction - (start[12] - start[3])) > 0.2:
+        raise Wrong(
+            "The interaction is a difference of two differences: that of the starts at K = 12, and at K = 3."
+        )
+    return (
+        "A comparison of K = 12 from a random with K = 3 from a linear start would have mixed all three "
+        "effects."
+    )
+
+
 # Notebook 06
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from hdmil_lib.viz.style import BLUE, CYCLE, GREEN, INK, MUTED, ORANGE, PALE, VERMILION, axes_or_new, plain
 
@@ -209,13 +210,15 @@ def memory_accesses(
     ax.imshow(picture, cmap=colors, vmin=0, vmax=3, aspect="auto")
     ax.set_xticks(np.arange(last + 2) - 0.5, minor=True)
     ax.set_yticks(np.arange(len(picture) + 1) - 0.5, minor=True)
-    ax.grid(which="minor", color=PALE, lw=0.8)
+    ax.grid(which="minor", color=PALE, lw=1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for edge in range(shape[-1], size, shape[-1]) if len(shape) > 1 else ():
         ax.axvline(edge - 0.5, color=MUTED, lw=0.8)
     ax.axvline(size - 0.5, color=INK, lw=1.8)
     ax.set_yticks(range(len(accesses)), [f"program {access.program}" for access in accesses])
     ax.tick_params(which="both", length=0, labelsize=8)
-    ax.set_title(plain(f"{argument}: {kind}s, element of memory"), fontsize=9)
+    ax.set_title(plain(f"{argument}: {kind}s"), fontsize=9)
+    ax.set_xlabel("position in memory", fontsize=8)
     return ax
 
 
@@ -233,9 +236,13 @@ def loads_and_stores(recording: "Recording", arguments: Sequence[str] = ()) -> F
                 panels.append((argument, kind, rows))
     heights = [0.55 + 0.2 * rows for _, _, rows in panels]
     figure = plt.figure(figsize=(8.4, 0.4 + sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
     for (argument, kind, _), ax in zip(panels, axes, strict=True):
-        memory_accesses(recording, argument, kind, ax)
+        widest = max(ax.get_xlim()[1], memory_accesses(recording, argument, kind, ax).get_xlim()[1])
+        ax.set(xlim=(-0.5, widest), xlabel="")
+        ax.tick_params(labelbottom=True)
+    axes[-1].set_xticks(np.arange(-0.5, axes[-1].get_xlim()[1] + 1), minor=True)  # for all, since x is shared
+    axes[-1].set_xlabel("position in memory", fontsize=8)
     handles = [Patch(color=color, label=name) for name, color in LANES.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8)
     return figure
