@@ -3,16 +3,20 @@
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import puzzle_kernels as kernels
 import pytest
 import torch
+
+from hdmil_lib.course import check, puzzles
+from hdmil_lib.errors import HDMILError
+from hdmil_lib.viz.hardware import loads_and_stores, memory_accesses
+
+pytest.importorskip("triton")
+
+import puzzle_kernels as kernels  # these need Triton
 import triton
 import triton.language as tl
 
-from hdmil_lib.course import puzzles
-from hdmil_lib.errors import HDMILError
 from hdmil_lib.kernels.recording import record
-from hdmil_lib.viz.hardware import loads_and_stores, memory_accesses
 
 matplotlib.use("Agg")
 
@@ -130,6 +134,32 @@ SOLUTIONS = {
     "09.5": kernels.largest,
     "09.6": kernels.pooling,
 }
+
+
+WRONG = [
+    ("09.2", len, "no Triton kernel"),
+    ("09.2", kernels.color, "takes patches, means"),
+    ("09.2", kernels.density_without_mask, "Program 2 loads from 3 places.*element 21"),
+    ("09.2", kernels.density_of_first_block, r"first at \[8\]: it is nan, and no program"),
+    ("09.4", kernels.gather_masked_by_size, "nobody needs|more than once"),
+    ("09.5", kernels.largest_with_zeros, r"first at \[0\]: it is 0, and program 0"),
+    ("09.6", kernels.pooling_of_all_loaded, r"nobody needs, the first at \[1, 0\]"),
+]
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_a_solution_is_right(name):
+    verdict = check(name, SOLUTIONS[name])
+    assert verdict.state == "right", verdict
+    assert check(name, None).state == "open"
+
+
+@pytest.mark.parametrize(("name", "kernel", "hint"), WRONG)
+def test_a_mistake_gets_a_hint(name, kernel, hint):
+    verdict = check(name, kernel)
+    assert verdict.state == "wrong", verdict
+    with pytest.raises(AssertionError, match=hint):
+        raise AssertionError(verdict.text)
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
