@@ -225,6 +225,17 @@ def _stopping_rule(answer: object, *, trajectories: "Sequence[Trajectory]") -> s
     )
 
 
+@exercise("07.4")
+def _what_to_ask(answer: object) -> str:
+    choose(
+        answer,
+        "random tiles",
+        ("random tiles", "seconds", "more digits"),
+        "At this share, what would a selection score that knows nothing? Look at the table of the answer.",
+    )
+    return "At 60 % random tiles lose as little. Only beside them does the number say something."
+
+
 def _first_stop(rule: object, trajectory: "Trajectory") -> int:
     """Block after which the reader's rule stops, at latest the last; it sees no later block."""
     share = trajectory.n_read / trajectory.n_read[-1]
@@ -325,3 +336,34 @@ def _disagreement(answer: Callable[..., Any]) -> str:
     if number(call(answer, first, first, cases)[0]) != 0:
         raise Wrong("A method disagrees with itself.")
     return "The interval holds for cases, which is what patients are. With slides it would be half as wide."
+
+
+@exercise("08.4")
+def _four_judgments(answer: Mapping[str, str]) -> str:
+    hints = {
+        "A": (
+            ("real", "not shown"),
+            "not shown",
+            "Seven tests were made. Which of the two, interval or adjusted p, knows that?",
+        ),
+        "B": (
+            ("equal", "not shown"),
+            "not shown",
+            "The interval contains zero. Does it contain nothing else?",
+        ),
+        "C": (
+            ("too sure", "not sure enough"),
+            "too sure",
+            "It says 80 %. How often is it right?",
+        ),
+        "D": (
+            ("shown", "not shown"),
+            "not shown",
+            "With a true rate of 20 %, how often are there no errors on ten slides?",
+        ),
+    }
+    for letter, (options, right, hint) in hints.items():
+        if letter not in answer:
+            raise Wrong(f"There is no answer for {letter}.")
+        choose(answer[letter], right, options, f"{letter}: {hint}")
+    return "Three of four say that something was *not shown*, which is not the same as that it is not so."
