@@ -1,4 +1,4 @@
-"""Exercises of notebooks 05 to 08: the classifier head, LIPN, fast inference and statistics."""
+"""Exercises of notebooks 05 to 08 and 10: the head, LIPN, fast inference, statistics, clusters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -367,3 +367,46 @@ def _four_judgments(answer: Mapping[str, str]) -> str:
             raise Wrong(f"There is no answer for {letter}.")
         choose(answer[letter], right, options, f"{letter}: {hint}")
     return "Three of four say that something was *not shown*, which is not the same as that it is not so."
+
+
+# Notebook 10
+
+
+@exercise("10.1")
+def _cores_that_saturate_a_network(answer: object) -> str:
+    cores = number(answer)
+    if 900 < cores < 1100:
+        raise Wrong("The network gives 10 Gbit/s, which is 1.25 GB/s: a byte has eight bits.")
+    if not 115 <= cores <= 135:
+        raise Wrong(
+            "How many MB of slides does one core read per second? How often does that fit in 10 Gbit/s?"
+        )
+    return "One core reads 10 MB/s, and 125 of them 1.25 GB/s. Beyond that, more cores wait."
+
+
+@exercise("10.2")
+def _order_of_the_slides(answer: object) -> str:
+    choose(
+        answer,
+        "largest first",
+        ("largest first", "smallest first", "as they come"),
+        "Draw the last minutes of the run: who works, and who has nothing left to take?",
+    )
+    return "A large slide that begins last runs alone while all other workers have ended."
+
+
+@exercise("10.3")
+def _makespan_of_shards(answer: object) -> str:
+    rng = np.random.default_rng(0)
+    for n, count in ((40, 16), (5, 1), (3, 4)):
+        seconds = rng.lognormal(0, 0.6, n)
+        exact = max(seconds[k::count].sum() for k in range(count))
+        mine = number(call(answer, seconds, count))
+        if np.isclose(mine, seconds.sum() / count) and not np.isclose(mine, exact):
+            raise Wrong("That is the mean over the shards. The run ends when the last shard does.")
+        if not np.isclose(mine, exact):
+            raise Wrong(
+                f"For {n} slides in {count} shards the run takes another time. Shard k gets every count-th "
+                "slide, from the k-th on."
+            )
+    return "The slowest shard decides. With locks a worker that is free takes the next slide."
