@@ -120,7 +120,8 @@ def record(kernel: Any, grid: Sequence[int], *arguments: Any, **named: Any) -> R
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     guarded = {name: _Guarded(tensor) for name, tensor in tensors.items()}
     accesses: list[Access] = []
-    with _interpreted_language(), _watched(guarded, tuple(grid), accesses):
+    quiet = np.errstate(all="ignore")  # a GPU does not warn of a division by zero either
+    with quiet, _interpreted_language(), _watched(guarded, tuple(grid), accesses):
         try:
             interpreted[tuple(grid)](**values | {name: copy.view for name, copy in guarded.items()})
         except Exception as error:
