@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def test_runs_from_nothing(path, module_cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 def test_keeps_to_the_limits(path):
     assert list(tool.check(path, COURSE)) == []
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_pictures_of_solutions_have_alternative_texts(path):
+    assert list(tool.check_alt_texts(path)) == []
 
 
 def test_numbers_and_solutions_are_complete():
@@ -161,10 +167,34 @@ def test_an_unknown_name_is_refused(course):
         tool.find(["07"])
 
 
+def test_pictures_have_a_text_for_those_who_cannot_see_them(course, tmp_path):
+    path, out = tool.find(["00"])[0], tmp_path / "out"
+    append(path, new_code_cell(f"from IPython.display import Image\nImage({PIXEL!r})", id="dot"))
+    tool.execute(path, out)
+    tool.write_back(path, out)
+    assert list(tool.check_alt_texts(path)) == ["cell 5 (dot) has 1 pictures, alt_texts.json 0 texts for it"]
+    texts = {"00_start_here": {"dot": "A white dot.", "gone": "A line."}}
+    (course / tool.ALT_TEXTS).write_text(json.dumps(texts))
+    assert list(tool.check_alt_texts(path)) == ["alt_texts.json describes cell gone, which does not exist"]
+    tool.alt_command(None)
+    output = nbformat.read(path, as_version=4).cells[4].outputs[0]
+    assert output.metadata == {"image/png": {"alt": "A white dot."}}
+    assert output.data["text/plain"] == "A white dot."
+    texts = {"00_start_here": {"dot": "A black dot."}}
+    (course / tool.ALT_TEXTS).write_text(json.dumps(texts))
+    assert ["old alternative text" in fault for fault in tool.check_alt_texts(path)] == [True]
+    assert tool.execute(path, tmp_path / "again").error is None
+    output = nbformat.read(tmp_path / "again" / path.name, as_version=4).cells[4].outputs[0]
+    assert output.metadata["image/png"]["alt"] == "A black dot."
+
+
 def as_png(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+PIXEL = base64.b64decode(as_png(np.full((1, 1, 3), 255, np.uint8)))
 
 
 def test_pictures_of_tissue_become_jpeg_and_drawings_stay_png():

@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hdmil_lib.viz.scores import SOURCES, auc_intervals, reliability_plot, score_against_keep_ratio
+from hdmil_lib.viz.scores import (
+    SOURCES,
+    auc_intervals,
+    chance_plot,
+    difference_intervals,
+    reliability_plot,
+    score_against_keep_ratio,
+    scores_by_fold,
+)
 from hdmil_lib.viz.style import use_style
 
 matplotlib.use("Agg")
@@ -34,6 +42,9 @@ def scores():
             "pooled_auc": [0.7, 0.9, 0.95],
             "pooled_low": [0.6, 0.85, 0.9],
             "pooled_high": [0.8, 0.94, 0.98],
+            "difference": [-0.2, np.nan, 0.05],
+            "difference_low": [-0.3, np.nan, -0.01],
+            "difference_high": [-0.1, np.nan, 0.11],
             "p_holm": [0.0004, np.nan, 0.2],
         },
         index=pd.Index(["max", "hdmil", "hdmil_dagger"], name="method"),
@@ -53,6 +64,8 @@ def ratios(sources=tuple(SOURCES)):
 DRAW = {
     "reliability": lambda ax: reliability_plot(predictions(), ax),
     "intervals": lambda ax: auc_intervals(scores(), ax),
+    "differences": lambda ax: difference_intervals(scores(), ax),
+    "chance": lambda ax: chance_plot(np.linspace(0.4, 0.6, 50), 0.55, ax),
     "ratios": lambda ax: score_against_keep_ratio(ratios(), ax),
 }
 
@@ -65,7 +78,7 @@ def test_draws_on_the_axes_it_is_given_and_labels_them(name):
     assert not left.has_data()
     assert plt.get_fignums() == [figure.number]
     assert right.get_xlabel()
-    assert right.get_ylabel() or name == "intervals"
+    assert right.get_ylabel() or name in ("intervals", "differences")
     assert DRAW[name](None).figure is not figure
 
 
@@ -100,6 +113,37 @@ def test_intervals_are_ordered_and_marked():
 def test_intervals_need_the_reference():
     with pytest.raises(ValueError, match="reference 'abmil' is not in the table; choose from max"):
         auc_intervals(scores(), reference="abmil")
+
+
+def test_differences_are_in_points_ordered_and_marked():
+    ax = difference_intervals(scores())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["HDMIL†", "Max-Pooling"]
+    assert [text.get_text() for text in ax.texts] == ["0.200", "<0.001 *", "p (Holm)"]
+    _, dagger, worst = ax.lines
+    assert (dagger.get_xdata()[0], worst.get_xdata()[0]) == pytest.approx((5, -20))
+    assert dagger.get_markerfacecolor() == "white"
+    assert worst.get_markerfacecolor() == worst.get_color()
+    assert ax.collections[0].get_segments()[0][:, 0] == pytest.approx([-1, 11])
+    with pytest.raises(ValueError, match="reference 'abmil' is not in the table"):
+        difference_intervals(scores(), reference="abmil")
+
+
+def test_scores_stand_in_their_fold_and_class():
+    table = predictions(["hdmil"])
+    other = table.assign(fold=1, p_0=table["p_1"], p_1=table["p_0"])
+    ax = scores_by_fold(pd.concat([table, other]))
+    assert [text.get_text() for text in ax.texts] == ["AUC 0.80", "AUC 0.20"]
+    normal, tumor = ax.lines[:2]
+    assert (len(normal.get_xdata()), len(tumor.get_xdata())) == (20, 20)
+    assert normal.get_xdata().max() < 0 < tumor.get_xdata().min()
+    assert sorted(set(tumor.get_ydata())) == [0.2, 0.8]
+
+
+def test_chance_shades_the_central_samples():
+    ax = chance_plot(np.linspace(0, 1, 1001), 0.99)
+    assert ax.patches[-1].get_x() == pytest.approx(0.025)
+    assert ax.patches[-1].get_width() == pytest.approx(0.95)
+    assert ax.lines[0].get_xdata()[0] == 0.99
 
 
 def test_ratios_run_from_all_tiles_down():

@@ -3,6 +3,7 @@
     python tools/notebooks.py run [NAME ...]            executed copies in build/notebooks
     python tools/notebooks.py run --inplace [NAME ...]  and their outputs back into notebooks/
     python tools/notebooks.py nav                       rewrite the navigation lines
+    python tools/notebooks.py alt                       rewrite the alternative texts of pictures
     python tools/notebooks.py check                     limits, order, outputs of one clean Run All
 
 A NAME is the start of a file name, such as `04`. Solutions are run with `--solutions`.
@@ -12,6 +13,7 @@ import argparse
 import base64
 import hashlib
 import io
+import json
 import os
 import re
 import statistics
@@ -34,6 +36,7 @@ NOTEBOOKS = ROOT / "notebooks"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "[interactive: run this cell to move the controls]"
 NAVIGATION = "navigation"
+ALT_TEXTS = "alt_texts.json"
 ACRONYMS = {name.lower(): name for name in ("MIL", "DMIN", "KAN", "LIPN", "GPU")}
 LIMITS = {"median code lines": 6, "longest code cell": 25, "words": 120, "code cells": 35, "kilobytes": 500}
 
@@ -115,6 +118,7 @@ def execute(path: Path, out: Path) -> Run:
         return Run(path.stem, time.perf_counter() - start, None, error=_describe(notebook, error))
     seconds = round(time.perf_counter() - start, 1)
     _tidy(notebook)
+    add_alt_texts(notebook, alt_texts(path))
     notebook.metadata["hdmil"] = {"fingerprint": stamp, "seconds": seconds, "peak_mb": peaks[-1]}
     _write(notebook, target)
     failed.unlink(missing_ok=True)
@@ -180,6 +184,49 @@ def write_back(path: Path, out: Path) -> None:
     _write(notebook, path)
 
 
+# Alternative texts
+
+
+def alt_texts(path: Path) -> dict[str, list[str]]:
+    """What the pictures of a notebook show, by the id of their cell, one text per picture."""
+    file = NOTEBOOKS / ALT_TEXTS
+    name = path.relative_to(NOTEBOOKS).with_suffix("").as_posix()
+    texts = json.loads(file.read_text()).get(name, {}) if file.exists() else {}
+    return {cell: [text] if isinstance(text, str) else text for cell, text in texts.items()}
+
+
+def pictures(cell: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
+    """The pictures among a cell's outputs: type and output."""
+    for output in cell.get("outputs", []):
+        for kind in output.get("data", {}):
+            if kind.startswith("image/"):
+                yield kind, output
+
+
+def add_alt_texts(notebook: NotebookNode, texts: dict[str, list[str]]) -> None:
+    """Give each picture its text: as `alt` in its metadata, which HTML converters read, and as plain text."""
+    for cell in notebook.cells:
+        for (kind, output), text in zip(pictures(cell), texts.get(cell.get("id"), []), strict=False):
+            output.metadata = {**output.metadata, kind: {"alt": text}}
+            output.data["text/plain"] = text
+
+
+def check_alt_texts(path: Path) -> Iterator[str]:
+    """Pictures without a text that says what they show or with an old one, and texts without a picture."""
+    notebook, texts = nbformat.read(path, as_version=4), alt_texts(path)
+    for number, cell in enumerate(notebook.cells, 1):
+        shown, told = list(pictures(cell)), texts.pop(cell.get("id"), [])
+        if len(shown) != len(told):
+            yield f"cell {number} ({cell.id}) has {len(shown)} pictures, {ALT_TEXTS} {len(told)} texts for it"
+        elif any(
+            output.metadata.get(kind, {}).get("alt", text) != text
+            for (kind, output), text in zip(shown, told, strict=True)
+        ):
+            yield f"cell {number} has an old alternative text: run `python tools/notebooks.py alt`"
+    for cell_id in texts:
+        yield f"{ALT_TEXTS} describes cell {cell_id}, which does not exist"
+
+
 # Navigation
 
 
@@ -237,6 +284,7 @@ def check(path: Path, paths: Sequence[Path]) -> Iterator[str]:
                 yield f"cell {number} holds an error: {output.ename}"
             if output.output_type == "stream" and output.name == "stderr":
                 yield f"cell {number} wrote to stderr: {output.text.strip().splitlines()[-1]}"
+    yield from check_alt_texts(path)
     line = navigation(path, paths)
     if len(notebook.cells) < 3 or any(notebook.cells[place].source != line for place in (0, -1)):
         yield "navigation is out of date: run `python tools/notebooks.py nav`"
@@ -283,9 +331,20 @@ def nav_command(_arguments: argparse.Namespace) -> int:
     return 0
 
 
+def alt_command(_arguments: argparse.Namespace) -> int:
+    for path in [*find(), *find(solutions=True)]:
+        notebook = nbformat.read(path, as_version=4)
+        add_alt_texts(notebook, alt_texts(path))
+        _write(notebook, path)
+    return 0
+
+
 def check_command(_arguments: argparse.Namespace) -> int:
     paths = find()
     faults = [f"{path.name}: {fault}" for path in paths for fault in check(path, paths)]
+    faults += [
+        f"solutions/{path.name}: {fault}" for path in find(solutions=True) for fault in check_alt_texts(path)
+    ]
     faults += check_order(paths)
     print("\n".join(faults) or f"{len(paths)} notebooks within the limits")
     return bool(faults)
@@ -303,6 +362,7 @@ def main() -> int:
     run.add_argument("--solutions", action="store_true", help="run notebooks/solutions instead")
     run.set_defaults(command=run_command)
     commands.add_parser("nav", help="rewrite navigation lines").set_defaults(command=nav_command)
+    commands.add_parser("alt", help="rewrite alternative texts").set_defaults(command=alt_command)
     commands.add_parser("check", help="hold notebooks to the limits").set_defaults(command=check_command)
     arguments = parser.parse_args()
     return arguments.command(arguments)

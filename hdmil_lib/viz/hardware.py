@@ -1,17 +1,22 @@
 """Pictures of how a kernel uses a processor: the roofline, blocks, memory transactions, measured times."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from hdmil_lib.viz.style import BLUE, CYCLE, INK, MUTED, ORANGE, PALE, VERMILION, axes_or_new, plain
+from hdmil_lib.viz.style import BLUE, CYCLE, GREEN, INK, MUTED, ORANGE, PALE, VERMILION, axes_or_new, plain
 
 if TYPE_CHECKING:  # drawing needs no operator: their import would take seconds
     from hdmil_lib.kernels.cost import Cost, Device
+    from hdmil_lib.kernels.recording import Recording
 
 SECTOR = 32
 """Bytes of the smallest piece of memory that a GPU reads: a sector of a cache line."""
@@ -170,3 +175,74 @@ def gpu_times(times: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xscale="log", xlabel="milliseconds", ylim=(len(times) - 0.5, -0.5))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
     return ax
+
+
+LANES = {"load": BLUE, "store": GREEN, "masked": "#c9ced6", "outside": VERMILION}
+"""Colors of the lanes of a block: loaded, stored, kept from memory by the mask, beyond the tensor."""
+
+
+def memory_accesses(
+    recording: "Recording", argument: str, kind: Literal["load", "store"], ax: Axes | None = None
+) -> Axes:
+    """Each load or store of one tensor as a row of squares, one square per element of memory.
+
+    Colored squares are loaded or stored, gray ones are lanes that the mask kept from memory, and vermilion
+    ones lie beyond the tensor though the mask let them through. The vertical line is the end of the tensor;
+    thin lines separate its rows.
+
+    Args:
+        recording: What `hdmil_lib.kernels.recording.record` returned.
+        argument: Name of the kernel's argument.
+        kind: "load" or "store".
+        ax: Axes to draw on.
+    """
+    accesses = recording.of(argument, kind)
+    shape = recording.shapes[argument]
+    size = int(np.prod(shape))
+    last = max([size - 1, *(int(access.index.max()) for access in accesses)])
+    ax = axes_or_new(ax, (0.5 + 0.16 * (last + 1), 0.5 + 0.22 * max(len(accesses), 1)))
+    picture = np.zeros((max(len(accesses), 1), last + 1))
+    for row, access in enumerate(accesses):
+        for value, lanes in enumerate((~access.active, access.active, access.outside), 1):
+            shown = access.index[lanes & (access.index >= 0)]
+            picture[row, shown] = np.maximum(picture[row, shown], value)
+    colors = ListedColormap(["white", LANES["masked"], LANES[kind], LANES["outside"]])
+    ax.imshow(picture, cmap=colors, vmin=0, vmax=3, aspect="auto")
+    ax.set_xticks(np.arange(last + 2) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(picture) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color=PALE, lw=1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for edge in range(shape[-1], size, shape[-1]) if len(shape) > 1 else ():
+        ax.axvline(edge - 0.5, color=MUTED, lw=0.8)
+    ax.axvline(size - 0.5, color=INK, lw=1.8)
+    ax.set_yticks(range(len(accesses)), [f"program {access.program}" for access in accesses])
+    ax.tick_params(which="both", length=0, labelsize=8)
+    ax.set_title(plain(f"{argument}: {kind}s"), fontsize=9)
+    ax.set_xlabel("position in memory", fontsize=8)
+    return ax
+
+
+def loads_and_stores(recording: "Recording", arguments: Sequence[str] = ()) -> Figure:
+    """All loads and stores of a launch, one panel per tensor and direction.
+
+    Args:
+        recording: What `hdmil_lib.kernels.recording.record` returned.
+        arguments: Tensors to show; by default all that were touched.
+    """
+    panels: list[tuple[str, Literal["load", "store"], int]] = []
+    for argument in arguments or recording.shapes:
+        for kind in ("load", "store"):
+            if rows := len(recording.of(argument, kind)):
+                panels.append((argument, kind, rows))
+    heights = [0.55 + 0.2 * rows for _, _, rows in panels]
+    figure = plt.figure(figsize=(8.4, 0.4 + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
+    for (argument, kind, _), ax in zip(panels, axes, strict=True):
+        widest = max(ax.get_xlim()[1], memory_accesses(recording, argument, kind, ax).get_xlim()[1])
+        ax.set(xlim=(-0.5, widest), xlabel="")
+        ax.tick_params(labelbottom=True)
+    axes[-1].set_xticks(np.arange(-0.5, axes[-1].get_xlim()[1] + 1), minor=True)  # for all, since x is shared
+    axes[-1].set_xlabel("position in memory", fontsize=8)
+    handles = [Patch(color=color, label=name) for name, color in LANES.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8)
+    return figure

@@ -1,4 +1,6 @@
-"""Figures of the statistics: reliability, AUCs with their intervals, AUC against the share of tiles read."""
+"""Figures of the statistics: scores by fold, reliability, intervals, chance, AUC against the tiles read."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -7,13 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from scipy.stats import binomtest
 
+from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.evaluation.out_of_fold import align_methods
 from hdmil_lib.evaluation.reliability import expected_calibration_error, reliability
 from hdmil_lib.evaluation.statistics import SIGNIFICANT, format_p
 from hdmil_lib.methods import title
 from hdmil_lib.viz.style import BLUE, INK, MUTED, PALE, SOURCES, VERMILION, axes_or_new, looks, plain
 
-__all__ = ["SOURCES", "auc_intervals", "reliability_plot", "score_against_keep_ratio"]
+__all__ = [
+    "SOURCES",
+    "auc_intervals",
+    "chance_plot",
+    "difference_intervals",
+    "reliability_plot",
+    "score_against_keep_ratio",
+    "scores_by_fold",
+]
 
 
 def reliability_plot(predictions: pd.DataFrame, ax: Axes | None = None, *, bins: int = 10) -> Axes:
@@ -90,6 +101,91 @@ def auc_intervals(scores: pd.DataFrame, ax: Axes | None = None, *, reference: st
         xlabel=f"pooled AUC with confidence interval (filled: p < {SIGNIFICANT:g})",
         ylim=(len(scores) - 0.4, -0.6),
     )
+    return ax
+
+
+def difference_intervals(scores: pd.DataFrame, ax: Axes | None = None, *, reference: str = "hdmil") -> Axes:
+    """AUC of each method minus that of a reference, within folds, with its interval, best first.
+
+    The mark of a method is filled where its adjusted p is below 0.05.
+
+    Args:
+        scores: The table of `score_table`.
+        ax: Axes to draw on; differences are in points, hundredths of an AUC.
+        reference: The reference of that table; it gets no row.
+
+    Raises:
+        ValueError: The table has no row of the reference.
+    """
+    if reference not in scores.index:
+        raise ValueError(
+            f"reference '{reference}' is not in the table; choose from {', '.join(scores.index)}"
+        )
+    others = scores.drop(index=reference).sort_values("difference", ascending=False, kind="stable")
+    ax = axes_or_new(ax, (7.2, 0.9 + 0.38 * len(others)))
+    ax.axvline(0, color=MUTED, lw=1, ls="--")
+    for row, (_, line) in enumerate(others.iterrows()):
+        value, low, high = 100 * line[["difference", "difference_low", "difference_high"]].astype(float)
+        differs = bool(line["p_holm"] < SIGNIFICANT)
+        color = VERMILION if differs else BLUE
+        ax.hlines(row, low, high, color=color, lw=1.8)
+        ax.plot(value, row, "o", ms=7, color=color, mfc=color if differs else "white", mew=1.6, zorder=3)
+        note = format_p(line["p_holm"]) + " *" * differs
+        ax.text(1.02, row, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    ax.text(1.02, -1, "p (Holm)", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight="bold")
+    ax.set_yticks(np.arange(len(others)), [plain(title(name)) for name in others.index])
+    ax.tick_params(axis="y", length=0)
+    ax.set(
+        xlabel=f"AUC minus that of {plain(title(reference))}, points (filled: p < {SIGNIFICANT:g})",
+        ylim=(len(others) - 0.4, -0.6),
+    )
+    return ax
+
+
+def scores_by_fold(
+    predictions: pd.DataFrame, ax: Axes | None = None, *, classes: Sequence[str] = ("normal", "tumor")
+) -> Axes:
+    """Probability of the second of two classes for each test slide, fold by fold, with the AUC of the fold.
+
+    Args:
+        predictions: Test predictions of one method of a cross-validation.
+        ax: Axes to draw on; the slides of the first class stand left in their fold, the others right.
+        classes: Class names.
+    """
+    ax = axes_or_new(ax, (7.2, 3.4))
+    folds = sorted(predictions["fold"].unique())
+    for place, fold in enumerate(folds):
+        part = predictions[predictions["fold"] == fold]
+        for label, color in enumerate((BLUE, VERMILION)):
+            p = np.sort(part.loc[part["label"] == label, "p_1"])
+            x = place + 0.4 * (label - 0.5) + np.resize([-0.06, 0.0, 0.06], len(p))
+            ax.plot(x, p, "o", ms=4, color=color, alpha=0.7, mew=0)
+        value = auc(part["label"].to_numpy(), part[["p_0", "p_1"]].to_numpy())
+        ax.text(place, 1.06, f"AUC {value:.2f}", ha="center", fontsize=9)
+    for label, color in enumerate((BLUE, VERMILION)):
+        ax.plot([], [], "o", ms=5, color=color, label=plain(classes[label]))
+    ax.set_xticks(range(len(folds)), [f"fold {fold}" for fold in folds])
+    ax.set(ylabel=plain(f"probability of {classes[1]}"), ylim=(-0.03, 1.15))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    return ax
+
+
+def chance_plot(samples: np.ndarray, measured: float, ax: Axes | None = None, *, xlabel: str = "AUC") -> Axes:
+    """What luck alone gives, as a histogram, with the measured value and the share of samples beyond it.
+
+    Args:
+        samples: Values under the assumption that there is nothing to find, (B,).
+        measured: The measured value.
+        ax: Axes to draw on.
+        xlabel: Name of the value.
+    """
+    ax = axes_or_new(ax, (5.6, 2.6))
+    low, high = np.quantile(samples, (0.025, 0.975))
+    ax.hist(samples, bins=30, color=PALE, edgecolor=MUTED, lw=0.6)
+    ax.axvspan(low, high, color=BLUE, alpha=0.12, label="95 % of the samples")
+    ax.axvline(measured, color=VERMILION, lw=2, label=f"measured: {measured:.3g}")
+    ax.set(xlabel=xlabel, ylabel="number of samples")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return ax
 
 

@@ -1,129 +1,18 @@
-"""Answers to the exercises: `check` says what is wrong with one, and does not tell the answer."""
+"""Exercises of notebooks 00 to 04: slides, features, MIL and DMIN."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from hdmil_lib.errors import HDMILError, nearest
-
-State = Literal["open", "wrong", "right"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `check` found; a notebook shows its text.
-
-    Attributes:
-        exercise: Number of notebook and exercise, such as "04.3".
-        state: "open" without an answer, otherwise "wrong" or "right".
-        text: One or two sentences for the reader.
-    """
-
-    exercise: str
-    state: State
-    text: str
-
-    def __repr__(self) -> str:
-        head = {"open": "not answered yet", "wrong": "not yet", "right": "right"}[self.state]
-        return f"Exercise {self.exercise}, {head}. {self.text}"
-
-
-class Wrong(Exception):
-    """Raised inside a check: an answer is wrong, and this is the hint."""
-
-
-Check = Callable[..., str]
-_CHECKS: dict[str, Check] = {}
-
-
-def check(exercise: str, answer: object, **given: object) -> Verdict:
-    """Compare an answer with what the exercise asks for.
-
-    Args:
-        exercise: Number of notebook and exercise, such as "04.3".
-        answer: What the exercise asks for: a word, a number, a function. `None`, an empty sequence, and a
-            mapping that holds `None` count as not answered.
-        given: Measurements of the notebook that the answer is compared with, where the exercise needs some.
-
-    Returns:
-        The verdict. Its text leads on from a wrong answer and adds an explanation to a right one.
-
-    Raises:
-        HDMILError: There is no exercise of that number.
-    """
-    if exercise not in _CHECKS:
-        raise HDMILError(
-            f"there is no exercise {exercise!r}{nearest(exercise, _CHECKS)}; choose from {', '.join(_CHECKS)}"
-        )
-    if _unanswered(answer):
-        return Verdict(
-            exercise, "open", "Write your answer in place of the placeholder and run the cell again."
-        )
-    try:
-        return Verdict(exercise, "right", _CHECKS[exercise](answer, **given))
-    except Wrong as hint:
-        return Verdict(exercise, "wrong", str(hint))
-
-
-def exercises() -> list[str]:
-    """Numbers of all exercises that `check` knows, in order."""
-    return sorted(_CHECKS)
-
-
-def _unanswered(answer: object) -> bool:
-    if isinstance(answer, Mapping):
-        return not answer or any(value is None for value in answer.values())
-    return answer is None or (isinstance(answer, Sequence) and len(answer) == 0)
-
-
-def _exercise(number: str) -> Callable[[Check], Check]:
-    def register(function: Check) -> Check:
-        _CHECKS[number] = function
-        return function
-
-    return register
-
-
-def _choose(answer: object, right: str, options: Iterable[str], hint: str) -> None:
-    """Hold an answer to one of the options."""
-    options = list(options)
-    if answer not in options:
-        raise Wrong(f"{answer!r} is none of the options: {', '.join(options)}.")
-    if answer != right:
-        raise Wrong(hint)
-
-
-def _number(answer: object) -> float:
-    try:
-        value = float(answer)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise Wrong(f"The answer is to be a number, and {answer!r} is none.") from None
-    if not np.isfinite(value):
-        raise Wrong(f"The answer is {value}, which is not a finite number.")
-    return value
-
-
-def _call(function: object, *arguments: object) -> Any:
-    """What the reader's function returns; its own error becomes the hint."""
-    if not callable(function):
-        raise Wrong(f"Pass the function itself, not {type(function).__name__}.")
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        raise Wrong(f"Your function raised {type(error).__name__}: {error}") from error
-    if result is None:
-        raise Wrong("Your function returns None. Replace its placeholder, and return the result.")
-    return result
-
+from hdmil_lib.course.verdicts import Wrong, call, choose, exercise, number
 
 # Notebook 00
 
 
-@_exercise("00.1")
+@exercise("00.1")
 def _share_of_a_normal_slide(answer: object) -> str:
-    _choose(
+    choose(
         answer,
         "about the same",
         ("more", "fewer", "about the same"),
@@ -133,9 +22,9 @@ def _share_of_a_normal_slide(answer: object) -> str:
     return "LIPN imitates the masks of both branches, and that of the class normal keeps tiles on any slide."
 
 
-@_exercise("00.2")
+@exercise("00.2")
 def _keep_thirty_percent(answer: object) -> str:
-    kept = _number(answer)
+    kept = number(answer)
     if kept > 0.35:
         raise Wrong(
             f"The model keeps {kept:.0%}. A tile is kept where its score exceeds the threshold: move it."
@@ -145,7 +34,7 @@ def _keep_thirty_percent(answer: object) -> str:
     return f"The model keeps {kept:.0%}. Look at which tiles went before you trust it."
 
 
-@_exercise("00.3")
+@exercise("00.3")
 def _anytime(answer: Sequence[Any], *, kept: int, block: int, probabilities: Any) -> str:
     blocks = -(-kept // block)
     if len(answer) != blocks:
@@ -169,9 +58,9 @@ def _anytime(answer: Sequence[Any], *, kept: int, block: int, probabilities: Any
 # Notebook 01
 
 
-@_exercise("01.1")
+@exercise("01.1")
 def _squares(answer: object) -> str:
-    squares = _number(answer)
+    squares = number(answer)
     if not 10_000 < squares < 60_000:
         raise Wrong("The order of magnitude is another one. How many micrometers wide is the scan?")
     if squares != 177 * 142:
@@ -181,7 +70,7 @@ def _squares(answer: object) -> str:
     return "Tens of thousands of squares: this is why nobody wants to encode them all."
 
 
-@_exercise("01.2")
+@exercise("01.2")
 def _faint_tissue(answer: Sequence[float]) -> str:
     found, added = answer
     if added > 0.1:
@@ -194,14 +83,14 @@ def _faint_tissue(answer: Sequence[float]) -> str:
     return "Now apply your settings to a picture of blank glass with a little noise before you keep them."
 
 
-@_exercise("01.3")
+@exercise("01.3")
 def _without_pen(answer: object) -> str:
     picture = np.full((60, 60, 3), 242, np.uint8)
     picture[10:50, 10:50] = np.random.default_rng(0).integers((190, 90, 160), (225, 140, 200), (40, 40, 3))
     picture[30:50, 30:50] = (110, 60, 140)  # nuclei: purple, and darker than the stroma
     marked = picture.copy()
     marked[25:30] = (30, 60, 160)
-    cleaned = np.asarray(_call(answer, marked.copy()))
+    cleaned = np.asarray(call(answer, marked.copy()))
     if cleaned.shape != marked.shape or cleaned.dtype != np.uint8:
         raise Wrong(f"The result is {cleaned.dtype} {cleaned.shape}; a thumbnail is uint8 {marked.shape}.")
     if (cleaned[25:30] < 250).any():
@@ -218,9 +107,9 @@ def _without_pen(answer: object) -> str:
 # Notebook 02
 
 
-@_exercise("02.1")
+@exercise("02.1")
 def _megabytes(answer: object) -> str:
-    megabytes = _number(answer)
+    megabytes = number(answer)
     slips = {
         48.8: "A number in float16 has two bytes.",
         20.6: "The patches are missing.",
@@ -235,9 +124,9 @@ def _megabytes(answer: object) -> str:
     return "The features are the largest part, and the patches that HDMIL adds are more than a quarter."
 
 
-@_exercise("02.2")
+@exercise("02.2")
 def _shared_neighbors(answer: object) -> str:
-    shared = _number(answer)
+    shared = number(answer)
     if shared > 0.99:
         raise Wrong("These are the neighbors of the features compared with themselves. Change the argument.")
     if not 0.08 < shared < 0.9:
@@ -245,12 +134,12 @@ def _shared_neighbors(answer: object) -> str:
     return f"{shared:.0%} are shared, where chance is 8 %: part of what makes tiles alike is color, not all."
 
 
-@_exercise("02.3")
+@exercise("02.3")
 def _clusters(answer: object) -> str:
     rng = np.random.default_rng(0)
     truth = np.repeat(np.arange(4), 15)
     points = 20 * rng.normal(size=(4, 30))[truth] + rng.normal(size=(60, 30))
-    found = np.asarray(_call(answer, points.astype(np.float32), 4))
+    found = np.asarray(call(answer, points.astype(np.float32), 4))
     if found.shape != truth.shape:
         raise Wrong(f"The result has shape {found.shape}; there is to be one number per tile, {truth.shape}.")
     if len(set(found.tolist())) != 4:
@@ -263,9 +152,9 @@ def _clusters(answer: object) -> str:
 # Notebook 03
 
 
-@_exercise("03.1")
+@exercise("03.1")
 def _who_gains(answer: object) -> str:
-    _choose(
+    choose(
         answer,
         "mean",
         ("max", "mean", "attention"),
@@ -274,7 +163,7 @@ def _who_gains(answer: object) -> str:
     return "A class that fills much of the slide moves the mean. The maximum never lacked a tile of tumor."
 
 
-@_exercise("03.2")
+@exercise("03.2")
 def _interval_of_luck(answer: Sequence[float], *, labels: Sequence[int]) -> str:
     low, high = (float(limit) for limit in answer)
     y = np.asarray(labels)
@@ -291,14 +180,14 @@ def _interval_of_luck(answer: Sequence[float], *, labels: Sequence[int]) -> str:
     return f"With {n} slides, an AUC between {low:.2f} and {high:.2f} could be luck."
 
 
-@_exercise("03.3")
+@exercise("03.3")
 def _top_k_pooling(answer: object) -> str:
     import torch
 
     logits = 3 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
     order = sorted(range(40), key=lambda j: -float(logits[j, 1] - logits[j, 0]))
     for k in (1, 5, 40):
-        mine = torch.as_tensor(_call(answer, logits, k))
+        mine = torch.as_tensor(call(answer, logits, k))
         if mine.shape != (2,):
             raise Wrong(f"The result has shape {tuple(mine.shape)}; a bag has one logit per class, (2,).")
         if not torch.allclose(mine, logits[order[:k]].mean(0), atol=1e-4):
@@ -312,7 +201,7 @@ def _top_k_pooling(answer: object) -> str:
 # Notebook 04
 
 
-@_exercise("04.1")
+@exercise("04.1")
 def _temperature(answer: Mapping[float, str]) -> str:
     hints = {
         0.5: "For gamma = 0.5, where does the noise have to lie for the sigmoid to exceed one half?",
@@ -321,13 +210,13 @@ def _temperature(answer: Mapping[float, str]) -> str:
     for gamma, right in ((0.5, "stays"), (0.7, "falls")):
         if gamma not in answer:
             raise Wrong(f"There is no answer for gamma = {gamma}.")
-        _choose(answer[gamma], right, ("rises", "falls", "stays"), hints[gamma])
+        choose(answer[gamma], right, ("rises", "falls", "stays"), hints[gamma])
     return "The chance is sigma(a - tau logit gamma), and the logit of one half is zero."
 
 
-@_exercise("04.2")
+@exercise("04.2")
 def _fewer_tiles(answer: Mapping[str, float]) -> str:
-    noisy, quiet = _number(answer.get("with noise")), _number(answer.get("without"))
+    noisy, quiet = number(answer.get("with noise")), number(answer.get("without"))
     if abs(noisy - 0.2) > 0.12:
         raise Wrong(f"With noise this model keeps {noisy:.0%}. Was it trained with `keep_ratio=0.2`?")
     if abs(noisy - quiet) < 1e-6:
@@ -335,12 +224,12 @@ def _fewer_tiles(answer: Mapping[str, float]) -> str:
     return f"Training holds {noisy:.0%}, close to its target; inference keeps {quiet:.0%}."
 
 
-@_exercise("04.3")
+@exercise("04.3")
 def _top_k_mask(answer: object) -> str:
     import torch
 
     attention = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    mask = _call(answer, attention, 0.3)
+    mask = call(answer, attention, 0.3)
     if tuple(mask.shape) != (50, 2):
         raise Wrong(
             f"The mask has shape {tuple(mask.shape)}; it has one row per tile and one column per class."
@@ -362,46 +251,3 @@ def _top_k_mask(answer: object) -> str:
     if not torch.allclose(slope, soft * (1 - soft), atol=1e-4):
         raise Wrong("The gradient is not that of sigmoid(attention), for kept and dropped tiles alike.")
     return "The budget holds exactly, with noise and without, and the mask can be trained."
-
-
-# Notebook 10
-
-
-@_exercise("10.1")
-def _cores_that_saturate_a_network(answer: object) -> str:
-    cores = _number(answer)
-    if 900 < cores < 1100:
-        raise Wrong("The network gives 10 Gbit/s, which is 1.25 GB/s: a byte has eight bits.")
-    if not 115 <= cores <= 135:
-        raise Wrong(
-            "How many MB of slides does one core read per second? How often does that fit in 10 Gbit/s?"
-        )
-    return "One core reads 10 MB/s, and 125 of them 1.25 GB/s. Beyond that, more cores wait."
-
-
-@_exercise("10.2")
-def _order_of_the_slides(answer: object) -> str:
-    _choose(
-        answer,
-        "largest first",
-        ("largest first", "smallest first", "as they come"),
-        "Draw the last minutes of the run: who works, and who has nothing left to take?",
-    )
-    return "A large slide that begins last runs alone while all other workers have ended."
-
-
-@_exercise("10.3")
-def _makespan_of_shards(answer: object) -> str:
-    rng = np.random.default_rng(0)
-    for n, count in ((40, 16), (5, 1), (3, 4)):
-        seconds = rng.lognormal(0, 0.6, n)
-        exact = max(seconds[k::count].sum() for k in range(count))
-        mine = _number(_call(answer, seconds, count))
-        if np.isclose(mine, seconds.sum() / count) and not np.isclose(mine, exact):
-            raise Wrong("That is the mean over the shards. The run ends when the last shard does.")
-        if not np.isclose(mine, exact):
-            raise Wrong(
-                f"For {n} slides in {count} shards the run takes another time. Shard k gets every count-th "
-                "slide, from the k-th on."
-            )
-    return "The slowest shard decides. With locks a worker that is free takes the next slide."
