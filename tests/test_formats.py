@@ -253,6 +253,20 @@ def test_colors_of_several_meanings_are_refused_in_a_line(tmp_path, pixels, opti
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "why"),
+    [
+        (np.zeros((80, 80, 3), np.float32), "32-bit ieeefp"),
+        (np.zeros((80, 80, 5), np.uint8), "5 samples per"),
+    ],
+)
+def test_tiles_that_openslide_would_misread_are_refused_too(tmp_path, pixels, why):
+    options = {"tile": (16, 16), "resolution": (20_000, 20_000), "resolutionunit": 3}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", **options)
+    with pytest.raises(SlideError, match=rf"a\.tif: .*{why}"):
+        Slide(tmp_path / "a.tif")
+
+
 # PNG and JPEG
 
 

@@ -8,7 +8,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.image import Image
 from hdmil_lib.slides.openslide_file import OpenSlideFile, detect
 from hdmil_lib.slides.raster import color_size, is_raster, open_raster
-from hdmil_lib.slides.tiff_image import is_ome, open_tiff, tiff_size
+from hdmil_lib.slides.tiff_image import has_color, is_ome, open_tiff, tiff_size
 
 GENERIC = "generic-tiff"
 """OpenSlide's name of tiled TIFF files without a vendor; of OME-TIFF it reads the finest level alone."""
@@ -26,8 +26,8 @@ def open_file(path: Path) -> OpenSlideFile | Image:
         SlideError: No reader knows the file, or it is damaged.
     """
     vendor = detect(path)
-    if vendor == GENERIC and is_ome(path):
-        return open_tiff(path)
+    if vendor == GENERIC and (is_ome(path) or not has_color(path)):
+        return open_tiff(path)  # which says what is wrong with the colors
     if vendor == GENERIC:
         try:
             return OpenSlideFile(path)

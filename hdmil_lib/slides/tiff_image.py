@@ -49,6 +49,20 @@ def is_ome(path: Path) -> bool:
         return False
 
 
+def has_color(path: Path) -> bool:
+    """Whether the samples of the first page have one meaning as a color image; True where it is not known."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = _page(file.pages[0])
+    except Exception:  # a damaged directory can end in any of Python's errors
+        return True
+    try:
+        converter(page)
+    except ValueError:
+        return False
+    return True
+
+
 def tiff_size(path: Path) -> tuple[int, int] | None:
     """(width, height) of the largest page of a TIFF file; None if it cannot be found out."""
     try:
