@@ -1,4 +1,4 @@
-"""Exercises of notebooks 05 to 08 and 10: the head, LIPN, fast inference, statistics, clusters."""
+"""Exercises of 05 to 08, 10 and 11: the head, LIPN, fast inference, statistics, clusters, own slides."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -410,3 +410,49 @@ def _makespan_of_shards(answer: object) -> str:
                 "slide, from the k-th on."
             )
     return "The slowest shard decides. With locks a worker that is free takes the next slide."
+
+
+# Notebook 11
+
+
+@exercise("11.1")
+def _tiles_of_a_doubled_scale(answer: object) -> str:
+    choose(
+        answer,
+        "four times as many",
+        ("a quarter", "as many", "four times as many"),
+        "How wide is the slide in micrometers, if each pixel is said to be twice as wide? How many tiles of "
+        "128 um fit?",
+    )
+    return "The slide is believed to be twice as wide and twice as high."
+
+
+@exercise("11.2")
+def _tiles_of_ink(answer: object) -> str:
+    left_out = number(answer)
+    if left_out < 0:
+        raise Wrong("The preset leaves tiles out: subtract its number from that of the default.")
+    if not 2 <= left_out <= 10:
+        raise Wrong("Count the squares that are Square.KEPT with each of the two, on the marked slide.")
+    return "These tiles are ink. Encoded, they would look like tissue of a strange kind."
+
+
+@exercise("11.3")
+def _slides_to_look_at(answer: object) -> str:
+    report = pd.DataFrame(
+        {
+            "slide_id": ["good", "gone", "odd", "holes", "tiny", "nine", "ten"],
+            "status": ["done", "failed", "done", "done", "done", "skipped", "skipped"],
+            "note": ["", None, "two scales", "", None, "", ""],
+            "n_broken": [0, 0, 0, 3, 0, 0, 0],
+            "n_tiles": [500, 0, 300, 200, 2, 9, 10],
+        }
+    )
+    found = set(call(answer, report))
+    reasons = {"gone": "failed", "odd": "has a note", "holes": "has broken tiles", "tiny": "has two tiles"}
+    for name, why in (reasons | {"nine": "has nine tiles"}).items():
+        if name not in found:
+            raise Wrong(f"A slide that {why} is missing.")
+    if found & {"good", "ten"}:
+        raise Wrong("A whole slide with ten tiles or more and no note need not be looked at.")
+    return "Such a list is short, and those are the slides that make a result strange."
