@@ -106,6 +106,12 @@ LABELS = [0] * 18 + [1] * 19
 STEPS = [[0.2, 0.8], [0.1, 0.9]]
 BLOCKS = {"kept": 20, "block": 16, "probabilities": np.array([0.1, 0.9])}
 
+
+def odd_slides(report):
+    odd = (report.status == "failed") | (report.note.fillna("") != "") | (report.n_broken > 0)
+    return report.slide_id[odd | (report.n_tiles < 10)].tolist()
+
+
 RIGHT = [
     ("00.1", "about the same", {}),
     ("00.2", 0.3, {}),
@@ -141,6 +147,9 @@ RIGHT = [
     ("10.1", 125, {}),
     ("10.2", "largest first", {}),
     ("10.3", lambda seconds, count: max(seconds[k::count].sum() for k in range(count)), {}),
+    ("11.1", "four times as many", {}),
+    ("11.2", 6, {}),
+    ("11.3", odd_slides, {}),
 ]
 
 WRONG = [
@@ -229,6 +238,11 @@ WRONG = [
     ("10.2", "smallest first", {}, "last minutes"),
     ("10.3", lambda seconds, count: seconds.sum() / count, {}, "the mean over the shards"),
     ("10.3", lambda seconds, count: seconds.sum(), {}, "every count-th slide"),
+    ("11.1", "a quarter", {}, "How wide is the slide"),
+    ("11.2", -6, {}, "subtract its number"),
+    ("11.2", 40, {}, "Square.KEPT"),
+    ("11.3", lambda report: report.slide_id[report.status == "failed"], {}, "has a note is missing"),
+    ("11.3", lambda report: report.slide_id, {}, "need not be looked at"),
 ]
 
 
