@@ -14,6 +14,9 @@ the same tiles of a slide:
   256 fields. The decoder is one whose tiles have no pixels. Not in it are nvImageCodec's own part on the
   host, and the launches of some twenty operators per 64 fields, which put these together.
 
+"DICOM" compares `Slide.read_field` of a series with JPEG frames and of a TIFF file with tiles of the same size
+and quality, made of the pixels of the real sample slide, and OpenSlide on the same series.
+
 The slide is opened within the time, except for the decoder. The fields have the scale of the slide; they lie
 once on the grid of stored tiles and once off it.
 First it is checked that both readers give equal pixels. By default a synthetic slide is read. The results
@@ -25,6 +28,8 @@ import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -34,14 +39,17 @@ from unittest.mock import patch
 
 import numpy as np
 import openslide
+import tifffile
 import torch
 
 from hdmil_lib.config import setup
 from hdmil_lib.slides import Slide, device_tiles
 from hdmil_lib.slides.device_tiles import TilesOnDevice
+from hdmil_lib.slides.sample import sample_slide
 from hdmil_lib.slides.stored_tiles import StoredTiles
 from hdmil_lib.synthetic.cohorts import large_slides
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # for `dicom_factory`
 RESULTS = Path(__file__).resolve().parent / "results" / "reading.json"
 TILE, MOST, BLOCK = 256, 1_000, 256
 
@@ -143,6 +151,47 @@ def measure(path: Path, offset: int, repeats: int) -> dict[str, float]:
     }
 
 
+def measure_dicom(offset: int, repeats: int) -> dict[str, float]:
+    """Median times on a DICOM series, and on a TIFF file of the same tiles."""
+    from dicom_factory import write_series
+
+    with Slide(sample_slide()) as slide:
+        mpp = slide.mpp[0]
+        pixels = np.tile(slide.read_field(0, 0, slide.dimensions, mpp), (2, 2, 1))
+    height, width, _ = pixels.shape
+    corners = [(x, y) for y in range(offset, height - TILE, TILE) for x in range(offset, width - TILE, TILE)]
+    with tempfile.TemporaryDirectory() as folder:
+        (series,) = write_series(Path(folder) / "series", pixels, mpp, tile=256, jpeg=True, n_levels=1)
+        tiff, per_cm = Path(folder) / "a.tif", 1e4 / mpp
+        options = {"compression": "jpeg", "compressionargs": {"level": 85}, "subsampling": (2, 1)}
+        options |= {"resolution": (per_cm, per_cm), "resolutionunit": "centimeter"}
+        tifffile.imwrite(tiff, pixels, tile=(256, 256), photometric="ycbcr", **options)
+
+        def read(path: Path, reader: str) -> Iterable[np.ndarray]:
+            with Slide(path, (mpp, mpp), reader=reader) as slide:
+                for x, y in corners:
+                    yield slide.read_field(x, y, (TILE, TILE), mpp)
+
+        ways = {
+            "series, frames": lambda: read(series, "auto"),
+            "series, openslide": lambda: read(series, "openslide"),
+            "TIFF, stored": lambda: read(tiff, "stored"),
+        }
+        for mine, reference in zip(*(ways[name]() for name in list(ways)[:2]), strict=True):
+            if not (mine == reference).all():
+                raise SystemExit("the readers of the series give different pixels")
+        times = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                times[name].append(cpu_ms(way, len(corners)))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "tiles": len(corners),
+        **{f"{name}, ms": round(value, 3) for name, value in medians.items()},
+        "frames / stored": round(medians["series, frames"] / medians["TIFF, stored"], 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -158,11 +207,17 @@ def main() -> None:
         for kind, offset in (("on the grid", 0), ("off the grid", 100)):
             rows[f"{name}, {kind}"] = measure(path, offset, args.repeats)
             print(name, kind, rows[f"{name}, {kind}"], flush=True)
+    dicom = {
+        kind: measure_dicom(offset, args.repeats)
+        for kind, offset in (("on the grid", 0), ("off the grid", 100))
+    }
+    print("DICOM", dicom)
     result = {
         "device": f"{platform.machine()} CPU, one thread",
         "load_average": round(os.getloadavg()[0], 1),
         "repeats": args.repeats,
         "slides": rows,
+        "DICOM": dicom,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
