@@ -14,8 +14,8 @@ the same tiles of a slide:
   256 fields. The decoder is one whose tiles have no pixels. Not in it are nvImageCodec's own part on the
   host, and the launches of some twenty operators per 64 fields, which put these together.
 
-"DICOM" compares `Slide.read_field` of a series with JPEG frames and of a TIFF file with tiles of the same size
-and quality, made of the pixels of the real sample slide, and OpenSlide on the same series.
+"DICOM" compares `Slide.read_field` of a series with JPEG frames and of a TIFF file with tiles of the same
+size and quality, made of the pixels of the real sample slide, and OpenSlide on the same series.
 
 The slide is opened within the time, except for the decoder. The fields have the scale of the slide; they lie
 once on the grid of stored tiles and once off it.
@@ -207,10 +207,8 @@ def main() -> None:
         for kind, offset in (("on the grid", 0), ("off the grid", 100)):
             rows[f"{name}, {kind}"] = measure(path, offset, args.repeats)
             print(name, kind, rows[f"{name}, {kind}"], flush=True)
-    dicom = {
-        kind: measure_dicom(offset, args.repeats)
-        for kind, offset in (("on the grid", 0), ("off the grid", 100))
-    }
+    places = (("on the grid", 0), ("off the grid", 100))
+    dicom = {kind: measure_dicom(offset, args.repeats) for kind, offset in places}
     print("DICOM", dicom)
     result = {
         "device": f"{platform.machine()} CPU, one thread",
