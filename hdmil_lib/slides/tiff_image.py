@@ -89,7 +89,7 @@ def open_tiff(path: Path) -> Image:
     except ValueError as error:
         raise _unreadable(path, str(error)) from error
     except Exception as error:  # a damaged directory can end in any of Python's errors
-        raise _unreadable(path, f"its directory is damaged ({type(error).__name__})") from error
+        raise _unreadable(path, "its directory is damaged or cut off") from error
 
 
 def _unreadable(path: Path, why: str) -> SlideError:
