@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import site_pages  # noqa: E402
 
 project = "hdmil"
-author = "the authors of hdmil"
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # the committed outputs are shown
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -28,7 +27,7 @@ html_copy_source = False
 html_use_index = False
 html_context = {"default_mode": "light"}  # as the figures are
 html_theme_options = {
-    "collapse_navigation": True,
+    "collapse_navbar": True,
     "home_page_in_toc": True,
     "navbar_persistent": [],  # search is in the sidebar
     "use_download_button": False,

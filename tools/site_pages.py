@@ -202,10 +202,20 @@ def write_notebooks(site: Site) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = site.linked("".join(cell["source"]), path)
+            elif texts := list(alt_texts(cell)):
+                cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(texts)}}
         site.write(path, json.dumps(notebook))
     entries = {Path(path).name: notebooks.title(Path(path)) for path in solutions()}
     text = "# Solutions\n\nOf the exercises of each notebook, with their outputs.\n\n"
     site.write("notebooks/solutions/index.md", text + toctree(entries, hidden=False))
+
+
+def alt_texts(cell: dict) -> Iterator[str]:
+    """What the pictures of a code cell show, as tools/notebooks.py noted it in its outputs."""
+    for output in cell["outputs"]:
+        for options in output.get("metadata", {}).values():
+            if isinstance(options, dict) and "alt" in options:
+                yield options["alt"]
 
 
 def write_documents(site: Site) -> None:
