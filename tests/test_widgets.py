@@ -46,8 +46,6 @@ def grid() -> Grid:
 def explorers(grid: Grid) -> dict[str, widgets.Explorer]:
     scores = np.arange(12.0)
     return {
-        "gumbel_sigmoid": widgets.gumbel_sigmoid(),
-        "phi": widgets.phi(),
         "mask_on_slide": widgets.mask_on_slide(grid, scores, scores > 9),
         "tile_browser": widgets.tile_browser(None, grid, scores),
     }

@@ -15,6 +15,11 @@ if TYPE_CHECKING:  # drawing needs no model: its import would take seconds
     from hdmil_lib.inference.risk import RiskControl
 
 
+def log_odds(trajectory: "Trajectory") -> np.ndarray:
+    """Log odds of the second of two classes after each block of tiles, float64 (T,)."""
+    return np.diff(np.log(trajectory.probabilities.astype(np.float64).clip(min=1e-37)))[:, 0]
+
+
 def anytime_curves(
     trajectories: "Sequence[Trajectory]",
     labels: Sequence[int],
@@ -35,11 +40,11 @@ def anytime_curves(
     ax = axes_or_new(ax)
     for grown, label in zip(trajectories, labels, strict=True):
         share = grown.n_read / grown.n_read[-1]
-        log_odds = np.diff(np.log(grown.probabilities.astype(np.float64).clip(min=1e-37)))[:, 0]
+        lead = log_odds(grown)
         stop, color = grown.stop(margin), (BLUE, VERMILION)[label]
-        ax.plot(share, log_odds, color=color, lw=0.8, alpha=0.3)
-        ax.plot(share[: stop + 1], log_odds[: stop + 1], color=color, lw=1.3)
-        ax.plot(share[stop], log_odds[stop], "o", ms=4, color=color)
+        ax.plot(share, lead, color=color, lw=0.8, alpha=0.3)
+        ax.plot(share[: stop + 1], lead[: stop + 1], color=color, lw=1.3)
+        ax.plot(share[stop], lead[stop], "o", ms=4, color=color)
     for label, color in enumerate((BLUE, VERMILION)):
         ax.plot([], [], color=color, label=plain(f"true class: {classes[label]}"))
     ax.axhline(0, color=MUTED, lw=1)

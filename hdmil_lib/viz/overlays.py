@@ -68,6 +68,45 @@ def _cells(grid: OnGrid, colors: np.ndarray) -> np.ndarray:
     return cells
 
 
+def attention_cells(grid: OnGrid, attention: np.ndarray, *, ranks: bool = True) -> np.ndarray:
+    """The colors of `attention_overlay` as an image that covers the grid, (rows, cols, 4).
+
+    Args:
+        grid: A `TileGrid`, `Prediction` or `Bag`.
+        attention: (N,) numbers; tiles with nan are transparent.
+        ranks: Color by rank in [0, 1]; if False, by value.
+    """
+    values = _shown_values(attention, ranks)
+    colors = plt.get_cmap(SEQUENTIAL)(_range(values, ranks)(np.nan_to_num(values)))
+    colors[:, 3] = np.where(np.isfinite(values), 0.65, 0.0)
+    return _cells(grid, colors)
+
+
+def kept_cells(grid: OnGrid, kept: np.ndarray) -> np.ndarray:
+    """The gray of `kept_overlay` on dropped tiles as an image that covers the grid, (rows, cols, 4)."""
+    return _cells(grid, np.where(np.asarray(kept, dtype=bool)[:, None], (0, 0, 0, 0), DROPPED))
+
+
+def truth_cells(grid: OnGrid, tumor_share: np.ndarray) -> np.ndarray:
+    """The colors of `truth_overlay` as an image that covers the grid, (rows, cols, 4)."""
+    share = np.asarray(tumor_share, dtype=float)
+    colors = np.tile(to_rgb(VERMILION), (len(share), 1))
+    return _cells(grid, np.column_stack([colors, np.where(share > 0, 0.25 + 0.55 * share, 0)]))
+
+
+def _shown_values(attention: np.ndarray, ranks: bool) -> np.ndarray:
+    """The numbers, or their ranks from 0 to 1 among those that are not nan."""
+    values = np.array(attention, dtype=float)
+    known = np.isfinite(values)
+    if ranks:
+        values[known] = values[known].argsort().argsort() / max(known.sum() - 1, 1)
+    return values
+
+
+def _range(values: np.ndarray, ranks: bool) -> Normalize:
+    return Normalize(0.0, 1.0) if ranks else Normalize(np.nanmin(values), np.nanmax(values))
+
+
 def _map(grid: OnGrid, cells: np.ndarray, ax: Axes | None) -> Axes:
     """The slide under an RGBA image that covers the grid, (rows * k, cols * k, 4)."""
     thumbnail, pixel_um = _thumbnail(grid), grid.tile_um / PIXELS
@@ -176,26 +215,23 @@ def attention_overlay(
         label: Text of the color bar.
         ranks: Color by rank in [0, 1], because attention spans orders of magnitude; if False, by value.
     """
-    attention = np.asarray(attention, dtype=float)
-    known = np.isfinite(attention)
-    values = attention.copy()
-    if ranks:
-        values[known] = attention[known].argsort().argsort() / max(known.sum() - 1, 1)
-    low, high = (0.0, 1.0) if ranks else (np.nanmin(values), np.nanmax(values))
-    norm = Normalize(low, high)
-    colors = plt.get_cmap(SEQUENTIAL)(norm(np.nan_to_num(values)))
-    colors[:, 3] = np.where(known, 0.65, 0.0)
-    ax = _map(grid, _cells(grid, colors), ax)
+    norm = _range(_shown_values(attention, ranks), ranks)
+    ax = _map(grid, attention_cells(grid, attention, ranks=ranks), ax)
     bar = ax.figure.colorbar(plt.cm.ScalarMappable(norm, SEQUENTIAL), ax=ax, shrink=0.8, pad=0.02, alpha=0.65)
     bar.set_label(plain(label))
     return ax
 
 
+def kept_title(kept: np.ndarray) -> str:
+    """How many tiles are kept, bool (N,), in words."""
+    return f"{kept.sum():,} of {len(kept):,} tiles kept ({kept.mean():.0%})"
+
+
 def kept_overlay(grid: OnGrid, kept: np.ndarray, ax: Axes | None = None) -> Axes:
     """The tiles that are read at high resolution, bool (N,); the dropped ones are grayed out."""
     kept = np.asarray(kept, dtype=bool)
-    ax = _map(grid, _cells(grid, np.where(kept[:, None], (0, 0, 0, 0), DROPPED)), ax)
-    ax.set_title(f"{kept.sum():,} of {len(kept):,} tiles kept ({kept.mean():.0%})", pad=22)
+    ax = _map(grid, kept_cells(grid, kept), ax)
+    ax.set_title(kept_title(kept), pad=22)
     _above(ax, [Patch(fc=TISSUE, label="kept: read and encoded"), Patch(fc=DROPPED, label="dropped")])
     return ax
 
@@ -203,9 +239,7 @@ def kept_overlay(grid: OnGrid, kept: np.ndarray, ax: Axes | None = None) -> Axes
 def truth_overlay(grid: OnGrid, tumor_share: np.ndarray, ax: Axes | None = None) -> Axes:
     """Where the tumor lies, for teaching and checks: the share of tumor in each tile, (N,) in [0, 1]."""
     share = np.asarray(tumor_share, dtype=float)
-    colors = np.tile(to_rgb(VERMILION), (len(share), 1))
-    colors = np.column_stack([colors, np.where(share > 0, 0.25 + 0.55 * share, 0)])
-    ax = _map(grid, _cells(grid, colors), ax)
+    ax = _map(grid, truth_cells(grid, share), ax)
     ax.set_title(f"tumor in {np.count_nonzero(share):,} of {len(share):,} tiles", pad=22)
     _above(ax, [Patch(fc=VERMILION, alpha=0.8, label="tumor (synthetic truth), denser = larger share")])
     return ax
@@ -230,10 +264,10 @@ def prediction_figure(prediction: "Prediction") -> Figure:
     return figure
 
 
-def mark_tile(grid: OnGrid, i: int, ax: Axes) -> Axes:
+def mark_tile(grid: OnGrid, i: int, ax: Axes, *, color: str = YELLOW) -> Axes:
     """Frame tile i on a map of the slide."""
     row, col = grid.rowcol[i]
     side = grid.tile_um / 1000
-    frame = Rectangle((col * side, row * side), side, side, fc="none", ec=YELLOW, lw=2.5)
+    frame = Rectangle((col * side, row * side), side, side, fc="none", ec=color, lw=2.5)
     ax.add_patch(frame)
     return ax

@@ -81,6 +81,14 @@ TARGETS = {
 }
 
 
+def gumbel_curves(tau: float, gamma: float) -> dict[str, np.ndarray]:
+    """The curves of `gumbel_sigmoid`: logits `a` and, at each, `low`, `high`, `soft` and `chance`."""
+    a = np.linspace(-6, 6, 400)
+    low, high = (expit((a + logit(quantile)) / tau) for quantile in (0.05, 0.95))
+    chance = expit(a - tau * logit(gamma))
+    return {"a": a, "low": low, "high": high, "soft": expit(a / tau), "chance": chance}
+
+
 def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5, ax: Axes | None = None) -> Axes:
     """From attention logit to mask (paper, section 3.2): the noisy soft mask and the chance to be kept.
 
@@ -94,12 +102,14 @@ def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5, ax: Axes | None = None)
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax)
-    a = np.linspace(-6, 6, 400)
-    low, high = (expit((a + logit(quantile)) / tau) for quantile in (0.05, 0.95))
+    curves = gumbel_curves(tau, gamma)
+    a = curves["a"]
     ax.axvspan(np.clip(logit(gamma), -6, 6), 6, color=PALE, label="kept at evaluation")
-    ax.fill_between(a, low, high, color=BLUE, alpha=0.18, lw=0, label="soft mask, 90 % of the noise")
-    ax.plot(a, expit(a / tau), color=BLUE, label="soft mask without noise")
-    ax.plot(a, expit(a - tau * logit(gamma)), color=VERMILION, label="chance of being kept in training")
+    ax.fill_between(
+        a, curves["low"], curves["high"], color=BLUE, alpha=0.18, lw=0, label="soft mask, 90 % of the noise"
+    )
+    ax.plot(a, curves["soft"], color=BLUE, label="soft mask without noise")
+    ax.plot(a, curves["chance"], color=VERMILION, label="chance of being kept in training")
     ax.axhline(gamma, color=MUTED, lw=1, ls="--")
     ax.text(-5.9, gamma + 0.02, f"γ = {gamma:g}", color=INK, fontsize=9, va="bottom")
     ax.set(xlabel="attention logit", ylabel="mask value, or probability", xlim=(-6, 6), ylim=(-0.02, 1.02))
@@ -145,6 +155,11 @@ def phi(coefficients: np.ndarray, ax: Axes | None = None, *, limit: float = 3.0)
     return ax
 
 
+def chebyshev_points(n: int = 400) -> np.ndarray:
+    """Points of [-1, 1] that lie closer together towards the ends, in rising order, (n,)."""
+    return np.cos(np.linspace(np.pi, 0, n))
+
+
 def phi_fit(degree: int = 12, target: str = "bump", ax: Axes | None = None) -> Axes:
     """How well one Chebyshev activation of a degree follows a target shape, by least squares.
 
@@ -154,7 +169,7 @@ def phi_fit(degree: int = 12, target: str = "bump", ax: Axes | None = None) -> A
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax)
-    x = np.cos(np.linspace(np.pi, 0, 400))
+    x = chebyshev_points()
     wanted = TARGETS[target](x)
     fitted = chebyshev.chebval(x, chebyshev.chebfit(x, wanted, degree))
     error = np.sqrt(np.mean((fitted - wanted) ** 2))

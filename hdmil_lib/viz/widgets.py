@@ -132,36 +132,6 @@ def watch(steps: "Generator[AnytimeStep, None, None]", classes: Sequence[str]) -
     return step
 
 
-def gumbel_sigmoid(tau: float = 0.7, gamma: float = 0.5) -> Explorer:
-    """Temperature and threshold of the student's mask, drawn by `plots.gumbel_sigmoid`."""
-
-    def draw(figure: Figure, tau: float, gamma: float) -> None:
-        plots.gumbel_sigmoid(tau, gamma, figure.subplots())
-
-    return Explorer(
-        draw,
-        (8.4, 3.8),
-        tau=w.FloatSlider(tau, min=0.1, max=3.0, step=0.1, description="temperature τ"),
-        gamma=w.FloatSlider(gamma, min=0.05, max=0.95, step=0.05, description="threshold γ"),
-    )
-
-
-def phi(degree: int = 12, target: str = "bump") -> Explorer:
-    """Degree of the Chebyshev basis, and the curves that one activation of that degree can follow."""
-
-    def draw(figure: Figure, degree: int, target: str) -> None:
-        left, right = figure.subplots(1, 2, sharex=True)
-        plots.chebyshev_polynomials(degree, left)
-        plots.phi_fit(degree, target, right)
-
-    return Explorer(
-        draw,
-        (10, 3.6),
-        degree=w.IntSlider(degree, min=1, max=24, description="degree K"),
-        target=w.Dropdown(options=list(plots.TARGETS), value=target, description="target"),
-    )
-
-
 def mask_on_slide(
     grid: OnGrid, scores: np.ndarray, tumor_share: np.ndarray | None = None, keep_ratio: float = 0.6
 ) -> Explorer:

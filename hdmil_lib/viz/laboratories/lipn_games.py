@@ -1,11 +1,16 @@
-"""Laboratories: small games on the methods, in which the reader tries what a network does."""
+"""A game on LIPN: the reader chooses the tiles to read, as the network does."""
+
+from collections.abc import Sequence
 
 import ipywidgets as w
 import numpy as np
+from matplotlib.figure import Figure
 
 from hdmil_lib.slides.reader import Slide
 from hdmil_lib.slides.tiling import TileGrid
-from hdmil_lib.viz.style import SOURCES
+from hdmil_lib.viz import plots
+from hdmil_lib.viz.laboratories.base import DPI
+from hdmil_lib.viz.style import INK, SOURCES
 from hdmil_lib.viz.viewer import Overlay, SlideViewer
 
 N_DRAWS = 2000
@@ -68,6 +73,7 @@ class BeatLIPN(w.VBox):
         self.budget, self.scores = budget, dict[str, float]()
         generator = np.random.default_rng(seed)
         draws = [generator.permutation(len(grid))[:budget] for _ in range(N_DRAWS)]
+        self._one_draw = generator.permutation(len(grid))
         self._chance = np.array([found_share(rows, self.tumor_share) for rows in draws])
         self.viewer = SlideViewer(slide, grid)
         self.viewer.observe(self._clicked, names=["selected"])
@@ -87,6 +93,28 @@ class BeatLIPN(w.VBox):
         self.viewer.selected = None
         self.viewer.region = []
         self._show()
+
+    def film(self, budgets: Sequence[int]) -> Figure:
+        """What LIPN and one random draw choose at several budgets, for places without widgets.
+
+        The figure is not open in pyplot, so that a notebook shows it once, as the value of its cell.
+
+        Args:
+            budgets: Numbers of tiles, one column each.
+        """
+        choices = {"LIPN": np.argsort(-self.lipn, kind="stable"), "one random draw": self._one_draw}
+        colors = {"LIPN": SOURCES["LIPN"]["color"], "one random draw": INK}
+        figure = Figure(figsize=(3.4 * len(budgets), 6.2), dpi=DPI, layout="constrained")
+        grid = figure.subplots(2, len(budgets), squeeze=False)
+        for row, (name, order) in zip(grid, choices.items(), strict=True):
+            for ax, budget in zip(row, budgets, strict=True):
+                plots.truth_overlay(self.viewer.grid, self.tumor_share, ax)
+                for tile in order[:budget]:
+                    plots.mark_tile(self.viewer.grid, tile, ax, color=colors[name])
+                found = found_share(order[:budget], self.tumor_share)
+                ax.set_title(f"{name}, {budget} tiles:\n{found:.0%} of what they can hold")
+                ax.get_legend().remove()
+        return figure
 
     def _clicked(self, change: dict[str, int | None]) -> None:
         """Choose the tile."""
