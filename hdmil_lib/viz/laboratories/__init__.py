@@ -4,7 +4,7 @@ from hdmil_lib.viz.laboratories.base import Laboratory
 from hdmil_lib.viz.laboratories.curves import CurveFit, GumbelSigmoid
 from hdmil_lib.viz.laboratories.lipn_games import BeatLIPN, found_share
 from hdmil_lib.viz.laboratories.reading import AttentionMaps, LIPNThreshold, TeacherStudent
-from hdmil_lib.viz.laboratories.stopping import StoppingGame
+from hdmil_lib.viz.laboratories.stopping import StoppingGame, hindsight, stopping_points
 
 __all__ = [
     "AttentionMaps",
@@ -16,4 +16,6 @@ __all__ = [
     "StoppingGame",
     "TeacherStudent",
     "found_share",
+    "hindsight",
+    "stopping_points",
 ]

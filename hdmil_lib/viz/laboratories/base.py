@@ -56,11 +56,11 @@ class Laboratory(w.VBox):
         error: What went wrong in the last step, or "".
     """
 
-    size: ClassVar[tuple[float, float]] = (9, 3.6)
+    size: tuple[float, float] = (9, 3.6)
     """Width and height of the figure in inches."""
-    panels: ClassVar[tuple[float, ...]] = (1, 1)
+    panels: tuple[float, ...] = (1, 1)
     """Relative widths of the panels."""
-    film_size: ClassVar[tuple[float, float]] = (3.2, 5.4)
+    film_size: tuple[float, float] = (3.2, 5.4)
     """Width and height of one state of a film in inches."""
     film_in_rows: ClassVar[bool] = False
     """Whether the states of a film stand one under the other, each with its panels in a row."""
@@ -135,15 +135,14 @@ class Laboratory(w.VBox):
         unknown = {name for state in states for name in state} - set(self.controls)
         if unknown:
             raise KeyError(f"no control {', '.join(sorted(unknown))}; choose from {', '.join(self.controls)}")
-        columns, rows = len(states), len(self.panels)
+        n, n_panels = len(states), len(self.panels)
         width, height = self.film_size
         if self.film_in_rows:
-            size, ratios = (width, height * columns), {"width_ratios": self.panels}
-            columns, rows = rows, columns
+            figure = Figure(figsize=(width, height * n), dpi=DPI, layout="constrained")
+            grid = figure.subplots(n, n_panels, squeeze=False, width_ratios=self.panels)
         else:
-            size, ratios = (width * columns, height), {"height_ratios": self.panels}
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, **ratios)
+            figure = Figure(figsize=(width * n, height), dpi=DPI, layout="constrained")
+            grid = figure.subplots(n_panels, n, squeeze=False, height_ratios=self.panels)
         strips = grid if self.film_in_rows else grid.T
         for number, (axes, state) in enumerate(zip(strips, states, strict=True)):
             self.move(self.draw(axes), **(self.values | dict(state)))

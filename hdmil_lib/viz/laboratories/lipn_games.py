@@ -70,6 +70,7 @@ class BeatLIPN(w.VBox):
             raise ValueError(f"one score and one share of tumor are needed for each of the {len(grid)} tiles")
         if not 1 <= budget <= len(grid) or not self.tumor_share.any():
             raise ValueError(f"a budget of 1 to {len(grid)} tiles and a slide with tumor are needed")
+        self.grid = grid
         self.budget, self.scores = budget, dict[str, float]()
         generator = np.random.default_rng(seed)
         draws = [generator.permutation(len(grid))[:budget] for _ in range(N_DRAWS)]
@@ -108,9 +109,9 @@ class BeatLIPN(w.VBox):
         grid = figure.subplots(2, len(budgets), squeeze=False)
         for row, (name, order) in zip(grid, choices.items(), strict=True):
             for ax, budget in zip(row, budgets, strict=True):
-                plots.truth_overlay(self.viewer.grid, self.tumor_share, ax)
+                plots.truth_overlay(self.grid, self.tumor_share, ax)
                 for tile in order[:budget]:
-                    plots.mark_tile(self.viewer.grid, tile, ax, color=colors[name])
+                    plots.mark_tile(self.grid, tile, ax, color=colors[name])
                 found = found_share(order[:budget], self.tumor_share)
                 ax.set_title(f"{name}, {budget} tiles:\n{found:.0%} of what they can hold")
                 ax.get_legend().remove()

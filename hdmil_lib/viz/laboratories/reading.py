@@ -113,7 +113,7 @@ class LIPNThreshold(Laboratory):
 
     size = (12, 3.8)
     panels = (1.3, 1, 0.8)
-    film_size = (3.6, 8.4)
+    film_size = (3.4, 7.2)
 
     def __init__(
         self,
@@ -239,8 +239,8 @@ class AttentionMaps(Laboratory):
             artists[f"map {name}"] = ax.imshow(
                 cells, extent=(0, width * mm, height * mm, 0), interpolation="nearest"
             )
-            look = {"marker": "o", "ms": 2.5, "ls": "none", "color": VERMILION, "mec": "white", "mew": 0.4}
-            artists[f"tumor {name}"] = ax.plot([], [], **look)[0]
+            dots = ax.plot([], [], "o", ms=2.5, color=VERMILION, mec="white", mew=0.4)
+            artists[f"tumor {name}"] = dots[0]
             artists[f"title {name}"] = ax.set_title(" \n ", fontsize=9)
             ax.set(xlim=(0, width * mm), ylim=(height * mm, 0), ylabel="", xlabel="", xticks=[], yticks=[])
             ax.spines[:].set_visible(False)

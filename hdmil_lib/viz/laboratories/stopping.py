@@ -19,7 +19,7 @@ LOST = -1.0
 """Points for a slide whose label at the stop is another than from all tiles."""
 
 
-def points(trajectory: "Trajectory", block: int) -> float:
+def stopping_points(trajectory: "Trajectory", block: int) -> float:
     """What a stop is worth: the share of tiles not read, or -1 where the label is not that from all tiles.
 
     Args:
@@ -127,7 +127,9 @@ class StoppingGame(Laboratory):
             artists[name].set_visible(stopped)
         title = f"{share[block]:.0%} read,\nP({plain(self.classes[1])}) {grown.probabilities[block, 1]:.2f}"
         earned = (
-            f":\n{points(grown, block):+.2f} points, the margin {points(grown, rule):+.2f}" if stopped else ""
+            f":\n{stopping_points(grown, block):+.2f} points, the margin {stopping_points(grown, rule):+.2f}"
+            if stopped
+            else ""
         )
         artists["title"].set_text(f"stopped at {share[block]:.0%}{earned}" if stopped else title)
 
@@ -144,9 +146,9 @@ class StoppingGame(Laboratory):
         if self.values["stopped"]:
             return
         grown = self._grown
-        self.scores["you"] += points(grown, self.values["block"])
-        self.scores["the margin"] += points(grown, grown.stop(self.margin))
-        self.scores["hindsight"] += points(grown, hindsight(grown))
+        self.scores["you"] += stopping_points(grown, self.values["block"])
+        self.scores["the margin"] += stopping_points(grown, grown.stop(self.margin))
+        self.scores["hindsight"] += stopping_points(grown, hindsight(grown))
         self.controls["stopped"].value = True
         self._tell()
 
