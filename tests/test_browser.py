@@ -220,3 +220,41 @@ def test_a_point_shows_its_tile_and_the_game_is_scored(browser, lab, tmp_path):
     page.get_by_text("You found 100%").wait_for()
     page.screenshot(path=tmp_path / "game.png")
     page.close()
+
+
+DRAWN_CURVE = """
+import ipywidgets
+from hdmil_lib.viz import plots
+from hdmil_lib.viz.laboratories import CurveFit
+
+plots.use_style()
+lab = CurveFit(degree=3, target="line")
+report = ipywidgets.Label("nothing yet")
+def tell(_change):
+    report.value = f"{lab.values['target']}, highest {lab.heights.max():.1f}, degree {lab.values['degree']}"
+lab.picture.observe(tell, names="value")
+"""
+
+
+def test_a_curve_is_drawn_with_the_pointer_and_a_slider_moves_the_fit(browser, lab, tmp_path):
+    page = open_notebook(browser, lab, "curve", [DRAWN_CURVE, "lab", "report"])
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    picture = page.locator(".laboratory-picture")
+    picture.wait_for()
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    first = picture.get_attribute("src")
+    top = box["y"] + 0.14 * box["height"]  # near the upper end of the left panel
+    page.mouse.move(box["x"] + 0.15 * box["width"], top)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.35 * box["width"], top, steps=8)
+    page.mouse.up()
+    page.get_by_text("drawn by you, highest 1.2, degree 3").wait_for()
+    assert picture.get_attribute("src") != first
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("drawn by you, highest 1.2, degree 4").wait_for()
+    page.screenshot(path=tmp_path / "curve.png")
+    assert problems == []
+    page.close()
