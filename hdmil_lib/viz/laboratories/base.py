@@ -7,6 +7,7 @@ figure, for places without widgets.
 
 import io
 import traceback
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,6 +86,7 @@ class Laboratory(w.VBox):
         super().__init__([self.header(), self.picture, self.error])
         self.step()
 
+    @abstractmethod
     def draw(self, axes: Sequence[Axes]) -> dict[str, Artist]:
         """Draw everything once.
 
@@ -94,11 +96,10 @@ class Laboratory(w.VBox):
         Returns:
             The artists that `move` changes, by name.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, artists: Mapping[str, Any], *args: Any, **values: Any) -> None:
         """Bring the artists to values of the controls."""
-        raise NotImplementedError
 
     def header(self) -> w.Widget:
         """What stands above the figure: by default the controls in a row."""
