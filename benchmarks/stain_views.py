@@ -4,10 +4,10 @@
 
 Slides are composed as in `tools/tune_composed.py` (composition 0, which no reported score has seen). Each
 training slide is encoded again in other stains: its tiles are split into hematoxylin, eosin and a rest by
-color deconvolution, each part is scaled and shifted by the same random numbers for all tiles of the slide, and
-the parts are put together again. HDMIL† and gated ABMIL are trained with their tuned recipes on the slides
-alone, and on the slide or one of its views, drawn anew at each step. Validation slides stay as they are. The
-lowest validation loss and its AUC go to `benchmarks/results/stain_views.json`.
+color deconvolution. Each part is scaled and shifted by random numbers that all tiles of the slide share,
+and the parts are put together again. HDMIL† and gated ABMIL are trained with their tuned recipes on the
+slides alone, and on the slide or one of its views, drawn anew at each step. Validation slides stay as they
+are. The lowest validation loss and its AUC go to `benchmarks/results/stain_views.json`.
 """
 
 import argparse
