@@ -388,9 +388,19 @@ def _machine() -> str:
 
 
 def _link(part: Path, lock: Path) -> None:
-    """Give a file a second name, which must not exist yet."""
+    """Give a file a second name, which must not exist yet.
+
+    On NFS the reply of a successful link can be lost; the repeated request then reports that the name exists.
+    The number of names of our own file tells whether the link was made.
+
+    Raises:
+        FileExistsError: Another process has made the lock.
+    """
     try:
         os.link(part, lock)
+    except FileExistsError:
+        if part.stat().st_nlink != 2:
+            raise
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP):
             raise

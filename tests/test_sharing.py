@@ -1,5 +1,6 @@
 """Processes that share a folder: locks, what the dead leave, shards and slides that are set aside."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -307,3 +308,23 @@ def test_progress_leaves_out_a_line_that_is_being_written(tmp_path):
 def test_progress_of_nothing_says_what_to_give(tmp_path):
     with pytest.raises(HDMILError, match="no run has written here; give the --out"):
         progress_of(tmp_path)
+
+
+def test_a_link_whose_reply_was_lost_counts_as_made(tmp_path, monkeypatch):
+    link = os.link
+
+    def link_without_reply(source, target):
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists", str(target))
+
+    monkeypatch.setattr(os, "link", link_without_reply)
+    with SharedRun(tmp_path) as first, SharedRun(tmp_path) as second:
+        assert first.claim("slide") == "taken"
+        assert second.claim("slide") == "busy"
+
+
+def test_a_lock_made_by_another_in_the_same_moment_is_not_ours(tmp_path, monkeypatch):
+    with SharedRun(tmp_path) as first, SharedRun(tmp_path) as second:
+        assert first.claim("slide") == "taken"
+        monkeypatch.setattr(second, "_locks", lambda name: [])
+        assert second.claim("slide") == "busy"
