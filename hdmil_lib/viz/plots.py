@@ -35,6 +35,7 @@ from hdmil_lib.viz.style import (
     PALE,
     SEQUENTIAL,
     SKY,
+    STAGE_NAMES,
     STAGES,
     VERMILION,
     axes_or_new,
@@ -274,7 +275,7 @@ def stage_times(seconds: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax, (6.4, 0.7 + 0.55 * len(seconds)))
-    names = seconds.rename(index=plain, columns=plain)
+    names = seconds.rename(index=plain, columns=lambda stage: plain(STAGE_NAMES.get(stage, stage)))
     colors = [STAGES.get(stage, CYCLE[i % len(CYCLE)]) for i, stage in enumerate(seconds)]
     names.plot.barh(stacked=True, color=colors, width=0.6, ax=ax)
     totals = seconds.sum(axis=1).to_numpy()

@@ -52,6 +52,9 @@ STAGES: Mapping[str, str] = {
 }
 """Colors of the stages of inference, in their order."""
 
+STAGE_NAMES: Mapping[str, str] = {"lipn": "LIPN", "crop": "cropping", "features": "encoding", "dmin": "DMIN"}
+"""What figures call the stages whose keys are no plain words."""
+
 
 def use_style() -> None:
     """Make this look the default of matplotlib and seaborn; notebooks call it once in their set-up cell."""
