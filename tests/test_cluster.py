@@ -246,6 +246,11 @@ def test_the_command_trains_on_a_cluster(address, client, tmp_path):
     assert (done["done"].sum(), os.getpid() in set(done["pid"])) == (6, False)
 
 
+def test_workers_load_the_encoder_of_the_model(slides, tmp_path):
+    own = ("--out", tmp_path / "p.csv", "--scheduler", "tcp://nowhere:1", "--encoder", "module:function")
+    assert "leave out --encoder" in hdmil("predict", slides, "--model", tmp_path / "model", *own, code=1)
+
+
 @pytest.mark.parametrize(
     "wrong", ["tcp://127.0.0.1:9", "127.0.0.1:9", "nonsense", "tcp://nowhere.invalid:8786"]
 )

@@ -101,6 +101,8 @@ def predict(
     scale, files, part = scale_of(mpp, force_mpp), list_slides(slides), shard_of(shard)
     if (part is not None or scheduler is not None) and out is None:
         raise HDMILError("--shard and --scheduler need --out, the table that all processes write")
+    if scheduler is not None and (encoder is not None or encoder_weights is not None):
+        raise HDMILError("--scheduler: workers load the encoder that the model names; leave out --encoder")
     if part is not None and not part.of(files):
         typer.echo(f"shard {shard} is empty: there are {len(files)} slides")
         return
