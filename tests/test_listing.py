@@ -1,6 +1,7 @@
 """Slides are found where users keep them: folders in folders, DICOM series, tables with names and scales."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -225,3 +226,27 @@ def test_int8_tiles_are_read_at_the_scale_of_the_table(slide, tmp_path):
     (tmp_path / "labels.csv").write_text("path,mpp\na.tif,0.25\n")
     assert len(spread_tiles(tmp_path / "labels.csv")) == 1
     assert len(spread_tiles(slide)) == 4
+
+
+def test_a_file_that_cannot_be_opened_is_listed_and_a_folder_is_named(slide, tmp_path, monkeypatch):
+    """As another user sees a file and a folder without permission."""
+    (tmp_path / "closed.svs").write_bytes(b"x" * 200)
+    (tmp_path / "inner").mkdir()
+    opened, listed = Path.open, Path.iterdir
+
+    def no_file(self, *arguments, **options):
+        if self.name == "closed.svs":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", no_file)
+    assert "closed" in {found.slide_id for found in list_slides(tmp_path)}
+
+    def no_folder(self):
+        if self.name == "inner":
+            raise PermissionError(13, "Permission denied")
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", no_folder)
+    with pytest.raises(SlideError, match="inner: the folder cannot be read .Permission denied."):
+        list_slides(tmp_path)

@@ -86,10 +86,13 @@ class Series(NamedTuple):
 
 def series_of(path: Path) -> Series | None:
     """The DICOM series to which a slide file belongs; None for other files and damaged ones."""
-    with path.open("rb") as file:
-        file.seek(128)
-        if file.read(4) != b"DICM":
-            return None
+    try:
+        with path.open("rb") as file:
+            file.seek(128)
+            if file.read(4) != b"DICM":
+                return None
+    except OSError:  # `check_file` says why when the slide is opened
+        return None
     try:
         slide = OpenSlideFile(path)
     except SlideError:

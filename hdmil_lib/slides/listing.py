@@ -153,7 +153,13 @@ def _belongs(image: Path, slide: Path) -> bool:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Files that are not hidden; the data folder of a .mrxs file belongs to that file."""
-    for path in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise SlideError(
+            f"{folder}: the folder cannot be read ({error.strerror}); change its permissions or name the files"
+        ) from error
+    for path in entries:
         if path.name.startswith("."):
             continue
         if path.is_dir():
