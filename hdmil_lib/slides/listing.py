@@ -157,7 +157,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise SlideError(
-            f"{folder}: the folder cannot be read ({error.strerror}); change its permissions or name the files"
+            f"{folder}: the folder cannot be read ({error.strerror}); change its permissions or name files"
         ) from error
     for path in entries:
         if path.name.startswith("."):
