@@ -46,6 +46,8 @@ class Cohort:
     ) -> "Cohort":
         """Read and check a label file.
 
+        Whole numbers that a spreadsheet wrote as "1.0" are read as "1" in `case_id` and `label`.
+
         Args:
             path: CSV with `slide_id`, `case_id`, `label` and `path`; labels are class names, or indices into
                 `classes`.
@@ -240,7 +242,8 @@ def _check_table(
     repeated = table.loc[table["slide_id"].duplicated(), "slide_id"].unique()
     refuse(repeated, f"{source}: slide(s) listed more than once:", "keep one row per slide")
 
-    table["label"] = table["label"].map(whole_number)
+    for column in ("case_id", "label"):
+        table[column] = table[column].map(whole_number)
     found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}

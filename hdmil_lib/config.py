@@ -82,23 +82,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def end_with_parent() -> None:
-    """Let this helper process end when its parent is gone, also if that was killed."""
-    import multiprocessing
-    import threading
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
     """Set PyTorch's number of threads within a `with` block."""

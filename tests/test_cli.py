@@ -517,6 +517,7 @@ def test_bags_without_patches_train_classifiers_alone(work, tmp_path):
     assert "12 of 12 bags lack, such as s00; fill them in from the slides with `hdmil add-patches`" in error
     assert not (tmp_path / "trained").exists()
     printed = hdmil(*arguments, "--no-screening", "--compare", "abmil", "--balance", "loss")
+    assert "normal: 6 slides of 6 patients\ntumor: 6 slides of 6 patients\n" in printed
     assert "note: class normal (6), tumor (6) has fewer than 20 patients" in printed
     assert "ABMIL" in printed
     assert "HDMIL†" in printed

@@ -330,6 +330,13 @@ def test_numbers_of_spreadsheets_are_one_class(tmp_path):
     assert Cohort.from_csv(path).classes == ("0", "1")
 
 
+def test_a_patient_whose_number_a_spreadsheet_changed_is_one_patient(tmp_path):
+    text = "slide_id,case_id,label,path\na,7,tumor,a.tif\nb,7.0,tumor,b.tif\nc,7.5,normal,c.tif\n"
+    cohort = Cohort.from_csv(write_csv(tmp_path, text))
+    assert cohort.case_of == {"a": "7", "b": "7", "c": "7.5"}
+
+
+
 def test_slide_ids_with_a_suffix_are_explained(tmp_path):
     (tmp_path / "bags").mkdir()
     for name in "abc":

@@ -1,10 +1,8 @@
 """Settings read from the environment."""
 
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,36 +47,3 @@ def test_threads_are_set_and_restored(monkeypatch):
     with config.torch_threads(config.n_threads()):
         assert asked == [3]
     assert asked == [3, 1]
-
-
-def test_a_helper_ends_when_its_parent_is_killed(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(
-        """
-import multiprocessing, os, sys, time
-from hdmil_lib.config import end_with_parent
-
-def helper():
-    end_with_parent()
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-
-if __name__ == "__main__":
-    multiprocessing.get_context("spawn").Process(target=helper).start()
-    time.sleep(60)
-"""
-    )
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    helper = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    for _ in range(200):  # ten seconds; it takes some milliseconds
-        try:
-            os.kill(helper, 0)
-        except ProcessLookupError:
-            break
-        if "Z" in Path(f"/proc/{helper}/stat").read_text().rsplit(")", 1)[1].split()[0]:
-            break  # ended, and not yet collected
-        time.sleep(0.05)
-    else:
-        pytest.fail("the helper is still there")

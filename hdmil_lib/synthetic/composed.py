@@ -9,10 +9,9 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from hdmil_lib.cohort import Cohort
 from hdmil_lib.config import cache_dir
 from hdmil_lib.errors import CohortError
+from hdmil_lib.processes import helper_processes
 from hdmil_lib.slides import TileGrid
 from hdmil_lib.synthetic.composition import IMAGES, compose_slide
 from hdmil_lib.synthetic.drawing import worker_start
@@ -326,7 +326,7 @@ def _compose_all(jobs: list[tuple], total: int, name: str, workers: int | None, 
                 compose(*job)
                 bar.update()
             return
-        with ProcessPoolExecutor(workers, get_context("spawn"), worker_start) as pool:
+        with helper_processes(workers, worker_start) as pool:
             for done in as_completed([pool.submit(compose, *job) for job in jobs]):
                 done.result()
                 bar.update()

@@ -5,8 +5,7 @@ biology: results on them are results about software and methods, never about pat
 """
 
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import cv2
@@ -14,8 +13,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hdmil_lib.config import end_with_parent
 from hdmil_lib.errors import CohortError
+from hdmil_lib.processes import helper_processes
 from hdmil_lib.synthetic.histology import Painter
 from hdmil_lib.synthetic.presets import CohortPreset, preset_named
 from hdmil_lib.synthetic.pyramid import write_pyramid
@@ -97,8 +96,7 @@ def plan_cohort(preset: CohortPreset, n_slides: int, seed: int) -> pd.DataFrame:
 
 
 def worker_start() -> None:
-    """Start a process that draws: one thread each, and no longer than its parent."""
-    end_with_parent()
+    """Let a process that draws use one thread."""
     cv2.setNumThreads(1)
 
 
@@ -140,7 +138,7 @@ def synthesize_cohort(
                 synthesize_slide(*job)
                 bar.update()
         else:
-            with ProcessPoolExecutor(workers, get_context("spawn"), worker_start) as pool:
+            with helper_processes(workers, worker_start) as pool:
                 for done in as_completed([pool.submit(synthesize_slide, *job) for job in jobs]):
                     done.result()
                     bar.update()

@@ -23,11 +23,12 @@ from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
 from hdmil_lib.cohort import Cohort, check_classes, check_splits, make_splits, official_splits
-from hdmil_lib.config import cache_dir, end_with_parent, torch_threads
+from hdmil_lib.config import cache_dir, torch_threads
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import to_device
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, LIPN, MILModel, create_model
+from hdmil_lib.processes import helper_processes
 from hdmil_lib.splits import Split, read_splits, write_splits
 from hdmil_lib.storage import read_json, remove_stale, write_json, write_table
 from hdmil_lib.training.cascade import CascadeSettings, fit_cascade
@@ -255,22 +256,13 @@ def _run(
                 run_job(job, data)
                 bar.update()
             return
-        others = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("spawn")
-        free = context.SimpleQueue()  # of the devices of the helpers
+        free = multiprocessing.get_context("spawn").SimpleQueue()  # of the devices of the helpers
         for number in range(1, helpers + 1):
             free.put(str(targets[number % len(targets)]))
-        pool = ProcessPoolExecutor(helpers, context, _start_worker, (dict(bags), data.labels, free))
-        try:
-            with torch_threads(1):
-                for wave in todo:
-                    _share(wave, data, pool, helpers, bar)
-        except BaseException:  # also on an interrupt, so that nothing waits for the helpers
-            pool.shutdown(wait=False, cancel_futures=True)
-            for helper in set(multiprocessing.active_children()) - others:
-                helper.terminate()
-            raise
-        pool.shutdown()
+        given = (dict(bags), data.labels, free)
+        with helper_processes(helpers, _start_worker, given) as pool, torch_threads(1):
+            for wave in todo:
+                _share(wave, data, pool, helpers, bar)
 
 
 def _share(wave: Sequence[Job], data: BagDataset, pool: ProcessPoolExecutor, helpers: int, bar: tqdm) -> None:
@@ -310,7 +302,6 @@ _worker_data: list[BagDataset] = []
 
 
 def _start_worker(bags: dict[str, Bag], labels: dict[str, int], free: "SimpleQueue[str]") -> None:
-    end_with_parent()
     torch.set_num_threads(1)
     _worker_data.append(BagDataset(bags, labels, free.get()))
 
