@@ -336,7 +336,6 @@ def test_a_patient_whose_number_a_spreadsheet_changed_is_one_patient(tmp_path):
     assert cohort.case_of == {"a": "7", "b": "7", "c": "7.5"}
 
 
-
 def test_slide_ids_with_a_suffix_are_explained(tmp_path):
     (tmp_path / "bags").mkdir()
     for name in "abc":

@@ -438,6 +438,20 @@ def test_coalescing_tells_the_share_of_bytes_that_is_used():
     assert labels == ["stride 1: 128 B moved, 100% used", "stride 13: 1,024 B moved, 12% used"]
 
 
+@pytest.mark.parametrize(
+    ("registers", "warps", "held"), [(32, 4, 64), (128, 4, 16), (129, 4, 12), (136, 8, 8), (255, 4, 8)]
+)
+def test_warps_that_fit_are_as_counted_by_hand(registers, warps, held):
+    """65,536 registers; 129 per thread are handed out as 136, that is 4,352 per warp, of which 15 fit."""
+    assert hardware.resident_warps(registers, warps) == held
+
+
+def test_occupancy_names_kernels_with_their_warps():
+    legend = plots.occupancy({"forward": 110, "backward": 182}).get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["forward: 110 registers, 16 warps", "backward: 182 registers, 8 warps"]
+
+
 def test_a_measured_operator_stands_below_the_roof():
     ax = plots.roofline({"a": COST}, DEVICE, seconds={"a": 1e-5})
     (cross,) = [line for line in ax.lines if line.get_marker() == "X"]

@@ -24,6 +24,9 @@ SECTOR = 32
 WARP, FLOAT32 = 32, 4
 """Threads that load together, and bytes of a number."""
 
+REGISTERS, MAX_WARPS = 65_536, 64
+"""Registers of a processor, and the warps that it can hold, on GPUs of the kind sm_90 (H100, H200)."""
+
 
 def roofline(
     costs: "Mapping[str, Cost]",
@@ -147,6 +150,39 @@ def coalescing(strides: Sequence[int] = (1, 2, 13), ax: Axes | None = None) -> A
     ax.grid(which="minor", color="white", lw=1.5)
     ax.tick_params(which="both", length=0)
     ax.set(xlabel=f"index of the number in memory (the first {shown}); lines separate sectors of {SECTOR} B")
+    return ax
+
+
+def resident_warps(registers: int, warps: int) -> int:
+    """Number of warps that fit on a processor (of 64) if a program has `warps` of them.
+
+    Registers are handed out to a warp in pieces of 256, which is 8 per thread.
+
+    Args:
+        registers: Registers per thread, at most 255.
+        warps: Warps of a program.
+    """
+    per_warp = -(-registers // 8) * 8 * WARP
+    return min(MAX_WARPS, REGISTERS // per_warp) // warps * warps
+
+
+def occupancy(registers: Mapping[str, int], ax: Axes | None = None, *, warps: int = 4) -> Axes:
+    """How many warps a processor can hold at each number of registers per thread, and where kernels stand.
+
+    Args:
+        registers: Registers per thread of each kernel, by its name.
+        ax: Axes to draw on.
+        warps: Warps of a program.
+    """
+    ax = axes_or_new(ax, (8, 3))
+    x = np.arange(16, 256)
+    ax.step(x, [resident_warps(int(r), warps) for r in x], where="post", color=MUTED, lw=1.5)
+    for color, (name, used) in zip(CYCLE, registers.items(), strict=False):
+        held = resident_warps(used, warps)
+        ax.plot(used, held, "o", color=color, ms=9, label=f"{plain(name)}: {used} registers, {held} warps")
+    ax.set(xlabel="registers per thread", ylabel=f"warps, of {MAX_WARPS}", xlim=(16, 256), ylim=(0, 68))
+    ax.set_yticks(range(0, MAX_WARPS + 1, 16))
+    ax.legend()
     return ax
 
 

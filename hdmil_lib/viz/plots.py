@@ -13,7 +13,7 @@ from numpy.polynomial import chebyshev
 from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from hdmil_lib.viz.hardware import coalescing, gpu_times, program_grid, roofline
+from hdmil_lib.viz.hardware import coalescing, gpu_times, occupancy, program_grid, roofline
 from hdmil_lib.viz.overlays import (
     attention_overlay,
     gallery,
@@ -57,6 +57,7 @@ __all__ = [
     "kept_overlay",
     "mark_tile",
     "method_scores",
+    "occupancy",
     "phi",
     "phi_fit",
     "pipeline",
