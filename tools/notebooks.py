@@ -264,13 +264,13 @@ def check(path: Path, paths: Sequence[Path]) -> Iterator[str]:
     """Each way in which a notebook breaks the rules of docs/design.md, "A notebook"."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    lines = [cell.source.splitlines() for cell in code]
+    lines = [cell.source.splitlines() for cell in code if 'quiz("' not in cell.source]  # nothing to read
     words = [len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown"]
     measured = {
         "median code lines": statistics.median(sum(map(bool, cell)) for cell in lines) if lines else 0,
         "longest code cell": max(map(len, lines), default=0),
         "words": max(words, default=0),
-        "code cells": len(code),
+        "code cells": len(lines),
         "kilobytes": path.stat().st_size / 1000,
     }
     for name, limit in LIMITS.items():
