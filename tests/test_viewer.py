@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import traitlets
 from model_factory import make_model, write_textured_slide
-from PIL import Image
+from PIL import Image, ImageColor
 from slide_factory import bounds_properties, damage_tile, paint_disc, slide_properties, write_slide
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.sample import sample_slide
 from hdmil_lib.viz import viewer as viewer_package
+from hdmil_lib.viz.style import VERMILION
 from hdmil_lib.viz.viewer import Overlay, SlideViewer, TileScatter, link_scatter
 from hdmil_lib.viz.viewer.deepzoom import GRAY, DeepZoom
 from hdmil_lib.viz.viewer.frames import bar_length
@@ -396,6 +397,20 @@ def test_a_point_and_its_tile_are_selected_together(viewer):
     with pytest.raises(ValueError, match=r"\(N, 2\)"):
         TileScatter(np.zeros((3, 3)))
     assert len(np.frombuffer(TileScatter(np.zeros((4, 2)))._points, "<f4")) == 8
+
+
+def test_a_linked_scatter_leaves_a_picture(viewer):
+    n = len(viewer.grid)
+    points = np.zeros((n, 2))
+    points[7] = 1  # alone in the upper right corner
+    box = link_scatter(viewer, points)
+    viewer.selected = 7
+    picture = decode(box.frame(200))
+    assert picture.shape[0] == 200
+    center = picture.shape[1] - 12
+    ring = np.flatnonzero((picture[12] == ImageColor.getrgb(VERMILION)).all(1))
+    assert center - 9 <= ring.min() < ring.max() <= center + 9
+    assert {"image/png", "text/plain"} <= set(box._repr_mimebundle_())
 
 
 def test_a_prediction_shows_its_attention_and_kept_tiles(tmp_path):

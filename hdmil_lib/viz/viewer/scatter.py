@@ -1,5 +1,7 @@
 """A scatter plot of the tiles' features, in which a click on a point shows the tile in the viewer."""
 
+import base64
+import io
 from typing import Any
 
 import anywidget
@@ -7,9 +9,13 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import traitlets as t
+from PIL import Image, ImageDraw
 
-from hdmil_lib.viz.style import SEQUENTIAL
+from hdmil_lib.viz.style import INK, MUTED, SEQUENTIAL, VERMILION
 from hdmil_lib.viz.viewer.slide_viewer import HERE, SlideViewer
+
+MARGIN = 12
+"""Pixels between a point and the edge of the plot, as in `scatter.js`."""
 
 
 class TileScatter(anywidget.AnyWidget):
@@ -57,9 +63,48 @@ class TileScatter(anywidget.AnyWidget):
         )
 
 
-def link_scatter(
-    viewer: SlideViewer, points: np.ndarray, values: np.ndarray | None = None
-) -> ipywidgets.VBox:
+class LinkedScatter(ipywidgets.VBox):
+    """A viewer with a scatter plot of its tiles below; places without widgets get a picture of both.
+
+    Args:
+        viewer: The viewer.
+        scatter: The plot.
+    """
+
+    def __init__(self, viewer: SlideViewer, scatter: TileScatter):
+        self.viewer, self.scatter = viewer, scatter
+        super().__init__([viewer, scatter])
+
+    def frame(self, side: int = 360) -> bytes:
+        """The viewer's frame and the plot beside each other as PNG.
+
+        Args:
+            side: Side of the plot, and longer side of the frame, in pixels.
+        """
+        picture = Image.open(io.BytesIO(self.viewer.frame(side)))
+        points = np.frombuffer(self.scatter._points, "<f4").reshape(-1, 2)
+        colors = np.frombuffer(self.scatter._colors, np.uint8).reshape(-1, 3)
+        both = Image.new("RGB", (picture.width + 16 + side, max(picture.height, side)), "white")
+        both.paste(picture, (0, 0))
+        draw = ImageDraw.Draw(both)
+        left, reach = picture.width + 16, side - 2 * MARGIN
+        draw.rectangle((left, 0, left + side - 1, side - 1), outline=MUTED)
+        places = np.c_[left + MARGIN + points[:, 0] * reach, side - MARGIN - points[:, 1] * reach]
+        for place, color in zip(places, colors.tolist(), strict=True):
+            draw.circle(tuple(place), 5, fill=tuple(color))
+        for row in self.scatter.region:
+            draw.circle(tuple(places[row]), 7, outline=INK, width=2)
+        if self.scatter.selected is not None:
+            draw.circle(tuple(places[self.scatter.selected]), 9, outline=VERMILION, width=3)
+        buffer = io.BytesIO()
+        both.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(self.frame()).decode()}
+
+
+def link_scatter(viewer: SlideViewer, points: np.ndarray, values: np.ndarray | None = None) -> LinkedScatter:
     """Put a scatter plot under a viewer: a click in one selects in both, and marked tiles are marked in both.
 
     Args:
@@ -80,4 +125,4 @@ def link_scatter(
     scatter = TileScatter(points, values)
     for name in ("selected", "region"):
         t.link((viewer, name), (scatter, name))
-    return ipywidgets.VBox([viewer, scatter])
+    return LinkedScatter(viewer, scatter)
