@@ -11,7 +11,7 @@ SITE_INSTALLED := $(VENV)/.hdmil-site-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorial tables test lab bench gpu samples api site badges clean
+.PHONY: help setup tutorial tables test nightly lab bench gpu samples api site badges clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ tables: $(INSTALLED) ## all systems on all synthetic cohorts, with statistics an
 
 test: $(INSTALLED) ## the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+nightly: $(INSTALLED) ## the tests that take too long for each change, such as the whole course in a browser
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m nightly
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	@HDMIL_FAST=$(FAST) $(BIN)/jupyter lab notebooks

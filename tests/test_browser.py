@@ -17,6 +17,7 @@ import pytest
 from conftest import REPOSITORY
 from nbformat.v4 import new_code_cell, new_notebook
 
+COURSE = sorted((REPOSITORY / "notebooks").glob("[0-9]*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TOKEN = "test"
 SECONDS = 30_000
@@ -71,13 +72,21 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTER_DATA_DIR": str(folder / "data"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "HDMIL_CACHE": str(folder / "cache"),
+        "HDMIL_BUILD": str(folder / "build"),
+        "HDMIL_FAST": "1",
     }
     notebooks, settings = folder / "notebooks", folder / "config" / "labconfig"
     notebooks.mkdir()
     settings.mkdir(parents=True)
     disabled = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     (settings / "page_config.json").write_text(json.dumps(disabled))
+    tracker = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text(json.dumps({"windowingMode": "none"}))  # all cells are on the page
+    for name in ("benchmarks", "data_samples", "docs", "hdmil_lib", "tools"):
+        (folder / name).symlink_to(REPOSITORY / name)  # beside the notebooks, as in a checkout
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
     command += [
         f"--IdentityProvider.token={TOKEN}",
@@ -126,11 +135,20 @@ def open_notebook(browser, lab: tuple[str, Path], name: str, cells: list[str]):
     page = browser.new_page(viewport={"width": 1280, "height": 1100})
     page.set_default_timeout(SECONDS)
     page.goto(f"{address}/doc/tree/{name}.ipynb?token={TOKEN}")
+    run_all(page)
+    return page
+
+
+def run_all(page, wait: bool = False) -> None:
+    """Run all cells of the notebook that a page shows; with `wait`, to the end, and save it."""
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_function("window.jupyterapp?.commands.hasCommand('notebook:run-all-cells')")
     page.get_by_text("| Idle").wait_for()  # the kernel has started
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    return page
+    run, save = (
+        f"window.jupyterapp.commands.execute('{name}')"
+        for name in ("notebook:run-all-cells", "docmanager:save")
+    )
+    page.evaluate(f"async () => {{ await {run}; await {save}; }}" if wait else f"() => {{ {run}; }}")
 
 
 def tile_place(page, row: int, column: int) -> tuple[float, float]:
@@ -222,6 +240,15 @@ def test_a_point_shows_its_tile_and_the_game_is_scored(browser, lab, tmp_path):
     page.close()
 
 
+def test_a_guess_is_answered(browser, lab, tmp_path):
+    page = open_notebook(browser, lab, "quiz", ["from hdmil_lib.course import quiz", 'quiz("08")'])
+    page.get_by_role("button", name="73").click()
+    page.get_by_text("We will find: 81.").wait_for()
+    assert page.get_by_role("button", name="63").is_disabled()
+    page.screenshot(path=tmp_path / "quiz.png")
+    page.close()
+
+
 DRAWN_CURVE = """
 import ipywidgets
 from hdmil_lib.viz import plots
@@ -257,4 +284,37 @@ def test_a_curve_is_drawn_with_the_pointer_and_a_slider_moves_the_fit(browser, l
     page.get_by_text("drawn by you, highest 1.2, degree 4").wait_for()
     page.screenshot(path=tmp_path / "curve.png")
     assert problems == []
+    page.close()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_each_notebook_runs_in_jupyterlab(browser, lab, path, tmp_path):
+    """Run All without an error or a warning; the first slider then changes a picture."""
+    address, folder = lab
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbformat.write(notebook, folder / path.name)
+    page = browser.new_page(viewport={"width": 1280, "height": 1100})
+    page.set_default_timeout(SECONDS)
+    page.goto(f"{address}/doc/tree/{path.name}?token={TOKEN}")
+    run_all(page, wait=True)
+    page.screenshot(path=tmp_path / "end.png")
+    cells = [
+        cell for cell in nbformat.read(folder / path.name, as_version=4).cells if cell.cell_type == "code"
+    ]
+    for cell in cells:
+        assert cell.execution_count
+        assert [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"] == []
+    sliders = page.locator(".widget-slider .noUi-handle")
+    if sliders.count():
+        pictures = "() => [...document.querySelectorAll('.jp-OutputArea img')].map((one) => one.src).join()"
+        before = page.evaluate(pictures)
+        sliders.first.scroll_into_view_if_needed()
+        sliders.first.focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"(before) => ({pictures})() !== before", arg=before)
+        page.screenshot(path=tmp_path / "moved.png")
     page.close()
