@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 import imagecodecs
 import numpy as np
 
+from hdmil_lib.slides.codestreams import checked, jpeg2000_header, jpeg_header
 from hdmil_lib.slides.stored_tiles import StoredLevel, StoredTiles
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def _decoder(header: "Dataset") -> Callable[..., np.ndarray] | None:
     syntax, colors = header.file_meta.TransferSyntaxUID, header.PhotometricInterpretation
     if is_plain and syntax == JPEG_BASELINE and colors in ("RGB", "YBR_FULL_422", "YBR_FULL"):
         stored = "RGB" if colors == "RGB" else "YCBCR"
-        return partial(imagecodecs.jpeg8_decode, colorspace=stored, outcolorspace="RGB")
+        decode = partial(imagecodecs.jpeg8_decode, colorspace=stored, outcolorspace="RGB")
+        return checked(decode, jpeg_header)
     if is_plain and syntax in JPEG_2000 and colors in ("RGB", "YBR_RCT", "YBR_ICT"):
-        return imagecodecs.jpeg2k_decode
+        return checked(imagecodecs.jpeg2k_decode, jpeg2000_header)
     return None
 
 

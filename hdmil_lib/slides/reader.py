@@ -16,7 +16,7 @@ from hdmil_lib.slides.formats import check_file, open_file
 from hdmil_lib.slides.image import Pixels
 from hdmil_lib.slides.openslide_file import OpenSlideFile
 from hdmil_lib.slides.scale import scale_of
-from hdmil_lib.slides.stored_tiles import StoredTiles
+from hdmil_lib.slides.stored_tiles import VENDORS, StoredTiles
 from hdmil_lib.slides.thumbnails import GAP, overlap_weights, quarters
 
 if TYPE_CHECKING:
@@ -116,12 +116,10 @@ class Slide:
         self._pixels: Pixels | None = None
         if not isinstance(self._file, OpenSlideFile):
             self._pixels = self._file.pixels
-        elif reader != "openslide":
-            self._pixels = (
-                open_frames(self.path, properties, sizes)
-                if self.vendor == "dicom"
-                else StoredTiles.open(self.path, sizes)
-            )
+        elif reader != "openslide" and self.vendor == "dicom":
+            self._pixels = open_frames(self.path, properties, sizes)
+        elif reader != "openslide" and self.vendor in VENDORS:
+            self._pixels = StoredTiles.open(self.path, sizes)
         self._stored = self._pixels if isinstance(self._pixels, StoredTiles) else None
         self._on_device: dict[NvImageCodec, TilesOnDevice] = {}
         if reader == "stored" and self._stored is None:

@@ -21,9 +21,14 @@ import tifffile
 from tifffile.tifffile import jpeg_decode_colorspace
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.codestreams import checked, jpeg2000_header, jpeg_header
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 """What tifffile logs of damaged files is not for users, who get our errors."""
+
+VENDORS = ("aperio", "generic-tiff", "philips")
+"""Formats, by OpenSlide's names, whose levels are the tiles of one directory side by side. Others shift
+tiles, let them overlap or put several directories together."""
 
 COMPRESSIONS = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
 ROWS_HELD = 2
@@ -194,14 +199,15 @@ class StoredTiles:
         """Open a slide whose levels have these (width, height).
 
         None if they are stored in another way, or if this is not sure: a tile is missing, which scanners
-        mean in ways of their own, or the directory of the file is odd. OpenSlide then reads it.
+        mean in ways of their own, several directories have the size of a level, so that OpenSlide may mean
+        another one, or the directory of the file is odd. OpenSlide then reads it.
         """
         try:
             with tifffile.TiffFile(path) as file:
-                pages = {(p.imagewidth, p.imagelength): p for p in reversed(file.pages) if is_readable(p)}
-                if not all(size in pages for size in sizes):
+                pages = [_only_page(file, size) for size in sizes]
+                if len(set(sizes)) < len(sizes) or not all(map(_is_known, pages)):
                     return None
-                levels = [jpeg_level(pages[size]) for size in sizes]
+                levels = [jpeg_level(page, colors_by_tag=True) for page in pages]
             return cls(path, levels) if all(map(_is_whole, levels)) else None
         except Exception:  # a damaged directory can end in any of Python's errors
             return None
@@ -330,22 +336,47 @@ def is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifff
     )
 
 
+def _only_page(file: tifffile.TiffFile, size: tuple[int, int]) -> tifffile.TiffPage:
+    """The tiled page of this (width, height); raises a ValueError if there is not exactly one."""
+    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+    [page] = [page for page in pages if (page.imagewidth, page.imagelength) == size]
+    return page
+
+
+def _is_known(page: tifffile.TiffPage) -> bool:
+    """Whether OpenSlide decodes the tiles of a page as `jpeg_level` does by the tag of their colors."""
+    by_tag = page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+    return is_readable(page) and (by_tag or page.compression != tifffile.COMPRESSION.JPEG)
+
+
 def _is_whole(level: StoredLevel) -> bool:
     """Whether the file has every tile of a level, of a size that scanners use."""
     return level.is_sound and bool((level.sizes > 0).all())
 
 
-def jpeg_level(page: tifffile.TiffPage) -> StoredLevel:
-    """Collect what is needed to read the tiles of a page, while the file is open."""
-    decode, stored = imagecodecs.jpeg2k_decode, None
+def jpeg_level(page: tifffile.TiffPage, colors_by_tag: bool = False) -> StoredLevel:
+    """Collect what is needed to read the tiles of a page, while the file is open.
+
+    Args:
+        page: A page for which `is_readable` is true.
+        colors_by_tag: Whether the page alone says how JPEG tiles store their colors, as OpenSlide takes it;
+            else also the markers in the tiles.
+    """
+    stored: int | str | None = None
+    decode = checked(imagecodecs.jpeg2k_decode, jpeg2000_header)
     is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
     if is_jpeg:
         stored, decoded = jpeg_decode_colorspace(
             page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
         )
-        decode = partial(
-            imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
+        if colors_by_tag:
+            stored = tifffile.PHOTOMETRIC(page.photometric).name
+        decode = checked(
+            partial(
+                imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
+            ),
+            jpeg_header,
         )
-    stores_rgb = stored == tifffile.PHOTOMETRIC.RGB
+    stores_rgb = stored in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.RGB.name)
     places = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     return StoredLevel(page, *places, decode, is_jpeg, stores_rgb)

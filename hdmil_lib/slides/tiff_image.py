@@ -10,6 +10,7 @@ import numpy as np
 import tifffile
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.codestreams import checked, jpeg2000_header
 from hdmil_lib.slides.colors import Converter, converter
 from hdmil_lib.slides.decoded import DecodedImage, check_size, decode_once
 from hdmil_lib.slides.image import Image
@@ -21,11 +22,12 @@ C = tifffile.COMPRESSION
 STREAMS = (C.NONE, C.LZW, C.ADOBE_DEFLATE, C.DEFLATE, C.PACKBITS, C.ZSTD, C.LZMA)
 """Compressions whose output tifffile limits to the size of a tile or strip."""
 
+JPEG_2000 = checked(imagecodecs.jpeg2k_decode, jpeg2000_header)
+"""The decoders of the other pictures compare the sizes before they decode, that of JPEG 2000 after it."""
+
 PICTURES: dict[int, Callable[..., np.ndarray]] = {
     C.WEBP: imagecodecs.webp_decode,
-    C.JPEG2000: imagecodecs.jpeg2k_decode,
-    C.JPEG_2000_LOSSY: imagecodecs.jpeg2k_decode,
-    C.APERIO_JP2000_RGB: imagecodecs.jpeg2k_decode,
+    **dict.fromkeys((C.JPEG2000, C.JPEG_2000_LOSSY, C.APERIO_JP2000_RGB), JPEG_2000),
     C.JPEGXL: imagecodecs.jpegxl_decode,
 }
 """Compressions whose tiles are pictures with a header of their own, held to the size of the tile."""
