@@ -217,7 +217,8 @@ def ventana(
     stitching = (
         f'<EncodeInfo><SlideStitchInfo><ImageInfo AOIScanned="1" NumRows="{rows}" NumCols="{columns}" '
         f'Width="{tile}" Height="{tile}" Pos-X="0" Pos-Y="0">{"".join(joints)}</ImageInfo>'
-        f'</SlideStitchInfo><AoiOrigin><AOI0 OriginX="{origin * tile}" OriginY="{origin * tile}"/></AoiOrigin></EncodeInfo>'
+        f'</SlideStitchInfo><AoiOrigin><AOI0 OriginX="{origin * tile}" OriginY="{origin * tile}"/>'
+        "</AoiOrigin></EncodeInfo>"
     ).encode()
     for level, page in enumerate(directories):
         page.options["description"] = f"level={level} mag={20 / 2**level:g} quality=90"

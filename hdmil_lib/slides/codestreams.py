@@ -101,6 +101,15 @@ def check_header(header: Header, shape: tuple[int, ...]) -> None:
         raise ValueError(f"its header says {header.samples} samples per pixel, the file {samples}")
 
 
+def jpeg_fits(stream: bytes, shape: tuple[int, ...]) -> bool:
+    """Whether the header of a JPEG stream says this (height, width, samples)."""
+    try:
+        check_header(jpeg_header(stream), shape)
+    except ValueError:
+        return False
+    return True
+
+
 def checked(
     decode: Callable[..., np.ndarray], header: Callable[[bytes], Header]
 ) -> Callable[..., np.ndarray]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hdmil_lib.errors import SlideError
+from hdmil_lib.slides.codestreams import jpeg_fits
 from hdmil_lib.slides.gpu_decoding import NvImageCodec, complete_stream
 from hdmil_lib.slides.resampling import to_device
 from hdmil_lib.slides.stored_tiles import StoredTiles
@@ -93,7 +94,7 @@ class TilesOnDevice:
         stored = self._stored.levels[level]
         shared = (stored.page.jpegtables, stored.stores_rgb)
         streams = {i: complete_stream(self._stored.compressed(level, i), *shared) for i in indices}
-        good = {i: stream for i, stream in streams.items() if stream is not None}
+        good = {i: s for i, s in streams.items() if s is not None and jpeg_fits(s, stored.shape)}
         tiles = dict(zip(good, self._decoder.decode(list(good.values())), strict=True))
         found = [tiles.get(index) for index in indices]
         return [None if tile is None or tile.shape != stored.shape else tile for tile in found]
