@@ -1,5 +1,6 @@
 """Slides are found where users keep them: folders in folders, DICOM series, tables with names and scales."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dicom_factory import write_series
 from model_factory import ColorEncoder, write_textured_slide
 from PIL import Image
 from slide_factory import slide_properties
+from vendor_factory import blobs, zeiss
 
 from hdmil_lib.bags import read_bag
 from hdmil_lib.encoders.extraction import extract, spread_tiles
@@ -250,3 +252,87 @@ def test_a_file_that_cannot_be_opened_is_listed_and_a_folder_is_named(slide, tmp
     monkeypatch.setattr(Path, "iterdir", no_folder)
     with pytest.raises(SlideError, match="inner: the folder cannot be read .Permission denied."):
         list_slides(tmp_path)
+
+
+VMS, VMU = (
+    "[Virtual Microscope Specimen]\nNoLayers=1",
+    "[Uncompressed Virtual Microscope Specimen]\nNoLayers=1",
+)
+
+ODD = {
+    "jpeg.czi": (lambda p: zeiss(p, blobs(80, 60), 1), r"not supported .*JPEG compression.*Convert it"),
+    "type3.czi": (lambda p: zeiss(p, blobs(80, 60), 3), r"not supported .*Convert it to OME-TIFF"),
+    "cut.czi": (lambda p: p.write_bytes(b"ZISRAWFILE".ljust(32, b"\0")), r"Short read.*download it again"),
+    "no.czi": (lambda p: p.write_bytes(b"no slide"), r"not a slide that OpenSlide can read"),
+    "cut.btf": (lambda p: p.write_bytes(b"II+\0\x08\0\0\0"), r"not a slide that can be .*download it again"),
+    "no.btf": (lambda p: p.write_bytes(b"no slide"), r"not a slide that OpenSlide can read"),
+    "part.vms": (
+        lambda p: p.write_text(f"{VMS}\nImageFile=part.jpg\nMapFile=m.jpg\n"),
+        r"part\.jpg is missing, which holds pixels; copy it",
+    ),
+    "part.vmu": (
+        lambda p: p.write_text(f"{VMU}\nImageFile=part.ngr\n"),
+        r"part\.ngr is missing, which holds pixels; copy it",
+    ),
+    "no.vmu": (lambda p: p.write_bytes(b"no slide"), r"not a slide that OpenSlide can read"),
+    "alone.mrxs": (lambda p: p.write_bytes(b"\xff\xd8"), r"its folder alone/ is missing.*copy it beside"),
+    "preview.vsi": (
+        lambda p: tifffile.imwrite(p, blobs(80, 60), photometric="rgb"),
+        r"not supported: \.vsi files of Olympus\. Convert it",
+    ),
+    "a.isyntax": (lambda p: p.write_bytes(b"data"), r"not supported: \.isyntax files .*\. Convert it"),
+}
+"""Files that no reader can read, and what is said of them."""
+
+
+def test_what_is_said_of_files_that_cannot_be_read(slide, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    shutil.copy(slide, folder / "A.SVS")
+    zeiss(folder / "good.czi", tifffile.imread(slide, key=0))
+    (folder / "._A.SVS").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for name, (build, _) in ODD.items():
+        build(folder / name)
+    assert sorted(path.name for path in slide_files(folder)) == sorted(("A.SVS", "good.czi", *ODD))
+    for name, (_, message) in ODD.items():
+        (result,) = extract(folder / name, ColorEncoder(), tmp_path / name, progress=False).itertuples()
+        assert result.status == "failed"
+        assert re.search(message, result.error), result.error
+        assert "\n" not in result.error
+        assert ("not supported" in result.error) != bool(re.search("download|copy", result.error))
+    good = [folder / "A.SVS", folder / "good.czi"]
+    report = extract(good, ColorEncoder(), tmp_path / "bags", progress=False)
+    assert report["status"].tolist() == ["done", "done"]
+    assert report["n_tiles"].nunique() == 1
+
+
+def test_a_file_of_macos_that_is_named_says_which_is_meant(tmp_path):
+    (tmp_path / "._A.SVS").write_bytes(b"\0\5\x16\7")
+    with pytest.raises(SlideError, match=r"written by macOS beside A\.SVS, not a slide; name that file"):
+        Slide(tmp_path / "._A.SVS", 0.5)
+
+
+def test_a_vms_file_that_is_closed_does_not_end_the_listing(tmp_path, monkeypatch):
+    Image.fromarray(np.full((64, LARGE_IMAGE, 3), 200, np.uint8)).save(tmp_path / "part.jpg")
+    (tmp_path / "s.vms").write_text("[Virtual Microscope Specimen]\nImageFile=part.jpg\n")
+    opened = Path.open
+
+    def no_file(self, *arguments, **options):
+        if self.suffix == ".vms":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", no_file)
+    assert [path.name for path in slide_files(tmp_path)] == ["part.jpg", "s.vms"]
+
+
+def test_other_depths_of_a_vms_file_may_be_missing(tmp_path):
+    images = "ImageFile=a.jpg\r\nImageFile(1,0)=b.jpg\r\nImageFile(1,0,0)=deep.jpg\r\nMapFile=m.jpg"
+    (tmp_path / "s.vms").write_text(f"{VMS}\r\n{images}")
+    for name in ("a.jpg", "m.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8")
+    with pytest.raises(SlideError, match=r"b\.jpg is missing"):
+        Slide(tmp_path / "s.vms")
+    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(SlideError, match=r"s\.vms: (?!.* is missing)"):
+        Slide(tmp_path / "s.vms")

@@ -1,5 +1,6 @@
 """Small TIFF slides built directory by directory, with the marks and oddities of scanners."""
 
+import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,4 +249,43 @@ def hamamatsu(path: Path, levels: Sequence[np.ndarray]) -> Path:
                 metadata=None,
                 extratags=marks,
             )
+    return path
+
+
+def zeiss(path: Path, pixels: np.ndarray, compression: int = 0) -> Path:
+    """Write a CZI file of one piece at 0.5 um/px.
+
+    Args:
+        path: The file.
+        pixels: RGB pixels, uint8 (h, w, 3), which are stored as they are.
+        compression: Its number in the directory: 0 is none, 1 JPEG, 2 LZW.
+    """
+    h, w, _ = pixels.shape
+    xml = (
+        "<ImageDocument><Metadata><Information><Image>"
+        f"<SizeX>{w}</SizeX><SizeY>{h}</SizeY><SizeS>1</SizeS></Image></Information><Scaling><Items>"
+        '<Distance Id="X"><Value>5e-7</Value></Distance><Distance Id="Y"><Value>5e-7</Value></Distance>'
+        "</Items></Scaling></Metadata></ImageDocument>"
+    ).encode()
+    sizes = {"X": w, "Y": h, "S": 1}
+    dimensions = b"".join(
+        struct.pack("<4siifi", axis.encode(), 0, size, 0.0, size) for axis, size in sizes.items()
+    )
+
+    def segment(name: str, content: bytes) -> bytes:
+        return struct.pack("<16sqq", name.encode(), len(content), len(content)) + content
+
+    def entry(position: int) -> bytes:
+        return struct.pack("<2siqiib5xi", b"DV", 3, position, 0, compression, 0, len(sizes)) + dimensions
+
+    data = np.ascontiguousarray(pixels[..., ::-1]).tobytes()
+    start = len(segment("", bytes(80)))
+    block = struct.pack("<iiq", 0, 0, len(data)) + entry(start)
+    block = segment("ZISRAWSUBBLOCK", block.ljust(256, b"\0") + data)
+    directory = segment("ZISRAWDIRECTORY", struct.pack("<i124x", 1) + entry(start))
+    metadata = segment("ZISRAWMETADATA", struct.pack("<ii248x", len(xml), 0) + xml)
+    attachments = segment("ZISRAWATTDIR", struct.pack("<i252x", 0))
+    places = np.cumsum([start, len(block), len(directory), len(metadata)]).tolist()
+    header = struct.pack("<iiii32xiqqiq", 1, 0, 0, 0, 0, *places[1:3], 0, places[3])
+    path.write_bytes(segment("ZISRAWFILE", header) + block + directory + metadata + attachments)
     return path

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hdmil_lib.errors import CohortError, HDMILError, SlideError
-from hdmil_lib.slides.formats import image_size, series_of
+from hdmil_lib.slides.formats import FOREIGN, KEY_FILES, image_size, named_images, series_of
 from hdmil_lib.slides.openslide_file import detect
 from hdmil_lib.slides.scale import IfUnknown
 from hdmil_lib.storage import read_table, readable
 
 SLIDE_SUFFIXES = (
-    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".vms", ".vmu", ".bif", ".dcm"),
-    *(".czi", ".btf"),
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", *KEY_FILES, ".bif", ".dcm"),
+    *(".czi", ".btf", *FOREIGN),
 )
 """Suffixes of slides: such files are listed even if no reader knows them, so that they are reported."""
 
@@ -131,7 +131,7 @@ def _in_folder(folder: Path) -> list[SlideFile]:
     for path in _walk(folder):
         if path.suffix.lower() in NO_SLIDES:
             continue
-        if detect(path) is not None:
+        if detect(path) is not None or path.suffix.lower() in FOREIGN:
             slides.append(path)
         elif size := image_size(path):
             if max(size) >= LARGE_IMAGE:
@@ -146,8 +146,8 @@ def _belongs(image: Path, slide: Path) -> bool:
     """Whether an image beside a slide has its name, or is a part of it: .vms files list their JPEGs."""
     if image.parent != slide.parent:
         return False
-    if slide.suffix.lower() in (".vms", ".vmu"):
-        return image.name in slide.read_text(errors="replace")
+    if image.name in named_images(slide).values():
+        return True
     return image.stem == slide.stem or image.stem.startswith(tuple(slide.stem + mark for mark in "_-. "))
 
 

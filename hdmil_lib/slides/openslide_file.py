@@ -8,6 +8,14 @@ from PIL import Image
 
 from hdmil_lib.errors import SlideError
 
+UNSUPPORTED = ("not supported", "unsupported", "not configured", "cannot handle")
+"""Words in OpenSlide's errors about files that need not be damaged."""
+
+CONVERT = (
+    "Convert it to OME-TIFF or a tiled pyramidal TIFF with the program of the scanner or, if it reads it, "
+    "with `bfconvert` of Bio-Formats."
+)
+
 
 class OpenSlideFile:
     """A file that OpenSlide has opened; usable from several threads.
@@ -91,6 +99,10 @@ def _open(path: Path) -> openslide.OpenSlide:
             "another program, convert it to a tiled pyramidal TIFF; otherwise copy or download it again."
         ) from None
     except openslide.OpenSlideError as error:
+        if any(word in str(error).lower() for word in UNSUPPORTED):
+            raise SlideError(
+                f"{path}: not supported by OpenSlide ({error}), though it may be whole. {CONVERT}"
+            ) from error
         raise SlideError(
             f"{path}: OpenSlide cannot read it: {error}. It is damaged, or of a variant that OpenSlide does "
             "not know: copy or download it again, or convert it to a tiled pyramidal TIFF."
