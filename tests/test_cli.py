@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from model_factory import ColorEncoder, make_model, write_textured_slide
 from safetensors.torch import load_file
@@ -478,6 +479,93 @@ def test_a_slide_without_a_scale_is_used_when_it_is_given(work, tmp_path):
     path = broken_slide(tmp_path, "unscaled")
     assert "4 tiles" in hdmil("extract", path, "--out", tmp_path, "--mpp", 0.5)
     assert "of 4 read" in hdmil("predict", path, "--model", work / "model", "--mpp", 0.5)
+
+
+@pytest.fixture
+def scales(tmp_path):
+    """Slides of 3 x 3 tiles at 0.5 um/px, of which one does not say so."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in ("stated", "second"):
+        write_textured_slide(folder / f"{name}.tif", 3, 3)
+    write_slide(folder / "unstated.tif", tifffile.imread(folder / "stated.tif", key=0), mpp=None)
+    return folder
+
+
+def tiles_of(bags):
+    return {path.stem: len(read_bag(path)) for path in sorted(bags.glob("*.h5"))}
+
+
+def test_mpp_fills_gaps_and_a_second_run_skips(scales, tmp_path):
+    arguments = ("extract", scales, "--out", tmp_path / "bags", "--mpp", 0.25)
+    scale = "2 slides from the file's properties (0.5 um/px), 1 slide from --mpp (0.25 um/px)"
+    assert f"scale: {scale}" in hdmil(*arguments)
+    assert tiles_of(tmp_path / "bags") == {"second": 9, "stated": 9, "unstated": 1}
+    again = hdmil(*arguments)
+    assert "skipped: 3 slides, 19 tiles" in again
+    assert scale in again
+    assert "nothing to do" in again
+
+
+def test_another_mpp_in_a_second_run_is_said(scales, tmp_path):
+    hdmil("extract", scales, "--out", tmp_path / "bags", "--mpp", 0.25)
+    before = contents(tmp_path / "bags")
+    error = hdmil("extract", scales, "--out", tmp_path / "bags", "--mpp", 0.5, code=1)
+    assert "unstated.h5: already there, but made with mpp_x 0.25 instead of 0.5" in error
+    bags = {path: data for path, data in contents(tmp_path / "bags").items() if path.suffix == ".h5"}
+    assert all(before[path] == data for path, data in bags.items())
+    (tmp_path / "bags" / "unstated.h5").unlink()
+    assert "1 slide from --mpp (0.5 um/px)" in hdmil(
+        "extract", scales, "--out", tmp_path / "bags", "--mpp", 0.5
+    )
+    assert tiles_of(tmp_path / "bags")["unstated"] == 9
+
+
+def test_force_mpp_overrides_and_is_remembered(scales, tmp_path):
+    slide, bags = scales / "stated.tif", ("--out", tmp_path / "bags")
+    assert "scale: 1 slide from --force-mpp (0.25 um/px)" in hdmil(
+        "extract", slide, *bags, "--force-mpp", 0.25
+    )
+    assert tiles_of(tmp_path / "bags") == {"stated": 1}
+    assert "skipped: 1 slides" in hdmil("extract", slide, *bags, "--force-mpp", 0.25)
+    error = hdmil("extract", slide, *bags, "--force-mpp", 0.3, code=1)
+    assert "made with mpp_x 0.25 instead of 0.3" in error
+    for options in ((), ("--mpp", 0.25)):
+        error = hdmil("extract", slide, *bags, *options, code=1)
+        assert "made with a scale that was given, 0.25 um/px. Give it again (--force-mpp" in error
+
+
+def test_force_mpp_after_mpp_is_said(scales, tmp_path):
+    slide, bags = scales / "stated.tif", ("--out", tmp_path / "bags")
+    hdmil("extract", slide, *bags, "--mpp", 0.25)
+    error = hdmil("extract", slide, *bags, "--force-mpp", 0.25, code=1)
+    assert "made with mpp_x 0.5 instead of 0.25" in error
+
+
+def test_a_failure_with_mpp_is_tried_again_with_force_mpp(tmp_path):
+    """The slide is smaller than a tile at the scale that it states, but not at the other."""
+    slide = write_slide(tmp_path / "a.tif", np.full((600, 600, 3), (150, 80, 170), np.uint8), mpp=(0.2, 0.2))
+    bags = ("--out", tmp_path / "bags")
+    assert "smaller than a tile" in hdmil("extract", slide, *bags, "--mpp", 0.5, code=1)
+    assert "1 slide from --force-mpp (0.5 um/px)" in hdmil("extract", slide, *bags, "--force-mpp", 0.5)
+
+
+def test_the_column_mpp_comes_before_the_file_and_mpp(scales, tmp_path):
+    table = "slide_id,path,mpp\na,slides/stated.tif,0.25\nb,slides/second.tif,\nc,slides/unstated.tif,\n"
+    (tmp_path / "table.csv").write_text(table)
+    printed = hdmil("extract", tmp_path / "table.csv", "--out", tmp_path / "bags", "--mpp", 0.5)
+    for part in (
+        "1 slide from the column mpp (0.25 um/px)",
+        "1 slide from the file's properties (0.5 um/px)",
+        "1 slide from --mpp (0.5 um/px)",
+    ):
+        assert part in printed
+    assert tiles_of(tmp_path / "bags") == {"a": 1, "b": 9, "c": 9}
+    forced = hdmil("extract", tmp_path / "table.csv", "--out", tmp_path / "forced", "--force-mpp", 0.25)
+    assert "scale: 3 slides from --force-mpp (0.25 um/px)" in forced
+    (tmp_path / "table.csv").write_text(table.replace("0.25", ""))
+    error = hdmil("extract", tmp_path / "table.csv", "--out", tmp_path / "bags", "--mpp", 0.5, code=1)
+    assert "a.h5: already there, but made with a scale that was given, 0.25 um/px" in error
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SOURCES = {
+    "given": "--force-mpp",
+    "table": "the column mpp",
+    "properties": "the file's properties",
+    "given, unknown": "--mpp",
+}
+"""What the sources of a scale are called, where they need other words than those of `Scale.source`."""
+
+
 @app.command()
 def extract(
     slides: Annotated[
@@ -135,6 +144,8 @@ def _print_report(report: "pd.DataFrame") -> None:
     failed = report[report["status"] == "failed"]
     for status, rows in report.groupby("status", sort=False):
         typer.echo(f"{status}: {len(rows)} slides, {int(rows['n_tiles'].sum()):,} tiles")
+    if scales := _scales(report):
+        typer.echo(f"scale: {scales}")
     if not report["tried"].any():
         typer.echo("nothing to do: no slide is new")
     if len(failed) and not failed["tried"].all():
@@ -150,6 +161,17 @@ def _print_report(report: "pd.DataFrame") -> None:
         print_error(f"{slide_id}: {error}")
     if len(failed):
         raise typer.Exit(1)
+
+
+def _scales(report: "pd.DataFrame") -> str:
+    """Which sources said how large the pixels are, for how many slides, and what they said."""
+    parts = []
+    for source, rows in report.dropna(subset=["mpp_source"]).groupby("mpp_source", sort=False):
+        low, high = (f"{value:.4g}" for value in (rows["mpp"].min(), rows["mpp"].max()))
+        values = low if low == high else f"{low} to {high}"
+        noun = "slide" if len(rows) == 1 else "slides"
+        parts.append(f"{len(rows)} {noun} from {SOURCES.get(str(source), f'the {source}')} ({values} um/px)")
+    return ", ".join(parts)
 
 
 @app.command()

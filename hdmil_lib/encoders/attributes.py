@@ -38,9 +38,14 @@ def settings_of(encoder: "Encoder", tissue: "TissueSettings", tiles: "TileSettin
     }
 
 
-def given_scale(mpp: float | tuple[float, float] | None) -> dict[str, float]:
-    """The attributes of a scale that overrides what files say."""
-    if mpp is None or isinstance(mpp, IfUnknown):
+def given_scale(mpp: float | tuple[float, float] | None, source: str | None = None) -> dict[str, float]:
+    """The attributes of a scale that overrides what files say.
+
+    Args:
+        mpp: The scale that is given.
+        source: Where the scale of a bag came from: one in `IfUnknown` counts where the slide stated none.
+    """
+    if mpp is None or (isinstance(mpp, IfUnknown) and source != "given, unknown"):
         return {}
     return dict(zip(("mpp_x", "mpp_y"), map(float, np.broadcast_to(mpp, 2)), strict=True))
 
@@ -91,16 +96,18 @@ def check_made_by(
         BagError: The bag was made otherwise, or of another file.
     """
     info = {"decoder": "cpu", "tissue": "default"} | bag_info(path)  # bags of version 0.2.0 do not say so
-    for key, value in (wanted | given_scale(scale)).items():
+    for key, value in (wanted | given_scale(scale, info.get("mpp_source"))).items():
         if info.get(key) != value:
             raise BagError(
                 f"{path}: already there, but made with {key} {info.get(key)!r} instead of {value!r}. Use "
                 "another folder, or delete the bag to extract the slide again."
             )
-    if info.get("mpp_source") == "given" and (scale is None or isinstance(scale, IfUnknown)):
+    overrides = info.get("mpp_source") in ("given", "table")
+    if overrides and (scale is None or isinstance(scale, IfUnknown)):
         raise BagError(
             f"{path}: already there, but made with a scale that was given, {info['mpp_x']:g} um/px. Give it "
-            "again (--force-mpp), use another folder, or delete the bag to extract the slide again."
+            "again (--force-mpp, or the column mpp of a table), use another folder, or delete the bag to "
+            "extract the slide again."
         )
     if missing := set(looks) - set(info["looks"]):
         raise BagError(

@@ -272,7 +272,9 @@ def extract(
     def attempt(file: SlideFile, own: "Encoder") -> tuple[str, int, Mapping[str, Any], str, bool]:
         """Extract a slide; returns status, number of tiles, attributes, error, and whether it was tried."""
         source = fingerprint(file.path)
-        tried_with = settings_of(own, settings, tiles) | {"mpp": repr(file.scale(mpp)), "looks": list(looks)}
+        scale = file.scale(mpp)
+        given = {"mpp": f"{type(scale).__name__} {scale}", "looks": list(looks)}
+        tried_with = settings_of(own, settings, tiles) | given
         digest = failures.settings_digest(tried_with | {"max_broken": max_broken})
         if not (retry_failed or overwrite or (out / f"{file.slide_id}.h5").is_file()):
             reason = failures.known_reason(out, file.slide_id, source or failures.NO_FILE, digest)

@@ -47,7 +47,7 @@ def jpeg_header(stream: bytes) -> Header:
         ValueError: It is no JPEG stream, or has no frame header before its image.
     """
     if stream[:2] != JPEG_START:
-        raise ValueError("it does not start as JPEG streams do")
+        raise ValueError("it is no JPEG stream")
     at = 2
     while 0 < (at := stream.find(0xFF, at)) < len(stream) - 9:  # decoders skip what lies between markers
         kind = stream[at + 1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from hdmil_lib.errors import CohortError, HDMILError, SlideError
 from hdmil_lib.slides.formats import FOREIGN, KEY_FILES, image_size, named_images, series_of
 from hdmil_lib.slides.openslide_file import detect
-from hdmil_lib.slides.scale import IfUnknown
+from hdmil_lib.slides.scale import FromTable, IfUnknown
 from hdmil_lib.storage import read_table, readable
 
 SLIDE_SUFFIXES = (
@@ -50,7 +50,7 @@ class SlideFile:
         """The `mpp` with which this slide is opened: what the caller forces, the table says, or fills in."""
         if self.mpp is None or (mpp is not None and not isinstance(mpp, IfUnknown)):
             return mpp
-        return self.mpp
+        return FromTable(self.mpp)
 
 
 Source = str | Path | SlideFile

@@ -34,13 +34,17 @@ class IfUnknown(float):
     """A scale in um/px for slides that do not state a credible one: `Slide(path, mpp=IfUnknown(0.25))`."""
 
 
+class FromTable(float):
+    """A scale in um/px that the column `mpp` of a table states, whatever the file says."""
+
+
 class Scale(NamedTuple):
     """Micrometers per level-0 pixel of a slide.
 
     Attributes:
         mpp: (x, y).
-        source: Who said so: "given", "properties", "OME physical size", "TIFF resolution", "PNG resolution",
-            "JPEG resolution", "objective power" or "given, unknown".
+        source: Who said so: "given", "table", "properties", "OME physical size", "TIFF resolution",
+            "PNG resolution", "JPEG resolution", "objective power" or "given, unknown".
         notes: What is odd about it, in words.
     """
 
@@ -58,14 +62,14 @@ def scale_of(properties: Mapping[str, str], mpp: float | tuple[float, float] | N
 
     Args:
         properties: Properties of the slide, by OpenSlide's names, or as `ome` and `raster` name them.
-        mpp: Scale that is given, one number or (x, y).
+        mpp: Scale that is given, one number or (x, y); see `IfUnknown` and `FromTable`.
 
     Raises:
         ValueError: The scale that is given is out of bounds, or no source states a credible one. The message
             lists what was found.
     """
     if mpp is not None and not isinstance(mpp, IfUnknown):
-        return Scale(_given(mpp), "given")
+        return Scale(_given(mpp), "table" if isinstance(mpp, FromTable) else "given")
     stated = _stated(properties)
     low, high = PLAUSIBLE_MPP
     notes = [
