@@ -14,14 +14,16 @@ from dicom_factory import write_series
 from hypothesis import given
 from hypothesis import strategies as st
 from test_gpu_decoding import StandIn
-from vendor_factory import APERIO_RGB, APERIO_YCBCR, JPEG, Directory, aperio, blobs, write_tiff
+from vendor_factory import APERIO_RGB, APERIO_YCBCR, JPEG, Directory, aperio, blobs, set_tag, write_tiff
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide
 from hdmil_lib.slides.codestreams import (
+    JPEG_END,
     MOST_PARTS,
     Header,
     checked,
+    checked_jpeg,
     jpeg2000_header,
     jpeg_fits,
     jpeg_header,
@@ -183,3 +185,57 @@ def test_any_bytes_give_a_header_or_a_value_error(data, start):
     for header in (jpeg_header, jpeg2000_header):
         with suppress(ValueError):
             assert min(header(start + data)) >= 0
+
+
+def cut(stream, share):
+    """The first part of a stream, as a download that was broken off leaves it."""
+    return stream[: int(share * len(stream))].ljust(len(stream), b"\0")
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.95])
+def test_a_tile_that_was_cut_off_is_not_filled_with_gray(share):
+    stream = bytes(imagecodecs.jpeg8_encode(blobs(64, 64), level=90))
+    decode, out = checked_jpeg(imagecodecs.jpeg8_decode), np.empty((64, 64, 3), np.uint8)
+    assert imagecodecs.jpeg8_decode(cut(stream, share)).shape == out.shape, "no error of the decoder's own"
+    with pytest.raises(ValueError, match="was cut off"):
+        decode(cut(stream, share), out=out)
+
+
+@pytest.mark.parametrize("end", [b"", b"\0\0\0", JPEG_END + b"\0"])
+def test_a_whole_stream_needs_no_end_marker(end):
+    stream = bytes(imagecodecs.jpeg8_encode(blobs(64, 64), level=90))
+    out = np.empty((64, 64, 3), np.uint8)
+    found = checked_jpeg(imagecodecs.jpeg8_decode)(stream[:-2] + end, out=out)
+    np.testing.assert_array_equal(found, imagecodecs.jpeg8_decode(stream))
+    assert found is out
+
+
+def set_counts(path, change):
+    """Change the lengths of the tiles of the first directory."""
+    with tifffile.TiffFile(path) as file:
+        counts = file.pages[0].databytecounts
+    set_tag(path, 0, "TileByteCounts", change(counts))
+
+
+@pytest.mark.parametrize("kind", ["jpeg.svs", "jpeg2000.svs", "left_to_openslide.svs", "jpeg.tif"])
+def test_a_tile_longer_than_the_file_is_refused_before_openslide_asks_for_the_memory(tmp_path, kind):
+    path = FILES[kind](tmp_path / kind)
+    set_counts(path, lambda counts: (*counts[:-1], 2**32 - 1))
+    for reader in ("auto", "openslide"):
+        with pytest.raises(SlideError, match=r"4,294,967,295 bytes in a file of .* It is damaged"):
+            Slide(path, 0.5, reader=reader)
+
+
+@pytest.mark.parametrize("tag", ["ImageWidth", "TileWidth"])
+def test_more_or_larger_tiles_than_in_any_slide_are_refused(tmp_path, tag):
+    path = FILES["jpeg.svs"](tmp_path / "a.svs")
+    set_tag(path, 0, tag, 2**30)
+    with pytest.raises(SlideError, match="its directory speaks of .* It is damaged"):
+        Slide(path, 0.5)
+
+
+@pytest.mark.parametrize("reader", ["auto", "openslide"])
+def test_a_level_wider_than_the_finest_is_no_foreign_error(tmp_path, reader):
+    path = aperio(tmp_path / "a.svs", [Directory(blobs(W, H)), Directory(blobs(4 * W, H // 10))])
+    with Slide(path, 0.5, reader=reader) as slide:
+        assert slide.read_field(0, 0, (100, 100), 0.5).shape == (100, 100, 3)

@@ -25,6 +25,7 @@ from vendor_factory import (
 
 from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileSettings
+from hdmil_lib.slides.listing import list_slides
 
 W, H = 300, 420  # not a multiple of the tiles' side
 
@@ -204,3 +205,21 @@ def test_levels_in_sub_directories_are_read_as_openslide_reads_them(tmp_path):
         assert slide._file.sizes == reference.level_dimensions
         field = slide.read_field(0, 0, (W, H), 0.5)
         np.testing.assert_array_equal(field, on_white(reference.read_region((0, 0), 0, (W, H))))
+
+
+@pytest.mark.parametrize("layout", [{"tile": (64, 64)}, {"rowsperstrip": 30}])
+@pytest.mark.parametrize("ome", [False, True])
+def test_directories_in_a_circle_end_nothing(tmp_path, layout, ome):
+    """The last directory says that the first one comes next."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, blobs(W, H), photometric="rgb", ome=ome, compression="lzw", **layout)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        first = file.pages[0].offset
+    n_tags = int.from_bytes(data[first : first + 2], "little")
+    after = first + 2 + 12 * n_tags
+    data[after : after + 4] = first.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match=r"a\.tif: "):
+        Slide(path, 0.5)
+    assert [found.path for found in list_slides(tmp_path)] == [path]

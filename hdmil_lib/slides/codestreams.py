@@ -13,14 +13,17 @@ import numpy as np
 MOST_PARTS = 4096
 """Largest number of parts ("tiles") into which a JPEG 2000 stream may be divided; each takes memory."""
 
-JPEG_START, JPEG_2000_START = b"\xff\xd8", b"\xff\x4f"
-"""First marker of the streams."""
+JPEG_START, JPEG_END, JPEG_2000_START = b"\xff\xd8", b"\xff\xd9", b"\xff\x4f"
+"""First and last markers of the streams."""
 
 JP2_BOX, STREAM_BOX = b"jP  ", b"jp2c"
 """Types of the first box of a JP2 file and of the one that holds the stream."""
 
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Second bytes of the JPEG markers that state the size (SOF0 to SOF15)."""
+
+FILLING = 1024
+"""Number of bytes that are put in the place of those that may be missing."""
 
 ALONE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))
 """Bytes after 0xFF that are followed by no length."""
@@ -128,6 +131,32 @@ def checked(
         return decode(stream, out=out)
 
     return decode_checked
+
+
+def checked_jpeg(decode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A decoder of JPEG streams that is called only for the size of the result, and tells what was cut off.
+
+    libjpeg makes up what is missing, and imagecodecs does not pass on its warning. A stream without an end
+    marker may still be whole: then it decodes to the same picture whatever follows.
+
+    Args:
+        decode: Function of a stream and `out`, the array for the result.
+
+    Returns:
+        A function of the same arguments; it raises a ValueError where the sizes differ or a part is missing.
+    """
+
+    def decode_whole(stream: bytes, *, out: np.ndarray) -> np.ndarray:
+        if JPEG_END in stream:
+            return decode(stream, out=out)
+        start = stream.rstrip(b"\0")
+        decode(start + b"\x55" * FILLING + JPEG_END, out=out)
+        again = decode(start + b"\xaa" * FILLING + JPEG_END, out=np.empty_like(out))
+        if not np.array_equal(again, out):
+            raise ValueError("its JPEG stream was cut off")
+        return out
+
+    return checked(decode_whole, jpeg_header)
 
 
 def _stream_in_boxes(data: bytes) -> int:

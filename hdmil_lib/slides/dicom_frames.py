@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 import imagecodecs
 import numpy as np
 
-from hdmil_lib.slides.codestreams import checked, jpeg2000_header, jpeg_header
+from hdmil_lib.slides.codestreams import checked, checked_jpeg, jpeg2000_header
 from hdmil_lib.slides.stored_tiles import StoredLevel, StoredTiles
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _decoder(header: "Dataset") -> Callable[..., np.ndarray] | None:
     if is_plain and syntax == JPEG_BASELINE and colors in ("RGB", "YBR_FULL_422", "YBR_FULL"):
         stored = "RGB" if colors == "RGB" else "YCBCR"
         decode = partial(imagecodecs.jpeg8_decode, colorspace=stored, outcolorspace="RGB")
-        return checked(decode, jpeg_header)
+        return checked_jpeg(decode)
     if is_plain and syntax in JPEG_2000 and colors in ("RGB", "YBR_RCT", "YBR_ICT"):
         return checked(imagecodecs.jpeg2k_decode, jpeg2000_header)
     return None

@@ -8,7 +8,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides.image import Image
 from hdmil_lib.slides.openslide_file import CONVERT, OpenSlideFile, detect
 from hdmil_lib.slides.raster import color_size, is_raster, open_raster
-from hdmil_lib.slides.tiff_image import has_color, is_ome, open_tiff, tiff_size
+from hdmil_lib.slides.tiff_image import check_tiles, has_color, is_ome, open_tiff, tiff_size
 
 GENERIC = "generic-tiff"
 """OpenSlide's name of tiled TIFF files without a vendor; of OME-TIFF it reads the finest level alone."""
@@ -55,7 +55,7 @@ def open_file(path: Path) -> OpenSlideFile | Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise a SlideError if a file is missing, closed to us, empty or without its other files."""
+    """Raise a SlideError if a file is missing, closed to us, empty, without its other files or hostile."""
     if path.is_dir():
         raise SlideError(f"{path}: is a folder without slides, not a slide. Check the path of the slide.")
     if path.is_symlink() and not path.is_file():
@@ -75,6 +75,8 @@ def check_file(path: Path) -> None:
     needed = [name for key, name in named_images(path).items() if key.count(",") < 2]  # not other depths
     if missing := [name for name in needed if not (path.parent / name).is_file()]:
         raise SlideError(f"{path}: {missing[0]} is missing, which holds pixels; copy it beside the file.")
+    if is_tiff(path):
+        check_tiles(path)
 
 
 def named_images(path: Path) -> dict[str, str]:

@@ -459,7 +459,7 @@ def _downsample(size: int, level_size: int) -> float:
     the true value.
     """
     ratio = size / level_size
-    for guess in (2 ** round(math.log2(ratio)), round(ratio)):
+    for guess in (2 ** max(0, round(math.log2(ratio))), max(1, round(ratio))):  # levels may be larger
         if level_size in (size // guess, math.ceil(size / guess)):
             return float(guess)
     return ratio

@@ -21,7 +21,7 @@ import tifffile
 from tifffile.tifffile import jpeg_decode_colorspace
 
 from hdmil_lib.errors import SlideError
-from hdmil_lib.slides.codestreams import checked, jpeg2000_header, jpeg_header
+from hdmil_lib.slides.codestreams import checked, checked_jpeg, jpeg2000_header
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 """What tifffile logs of damaged files is not for users, who get our errors."""
@@ -308,7 +308,10 @@ class StoredTiles:
             return False
         parts = range(index, index + stored.planes * stored.n_tiles, stored.n_tiles)
         try:
-            stored.decode(*(self.compressed(level, part) for part in parts), out=memory)
+            streams = [self.compressed(level, part) for part in parts]
+            if any(len(stream) < stored.sizes[part] for stream, part in zip(streams, parts, strict=True)):
+                raise ValueError("the file ends within it")
+            stored.decode(*streams, out=memory)
         except Exception as error:  # each codec raises its own types of errors
             raise self._damaged(level, index, str(error)) from error
         return True
@@ -321,6 +324,20 @@ class StoredTiles:
             f"{self.path}: cannot read level {level} at its pixel {where}: {why}. "
             "The file is damaged or incomplete; copy or download it again."
         )
+
+
+def all_pages(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """The pages of a file, in their order.
+
+    Raises:
+        ValueError: They form a circle, which tifffile would follow for minutes.
+    """
+    pages: dict[int, tifffile.TiffPage] = {}
+    for page in file.pages:
+        if page.offset in pages:
+            raise ValueError("its directories form a circle")
+        pages[page.offset] = page if isinstance(page, tifffile.TiffPage) else page.aspage()
+    return list(pages.values())
 
 
 def is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifffile.TiffPage]:
@@ -338,8 +355,8 @@ def is_readable(page: tifffile.TiffPage | tifffile.TiffFrame) -> TypeGuard[tifff
 
 def _only_page(file: tifffile.TiffFile, size: tuple[int, int]) -> tifffile.TiffPage:
     """The tiled page of this (width, height); raises a ValueError if there is not exactly one."""
-    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
-    [page] = [page for page in pages if (page.imagewidth, page.imagelength) == size]
+    tiled = [page for page in all_pages(file) if page.is_tiled]
+    [page] = [page for page in tiled if (page.imagewidth, page.imagelength) == size]
     return page
 
 
@@ -371,11 +388,10 @@ def jpeg_level(page: tifffile.TiffPage, colors_by_tag: bool = False) -> StoredLe
         )
         if colors_by_tag:
             stored = tifffile.PHOTOMETRIC(page.photometric).name
-        decode = checked(
+        decode = checked_jpeg(
             partial(
                 imagecodecs.jpeg8_decode, tables=page.jpegtables, colorspace=stored, outcolorspace=decoded
-            ),
-            jpeg_header,
+            )
         )
     stores_rgb = stored in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.RGB.name)
     places = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)

@@ -1,5 +1,6 @@
 """OME-TIFF and plain TIFF files: OpenSlide opens them not at all, or without their pyramid and scale."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from hdmil_lib.slides.colors import Converter, converter
 from hdmil_lib.slides.decoded import DecodedImage, check_size, decode_once
 from hdmil_lib.slides.image import Image
 from hdmil_lib.slides.ome import largest_image, ome_xml
-from hdmil_lib.slides.stored_tiles import StoredLevel, StoredTiles, is_readable, jpeg_level
+from hdmil_lib.slides.stored_tiles import StoredLevel, StoredTiles, all_pages, is_readable, jpeg_level
 
 C = tifffile.COMPRESSION
 
@@ -33,7 +34,10 @@ PICTURES: dict[int, Callable[..., np.ndarray]] = {
 """Compressions whose tiles are pictures with a header of their own, held to the size of the tile."""
 
 LARGEST_STRIP = 2**28
-"""Largest number of samples of a strip, which is decoded in memory."""
+"""Largest number of samples of a strip, which is decoded in memory, and of pixels of a tile."""
+
+MOST_TILES = 2**23
+"""Largest number of tiles of a level: 740,000 x 740,000 pixels in tiles of 256."""
 
 REDUCED, MASK = 1, 4
 """Bits of the tag NewSubfileType."""
@@ -69,9 +73,32 @@ def tiff_size(path: Path) -> tuple[int, int] | None:
     """(width, height) of the largest page of a TIFF file; None if it cannot be found out."""
     try:
         with tifffile.TiffFile(path) as file:
-            return max(((p.imagewidth, p.imagelength) for p in map(_page, file.pages)), key=max, default=None)
+            return max(((p.imagewidth, p.imagelength) for p in all_pages(file)), key=max, default=None)
     except Exception:  # a damaged directory can end in any of Python's errors
         return None
+
+
+def check_tiles(path: Path) -> None:
+    """Refuse a TIFF file whose tiles would take more memory than there can be in one: OpenSlide trusts them.
+
+    Raises:
+        SlideError: A tile says that it is longer than the file, or there are larger or more tiles than in any
+            slide.
+    """
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in all_pages(file) if page.is_tiled]
+            longest = max((max(page.databytecounts, default=0) for page in pages), default=0)
+            most = max((page.tilewidth * page.tilelength for page in pages), default=0)
+            number = max((math.prod(page.chunked) for page in pages), default=0)
+    except Exception:  # a damaged directory can end in any of Python's errors; its reader says so
+        return
+    size = path.stat().st_size
+    if longest > size or most > LARGEST_STRIP or number > MOST_TILES:
+        raise SlideError(
+            f"{path}: its directory speaks of {number:,} tiles of up to {most:,} pixels and {longest:,} "
+            f"bytes in a file of {size:,} bytes. It is damaged; copy or download it again."
+        )
 
 
 def open_tiff(path: Path) -> Image:
@@ -133,7 +160,7 @@ def _page(page: tifffile.TiffPage | tifffile.TiffFrame) -> tifffile.TiffPage:
 
 def _largest(file: tifffile.TiffFile) -> tifffile.TiffPage:
     """The page with most pixels; files without OME-XML do not say which of several is meant."""
-    pages = [page for page in map(_page, file.pages) if not int(page.subfiletype) & MASK]
+    pages = [page for page in all_pages(file) if not int(page.subfiletype) & MASK]
     sizes = [(page.imagewidth, page.imagelength) for page in pages]
     index = max(range(len(pages)), key=lambda i: sizes[i][0] * sizes[i][1])
     if (n := sizes.count(sizes[index])) > 1:
@@ -168,7 +195,7 @@ def _reduced(file: tifffile.TiffFile, main: tifffile.TiffPage) -> list[tifffile.
     """The coarser levels of an image: its SubIFDs, or pages that say that they are reduced; finest first."""
     candidates = [
         *(main.pages or ()),
-        *(page for page in file.pages if int(_page(page).subfiletype) & REDUCED),
+        *(page for page in all_pages(file) if int(page.subfiletype) & REDUCED),
     ]
     levels: dict[int, tifffile.TiffPage] = {}
     for page in map(_page, candidates):
