@@ -223,3 +223,53 @@ def test_directories_in_a_circle_end_nothing(tmp_path, layout, ome):
     with pytest.raises(SlideError, match=r"a\.tif: "):
         Slide(path, 0.5)
     assert [found.path for found in list_slides(tmp_path)] == [path]
+
+
+def places_of(path):
+    """Positions of the bytes of the directories of a file and of the places and lengths of its tiles."""
+    places = []
+    with tifffile.TiffFile(path) as file:
+        for page in file.pages:
+            places += range(page.offset, page.offset + 2 + 12 * len(page.tags) + 4)
+            for name in ("TileOffsets", "TileByteCounts"):
+                tag = page.tags[name]
+                places += range(tag.valueoffset, tag.valueoffset + tag.valuebytecount)
+    return places
+
+
+def level_or_error(read):
+    """Pixels, or None if they cannot be read."""
+    try:
+        return read()
+    except (SlideError, openslide.OpenSlideError):
+        return None
+
+
+@pytest.mark.parametrize("name", ["aperio.svs", "generic.tif", "philips.tiff", "aperio_jpeg2000_rgb.svs"])
+def test_whatever_is_changed_in_a_directory_the_pixels_are_those_of_openslide(tmp_path, name):
+    path = STORED[name](tmp_path / name)
+    whole, places, rng = path.read_bytes(), places_of(path), np.random.default_rng(0)
+    n_compared = 0
+    for _ in range(120):
+        data = bytearray(whole)
+        for place in rng.choice(places, rng.integers(1, 3)):
+            data[place] = rng.choice([rng.integers(256), data[place] ^ (1 << rng.integers(8)), 0, 1, 64])
+        path.write_bytes(data)
+        slide = level_or_error(lambda: Slide(path, 0.5))
+        if slide is None:
+            continue
+        with slide:
+            for level, size in enumerate(slide._file.sizes if slide._stored else ()):
+                mine = level_or_error(lambda: slide._stored.read(level, 0, 0, *size))  # noqa: B023
+                expected = level_or_error(lambda: read_alone(path, level, size))  # noqa: B023
+                if mine is not None and expected is not None:
+                    assert np.abs(mine - expected).max() <= tolerance(path)
+                    n_compared += 1
+                assert mine is not None or expected is None, "OpenSlide reads what we do not"
+    assert n_compared > 20
+
+
+def read_alone(path, level, size):
+    """A level as OpenSlide reads it."""
+    with openslide.OpenSlide(path) as reference:
+        return on_white(reference.read_region((0, 0), level, size))
