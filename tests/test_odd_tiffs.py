@@ -48,6 +48,17 @@ def other(width, height, **options):
     return Directory(blobs(width, height, seed=9), options=options)
 
 
+KINDS_OF_JPEG = {
+    "chroma_422": {"subsampling": "4:2:2"},
+    "chroma_420": {"subsampling": "4:2:0"},
+    "chroma_444": {"subsampling": "4:4:4"},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 1},
+    "rotated_by_exif": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\3\0\0\0\0\0\0"},
+    "profile": {"icc_profile": b"no profile"},
+}
+"""Ways in which JPEG tiles can be written."""
+
 STORED = {
     "aperio.svs": lambda p: aperio(p, pyramid()),
     "aperio_rgb.svs": lambda p: aperio(p, pyramid(colors="rgb", photometric="rgb")),
@@ -62,6 +73,10 @@ STORED = {
         p, [Directory(blobs(W, H), tile=128), Directory(shrunk(blobs(W, H), 150, 210), tile=48)]
     ),
     "aperio_rotated.svs": lambda p: aperio(p, pyramid(options={"extratags": [(274, 3, 1, 3, True)]})),
+    **{
+        f"aperio_{name}.svs": lambda p, options=options: aperio(p, pyramid(jpeg=options))
+        for name, options in KINDS_OF_JPEG.items()
+    },
     "generic.tif": lambda p: write_tiff(p, pyramid()),
     "philips.tiff": lambda p: philips(p, pyramid(256, 384, ((128, 192),))),
 }

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import cv2
 import imagecodecs
 import numpy as np
 import tifffile
+from PIL import Image
 
 JPEG, APERIO_YCBCR, APERIO_RGB = 7, 33003, 33005
 """Compressions of tiles."""
@@ -28,6 +30,7 @@ class Directory:
         empty: Tiles of which the file has no bytes.
         size: (width, height) that the directory says, if it is not that of the pixels.
         options: Further arguments of `TiffWriter.write`.
+        jpeg: Options with which Pillow writes JPEG tiles, such as "progressive"; none for imagecodecs.
     """
 
     pixels: np.ndarray
@@ -38,6 +41,7 @@ class Directory:
     empty: Collection[int] = ()
     size: tuple[int, int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    jpeg: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,6 +65,9 @@ class Directory:
             yield b"" if index in self.empty else self._encoded(tile)
 
     def _encoded(self, tile: np.ndarray) -> bytes:
+        if self.jpeg:
+            Image.fromarray(tile).save(stream := BytesIO(), "JPEG", quality=90, **self.jpeg)
+            return stream.getvalue()
         if self.compression == JPEG:
             return imagecodecs.jpeg8_encode(tile, level=90, colorspace="rgb", outcolorspace=self.colors)
         options = {"level": 45, "codecformat": "j2k"}
