@@ -20,6 +20,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 COURSE = sorted((REPOSITORY / "notebooks").glob("[0-9]*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TOKEN = "test"
+JUPYTERLAB, NOTEBOOK_7 = "doc/tree", "notebooks"
+"""Where the two front ends open a notebook."""
 SECONDS = 30_000
 """Longest wait for anything on the page, in ms."""
 
@@ -92,6 +94,7 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
         f"--IdentityProvider.token={TOKEN}",
         f"--ServerApp.root_dir={notebooks}",
         "--expose-app-in-browser",
+        "--JupyterNotebookApp.expose_app_in_browser=True",
     ]
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
@@ -126,15 +129,15 @@ def browser():
         browser.close()
 
 
-def open_notebook(browser, lab: tuple[str, Path], name: str, cells: list[str]):
-    """A page of JupyterLab on a new notebook, all of whose cells are run."""
+def open_notebook(browser, lab: tuple[str, Path], name: str, cells: list[str], place: str = JUPYTERLAB):
+    """A page of JupyterLab or Notebook 7 on a new notebook, all of whose cells are run."""
     address, folder = lab
     notebook = new_notebook(cells=[new_code_cell(cell.strip()) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, folder / f"{name}.ipynb")
     page = browser.new_page(viewport={"width": 1280, "height": 1100})
     page.set_default_timeout(SECONDS)
-    page.goto(f"{address}/doc/tree/{name}.ipynb?token={TOKEN}")
+    page.goto(f"{address}/{place}/{name}.ipynb?token={TOKEN}")
     run_all(page)
     return page
 
@@ -143,7 +146,8 @@ def run_all(page, wait: bool = False) -> None:
     """Run all cells of the notebook that a page shows; with `wait`, to the end, and save it."""
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_function("window.jupyterapp?.commands.hasCommand('notebook:run-all-cells')")
-    page.get_by_text("| Idle").wait_for()  # the kernel has started
+    kernel = "window.jupyterapp.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status"
+    page.wait_for_function(f"{kernel} === 'idle'")
     run, save = (
         f"window.jupyterapp.commands.execute('{name}')"
         for name in ("notebook:run-all-cells", "docmanager:save")
@@ -179,8 +183,11 @@ def drag_around(page, top: float, left: float, bottom: float, right: float) -> N
     page.keyboard.up("Shift")
 
 
-def test_the_viewer_shows_tiles_and_a_click_arrives_in_python(browser, lab, tmp_path):
-    page = open_notebook(browser, lab, "viewer", [SET_UP, "viewer", "report"])
+@pytest.mark.parametrize(
+    "place", [JUPYTERLAB, pytest.param(NOTEBOOK_7, marks=pytest.mark.nightly)], ids=["lab", "notebook7"]
+)
+def test_the_viewer_shows_tiles_and_a_click_arrives_in_python(browser, lab, tmp_path, place):
+    page = open_notebook(browser, lab, "viewer", [SET_UP, "viewer", "report"], place)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.wait_for_selector('.slide-viewer[data-drawn="true"]')
@@ -299,7 +306,7 @@ def test_each_notebook_runs_in_jupyterlab(browser, lab, path, tmp_path):
     nbformat.write(notebook, folder / path.name)
     page = browser.new_page(viewport={"width": 1280, "height": 1100})
     page.set_default_timeout(SECONDS)
-    page.goto(f"{address}/doc/tree/{path.name}?token={TOKEN}")
+    page.goto(f"{address}/{JUPYTERLAB}/{path.name}?token={TOKEN}")
     run_all(page, wait=True)
     page.screenshot(path=tmp_path / "end.png")
     cells = [
