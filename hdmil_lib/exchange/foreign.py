@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hdmil_lib.bags import TRIDENT_ATTRS, EncoderIdentity, read_arrays
+from hdmil_lib.bag_files import TRIDENT_ATTRS
+from hdmil_lib.bags import EncoderIdentity, read_arrays
 from hdmil_lib.errors import BagError, HDMILError
 
 SCALE = ("mpp_x", "mpp_y", "tile_mpp")

@@ -1,0 +1,134 @@
+"""What the operating system refuses, in words: such an error says nothing about the content of a file."""
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from hdmil_lib.errors import HDMILError
+
+Kind = TypeVar("Kind", bound=HDMILError)
+
+_PERMISSION = "there is no permission to read it; change that with chmod, or ask its owner"
+_CONNECTION = "its file server does not answer; check the network and the mount, then try again"
+_REMEDIES = {
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOENT: "check its path, and whether its disk is mounted",
+    errno.EISDIR: "name a file in it",
+    errno.EMFILE: "close other files of this program, or raise the limit with `ulimit -n`",
+    errno.ENFILE: "close other programs, then try again",
+    errno.ENOMEM: "close other programs, or use a machine with more memory",
+    errno.EIO: "the disk or the network failed; check it, then try again",
+    errno.ESTALE: "its network folder has changed; mount it again, then try again",
+    errno.ETIMEDOUT: _CONNECTION,
+    errno.EHOSTDOWN: _CONNECTION,
+    errno.EHOSTUNREACH: _CONNECTION,
+    errno.ENETUNREACH: _CONNECTION,
+    errno.ENOTCONN: _CONNECTION,
+    errno.ECONNRESET: _CONNECTION,
+}
+_OTHERWISE = "the file may be whole; find the cause, then try again"
+
+_IN_TEXT = re.compile(r"\berrno = (\d+), error message|\(os error (\d+)\)|\[Errno (\d+)\]")
+"""The number of an error as HDF5, libraries in Rust, and Python write it into a message."""
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc", re.IGNORECASE
+)
+
+
+def error_number(error: BaseException) -> int | None:
+    """The number of the operating system's error that an exception reports.
+
+    Libraries that read files raise it as an OSError or write it into the message of another exception.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The number, as in `errno`, with ENOMEM for memory that could not be had; None if the exception is
+        about something else, such as the content of a file.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, FileNotFoundError):  # of safetensors, without a number
+        return errno.ENOENT
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return errno.ENOMEM
+    found = None if isinstance(error, HDMILError) else _IN_TEXT.search(text)
+    return int(next(filter(None, found.groups()))) if found else None
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why a file could not be read, and what to do, if that has nothing to do with its content.
+
+    Args:
+        error: What reading the file raised.
+
+    Returns:
+        The reason in one line, for a message that starts with the file; None if the content is at fault.
+    """
+    number = error_number(error)
+    if number is None:
+        return None
+    return f"cannot be read ({os.strerror(number)}); {_REMEDIES.get(number, _OTHERWISE)}"
+
+
+def read_error(kind: Callable[[str], Kind], path: Path, error: BaseException, damage: str) -> Kind:
+    """The error to raise where a file could not be read.
+
+    Only an error about the content of the file may propose to delete it.
+
+    Args:
+        kind: Class of the error.
+        path: The file.
+        error: What reading it raised.
+        damage: What is wrong with the file and what to do, for an error about its content.
+
+    Returns:
+        The error: with the operating system's reason if it refused, else with `damage`.
+    """
+    refused = refusal(error) or refusal_of_file(path)
+    return kind(f"{path}: {refused or damage}")
+
+
+def refusal_of_file(path: Path) -> str | None:
+    """Read a file from start to end, as a library that hides the system's errors cannot be trusted to.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Why that is not possible, and what to do; None if the file can be read.
+    """
+    try:
+        check_readable(path)
+    except (OSError, MemoryError) as error:
+        return refusal(error)
+    return None
+
+
+def check_readable(path: Path) -> None:
+    """Read a file once, before a library maps it into memory: there, a failing disk would end the process.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: The operating system refuses it.
+    """
+    with path.open("rb", buffering=0) as file:
+        while file.read(2**20):
+            pass
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it came from, is one of the system about a file that is there."""
+    found = None if error is None else error_number(error)
+    if found is None and error is not None and error.__cause__ is not None:
+        return is_refused(error.__cause__)
+    return found not in (None, errno.ENOENT)
