@@ -58,13 +58,20 @@ def open_bag(path: Path) -> Iterator[h5py.File]:
     Raises:
         BagError: The file is missing, damaged, or cannot be read.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise BagError(f"{path}: {refusal(error)}.") from error
+    if not there:
         raise BagError(f"{path}: no such bag. Extract its slide first (`hdmil extract`).")
     try:
         with h5py.File(path, "r") as file:
             yield file
     except Exception as error:  # a damaged file can end in any of h5py's errors
-        raise _explained(path, error) from error
+        explained = _explained(path, error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _explained(path: Path, error: Exception) -> BagError:

@@ -60,7 +60,7 @@ def error_number(error: BaseException) -> int | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return errno.ENOMEM
     found = None if isinstance(error, HDMILError) else _IN_TEXT.search(text)
-    return int(next(filter(None, found.groups()))) if found else None
+    return int(next(filter(None, found.groups()))) or None if found else None
 
 
 def refusal(error: BaseException) -> str | None:
@@ -97,13 +97,13 @@ def read_error(kind: Callable[[str], Kind], path: Path, error: BaseException, da
 
 
 def refusal_of_file(path: Path) -> str | None:
-    """Read a file from start to end, as a library that hides the system's errors cannot be trusted to.
+    """Find out whether a file can be read from start to end, for libraries that hide the system's errors.
 
     Args:
         path: The file.
 
     Returns:
-        Why that is not possible, and what to do; None if the file can be read.
+        Why it cannot, and what to do; None if it can.
     """
     try:
         check_readable(path)
@@ -126,9 +126,7 @@ def check_readable(path: Path) -> None:
             pass
 
 
-def is_refused(error: BaseException | None) -> bool:
-    """Whether an error, or the one that it came from, is one of the system about a file that is there."""
-    found = None if error is None else error_number(error)
-    if found is None and error is not None and error.__cause__ is not None:
-        return is_refused(error.__cause__)
-    return found not in (None, errno.ENOENT)
+def is_refused(error: BaseException) -> bool:
+    """Whether an error, or the one that it came from, is the system refusing a file that is there."""
+    found = (error_number(each) for each in (error, error.__cause__) if each is not None)
+    return any(number not in (None, errno.ENOENT) for number in found)

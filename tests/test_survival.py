@@ -219,7 +219,7 @@ def test_check_tells_whole_damaged_and_unfinished_files_apart(tmp_path):
 def test_the_command_exits_with_1_and_prints_no_escape_sequences(tmp_path):
     write_bag(tmp_path / "a.h5", make_bag("a", 1))
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
-    assert (result.exit_code, result.output) == (0, "1 ok, 0 damaged, 0 unfinished\n")
+    assert (result.exit_code, result.output) == (0, "1 ok, 0 damaged, 0 unfinished, 0 unreadable\n")
     (tmp_path / "\x1b[31mred\n.h5").write_text("no bag")
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert result.exit_code == 1

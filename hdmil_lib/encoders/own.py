@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.encoders.registry import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, TIMM, EncoderSpec, is_code
 from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.system_errors import check_readable, read_error
 
 SETTINGS = ("input_size", "resize", "mean", "std")
 """What the function of an encoder in Python code may say of its input."""
@@ -61,6 +62,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         HDMILError: The file is damaged, or holds something else.
     """
     try:
+        check_readable(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -68,7 +70,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can end in many kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HDMILError(f"{path}: cannot be read as weights ({reason}).") from error
+        raise read_error(HDMILError, path, error, f"cannot be read as weights ({reason}).") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
