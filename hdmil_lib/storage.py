@@ -65,16 +65,33 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         HDMILError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".hdmil-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        with _held(temporary):
-            write(temporary)
-            temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
-            _sync(temporary)
-            os.replace(temporary, path)
-        with suppress(OSError):  # some file systems do not allow it for folders
-            _sync(path.parent)
+        with needs_room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _held(temporary):
+                write(temporary)
+                temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
+                _sync(temporary)
+                os.replace(temporary, path)
+            with suppress(OSError):  # some file systems do not allow it for folders
+                _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def needs_room(path: Path) -> Iterator[None]:
+    """Within the block, in which a file is written, a full disk becomes an error that says what to do.
+
+    Args:
+        path: The file or folder that is written, for the message.
+
+    Raises:
+        HDMILError: The disk, or a quota, is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -82,8 +99,6 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             f"{path}: cannot be written ({os.strerror(error.errno)}); make room or choose another place, and "
             "start again: what is finished is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_stale(folder: Path) -> list[Path]:
