@@ -24,6 +24,8 @@ MAX_CELLS = 2**22
 """Largest number of tiles of a grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any slide."""
 MAX_WIDTH = 65_536
 """Largest width of features, as of the networks that take them."""
+FORMAT = ("v110", "v110")
+"""Format of HDF5 1.10: its metadata have checksums, without which damage can crash the library."""
 MAX_RATIO = 1200
 """Largest ratio of the bytes of a data set to those that it takes in the file; gzip reaches a thousand."""
 TRIDENT_ATTRS = (
@@ -159,6 +161,23 @@ def _fits(name: str, shape: tuple[int, ...], n: tuple[int, ...]) -> bool:
     return shape == n if name == "tile_labels" else len(shape) == 2 and shape[:1] == n and shape[1] > 0
 
 
+def write_attribute(owner: h5py.HLObject, name: str, value: Any) -> None:
+    """Write an attribute; text lies in its header, which has a checksum, and not in a heap without one.
+
+    `name` is read by other tools, which expect text of variable length.
+
+    Args:
+        owner: The file or data set, opened for writing.
+        name: Name of the attribute.
+        value: Text, a number, or an array.
+    """
+    if not isinstance(value, str) or name == "name" or not value or value.endswith("\0"):
+        owner.attrs[name] = value
+        return
+    text = value.encode()
+    owner.attrs.create(name, np.bytes_(text), dtype=h5py.string_dtype("utf-8", len(text)))
+
+
 def look_names(path: Path, file: h5py.File) -> list[str]:
     """Names of the data sets of looks.
 
@@ -209,7 +228,7 @@ def _values(path: Path, file: h5py.File, data: h5py.Dataset) -> np.ndarray:
             f"{path}: {name} needs {size_in_words(data.nbytes)} of memory, more than there is; close other "
             "programs, or use a machine with more memory."
         ) from error
-    wanted = data.attrs.get(DIGEST)
+    wanted = _plain(data.attrs.get(DIGEST))
     if wanted is None and _has_digests(file):
         raise BagError(f"{path}: the digest of {name} is missing. {REMEDY}")
     if wanted is not None and wanted != digest_of(values):
@@ -245,7 +264,7 @@ def checked_attributes(path: Path, file: h5py.File) -> dict[str, Any]:
     Raises:
         BagError: They do not, or the digest is missing.
     """
-    attrs, wanted = attributes(file), file.attrs.get(ATTRS_DIGEST)
+    attrs, wanted = attributes(file), _plain(file.attrs.get(ATTRS_DIGEST))
     if wanted is None and _has_digests(file):
         raise BagError(f"{path}: the digest of its attributes is missing. {REMEDY}")
     if wanted is not None and wanted != attributes_digest(file):
@@ -257,11 +276,12 @@ def attributes_digest(file: h5py.File) -> str:
     """SHA-256 of the attributes and of the digests of the data sets, so that none can be missing."""
     content = {key: np.asarray(value).tolist() for key, value in attributes(file).items()}
     own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
-    digests = {name: file[name].attrs[DIGEST] for name in own if DIGEST in file[name].attrs}
+    digests = {name: _plain(file[name].attrs[DIGEST]) for name in own if DIGEST in file[name].attrs}
     text = json.dumps([content, digests], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """Convert a NumPy scalar, as h5py returns it, to the Python type."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Convert a NumPy scalar, as h5py returns it, to the Python type; bytes are text."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

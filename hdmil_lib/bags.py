@@ -14,6 +14,7 @@ from hdmil_lib.bag_files import (
     ATTRS_DIGEST,
     DIGEST,
     FOREIGN,
+    FORMAT,
     LOOK,
     MAX_CELLS,
     PATCH_SIZE,
@@ -28,6 +29,7 @@ from hdmil_lib.bag_files import (
     look_names,
     open_bag,
     read_data,
+    write_attribute,
 )
 from hdmil_lib.errors import BagError
 from hdmil_lib.storage import write_whole
@@ -145,17 +147,17 @@ def write_bag(
 
     def write(part: Path) -> None:
         content = io.BytesIO()  # HDF5 does not survive a full disk
-        with h5py.File(content, "w") as file:
+        with h5py.File(content, "w", libver=FORMAT) as file:
             for name, values in arrays.items():
                 gzip = dict(compression="gzip", compression_opts=9) if compress and name == "patches" else {}
                 data = file.create_dataset(name, data=values, **gzip)
-                data.attrs[DIGEST] = digest_of(values)
+                write_attribute(data, DIGEST, digest_of(values))
             attrs = {**bag.attrs, "name": bag.slide_id, "slide_id": bag.slide_id, "shape": list(bag.shape)}
             attrs |= {"encoder": bag.encoder.name, "weights_hash": bag.encoder.weights_hash}
             attrs |= {"library_version": __version__, "schema_version": SCHEMA_VERSION}
             for key, value in attrs.items():
-                (file["coords"] if key in TRIDENT_ATTRS else file).attrs[key] = value
-            file.attrs[ATTRS_DIGEST] = attributes_digest(file)
+                write_attribute(file["coords"] if key in TRIDENT_ATTRS else file, key, value)
+            write_attribute(file, ATTRS_DIGEST, attributes_digest(file))
         part.write_bytes(content.getbuffer())
 
     write_whole(path, write)

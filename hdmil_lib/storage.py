@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import struct
 import time
@@ -289,6 +290,16 @@ def load_weights(model: "nn.Module", path: Path) -> None:
         raise read_error(CheckpointError, path, error, damage) from error
     if wanted not in (None, weights_digest(model)):
         raise CheckpointError(f"{path}: was changed or damaged; delete its folder and train again")
+
+
+def loading_problem(error: Exception) -> str:
+    """What is wrong with a file that `torch.load` refused, in one line that a terminal can print.
+
+    For files that hold more than tensors, its own message advises to execute what is in them.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds other things than tensors"
+    return CONTROL.sub(" ", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def weights_digest(model: "nn.Module") -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hdmil_lib.encoders.registry import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, TIMM, EncoderSpec, is_code
 from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.storage import loading_problem
 from hdmil_lib.system_errors import check_readable, read_error
 
 SETTINGS = ("input_size", "resize", "mean", "std")
@@ -69,8 +70,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can end in many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise read_error(HDMILError, path, error, f"cannot be read as weights ({reason}).") from error
+        damage = f"cannot be read as weights ({loading_problem(error)})."
+        raise read_error(HDMILError, path, error, damage) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -11,6 +11,7 @@ import numpy as np
 from hdmil_lib.bag_files import TRIDENT_ATTRS
 from hdmil_lib.bags import EncoderIdentity, read_arrays
 from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.storage import loading_problem
 from hdmil_lib.system_errors import check_readable, read_error
 
 SCALE = ("mpp_x", "mpp_y", "tile_mpp")
@@ -128,8 +129,7 @@ def read_pt(path: Path) -> np.ndarray:
     except BagError:
         raise
     except Exception as error:  # a damaged file can end in many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        damage = f"cannot be read as a tensor ({reason}); write it again"
+        damage = f"cannot be read as a tensor ({loading_problem(error)}); write it again"
         raise read_error(BagError, path, error, damage) from error
     if not isinstance(tensor, torch.Tensor) or tensor.is_sparse:
         raise BagError(f"{path}: holds a {type(tensor).__name__}, expected one tensor of features")
