@@ -11,12 +11,17 @@ from hdmil_lib.errors import HDMILError
 
 Kind = TypeVar("Kind", bound=HDMILError)
 
-_PERMISSION = "there is no permission to read it; change that with chmod, or ask its owner"
+_PERMISSION = "there is no permission for it; change that with chmod, or ask its owner"
 _CONNECTION = "its file server does not answer; check the network and the mount, then try again"
 _REMEDIES = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.ENOENT: "check its path, and whether its disk is mounted",
+    errno.EEXIST: "choose another name",
+    errno.ENOTDIR: "a part of its path is a file; choose another",
+    errno.EROFS: "its disk can only be read; choose another place",
+    errno.ENOSPC: "make room or choose another place",
+    errno.EDQUOT: "make room or choose another place",
     errno.EISDIR: "name a file in it",
     errno.EMFILE: "close other files of this program, or raise the limit with `ulimit -n`",
     errno.ENFILE: "close other programs, then try again",
@@ -76,6 +81,23 @@ def refusal(error: BaseException) -> str | None:
     if number is None:
         return None
     return f"cannot be read ({os.strerror(number)}); {_REMEDIES.get(number, _OTHERWISE)}"
+
+
+def in_words(error: HDMILError | OSError) -> str:
+    """The message of an error for a user, in one line that says what to do.
+
+    Args:
+        error: An error of ours, whose message is such a line, or one of the system.
+
+    Returns:
+        The file, the reason of the system and a remedy; the error's own text where it has no number.
+    """
+    if isinstance(error, HDMILError) or not error.errno:
+        return str(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return (
+        f"{place}{os.strerror(error.errno)}; {_REMEDIES.get(error.errno, 'find the cause, then try again')}"
+    )
 
 
 def read_error(kind: Callable[[str], Kind], path: Path, error: BaseException, damage: str) -> Kind:

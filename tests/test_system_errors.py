@@ -12,22 +12,28 @@ import pytest
 import torch
 from bag_factory import make_bag
 from model_factory import make_model
+from PIL import Image
 from safetensors import SafetensorError
+from slide_factory import INK, write_slide
+from test_extraction import MeanColor
 from typer.testing import CliRunner
 
 from hdmil_lib.bags import read_bag, write_bag
 from hdmil_lib.checking import check_files
 from hdmil_lib.cli import app
 from hdmil_lib.encoders.engines import OpenVINOEngine
+from hdmil_lib.encoders.extraction import extract
 from hdmil_lib.encoders.failures import read_failure
 from hdmil_lib.encoders.own import read_weights
-from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError
+from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError, SlideError
 from hdmil_lib.exchange.foreign import read_h5, read_npy, read_pt
 from hdmil_lib.inference.slides import _rows_of
 from hdmil_lib.models import HDMIL
+from hdmil_lib.slides.raster import open_raster
+from hdmil_lib.slides.tiff_image import open_tiff
 from hdmil_lib.splits import Split, read_splits, write_splits
 from hdmil_lib.storage import load_weights, read_json, read_table, save_weights, write_json
-from hdmil_lib.system_errors import check_readable, error_number, is_refused, refusal
+from hdmil_lib.system_errors import check_readable, error_number, in_words, is_refused, refusal
 from hdmil_lib.training.records import fitting, read_cross_validation, read_model, read_rows, read_run
 from hdmil_lib.training.state import load_state, save_state
 
@@ -269,3 +275,63 @@ def test_reading_a_file_once(tmp_path):
     check_readable(tmp_path / "a")
     with pytest.raises(FileNotFoundError):
         check_readable(tmp_path / "b")
+
+
+# Slides
+
+
+def test_a_tile_that_the_disk_does_not_give_is_not_left_out(tmp_path, monkeypatch):
+    """A damaged tile is; but this slide is whole, and the next run may read it."""
+    slide = tmp_path / "a.tif"
+    write_slide(slide, np.full((768, 1024, 3), INK), tile=256, compression="jpeg")
+    real, calls = os.pread, []
+
+    def refuse(file, size, offset):
+        calls.append(offset)
+        if len(calls) > 6:  # after the thumbnail, which a coarser level has
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, size, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pread", refuse)
+        table = extract(slide, MeanColor(), tmp_path / "bags", progress=False)
+    assert table.status.tolist() == ["failed"]
+    assert table.error[0].startswith(f"{slide}: cannot be read (Input/output error); the disk or the network")
+    again = extract(slide, MeanColor(), tmp_path / "bags", progress=False)
+    assert again.status.tolist() == ["done"]
+    assert again.n_tiles.tolist() == [12]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_picture_that_the_system_refuses_is_not_damaged(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (300, 300)).save(path)
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load" if suffix == "png" else "tifffile.TiffFile", refuse)
+    with pytest.raises(
+        HDMILError, match=r"cannot be read \(Stale file handle\); its network folder"
+    ) as caught:
+        (open_raster if suffix == "png" else open_tiff)(path)
+    assert not isinstance(caught.value, SlideError)
+
+
+# What the command line says
+
+
+def test_errors_of_the_system_reach_the_user_in_words(monkeypatch):
+    assert in_words(BagError("as it is")) == "as it is"
+    assert in_words(OSError("of a library")) == "of a library"
+    assert in_words(OSError(errno.EROFS, "x", "/a")) == (
+        "/a: Read-only file system; its disk can only be read; choose another place"
+    )
+
+    def refuse(folder):
+        raise OSError(errno.EMFILE, "Too many open files", str(folder))
+
+    monkeypatch.setattr("hdmil_lib.checking.check_files", refuse)
+    result = CliRunner().invoke(app, ["check", "bags"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: bags: Too many open files; close other files of this program")
