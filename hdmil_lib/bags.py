@@ -1,12 +1,8 @@
 """Bags: features, positions and patches of the tiles of a slide, in one HDF5 file per slide."""
 
-import errno
-import hashlib
 import io
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,30 +10,35 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hdmil_lib.bag_files import (
+    ATTRS_DIGEST,
+    DIGEST,
+    FOREIGN,
+    FORMAT,
+    LOOK,
+    MAX_CELLS,
+    PATCH_SIZE,
+    REMEDY,
+    TRIDENT_ATTRS,
+    attributes,
+    attributes_digest,
+    check_layout,
+    check_shapes,
+    checked_attributes,
+    digest_of,
+    look_names,
+    open_bag,
+    read_data,
+    write_attribute,
+)
 from hdmil_lib.errors import BagError
 from hdmil_lib.storage import write_whole
 from hdmil_lib.version import __version__
 
 SCHEMA_VERSION = 3
 """2: with grid positions; 3: with digests of every data set and of the attributes."""
-DIGEST, ATTRS_DIGEST = "sha256", "attrs_sha256"
-"""Attributes with SHA-256: of a data set's values, and of all other attributes and digests of the file."""
-PATCH_SIZE = 16
-LOOK = "look_"
-"""Prefix of the data sets with features of coarser looks; their side in pixels follows."""
-MAX_CELLS = 2**22
-"""Largest number of tiles of a grid: 2,048 x 2,048 tiles of 128 um are 26 cm wide, more than any slide."""
-TRIDENT_ATTRS = (
-    "patch_size",
-    "patch_size_level0",
-    "level0_magnification",
-    "target_magnification",
-    "overlap",
-    "name",
-    "level0_width",
-    "level0_height",
-)
-"""Attributes that TRIDENT stores on the dataset `coords`; all others are attributes of the file."""
+CHECKED = 1024
+"""Number of tiles whose features are checked at a time, so that the check takes little memory."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +147,17 @@ def write_bag(
 
     def write(part: Path) -> None:
         content = io.BytesIO()  # HDF5 does not survive a full disk
-        with h5py.File(content, "w") as file:
+        with h5py.File(content, "w", libver=FORMAT) as file:
             for name, values in arrays.items():
                 gzip = dict(compression="gzip", compression_opts=9) if compress and name == "patches" else {}
                 data = file.create_dataset(name, data=values, **gzip)
-                data.attrs[DIGEST] = _digest(values)
+                write_attribute(data, DIGEST, digest_of(values))
             attrs = {**bag.attrs, "name": bag.slide_id, "slide_id": bag.slide_id, "shape": list(bag.shape)}
             attrs |= {"encoder": bag.encoder.name, "weights_hash": bag.encoder.weights_hash}
             attrs |= {"library_version": __version__, "schema_version": SCHEMA_VERSION}
             for key, value in attrs.items():
-                (file["coords"] if key in TRIDENT_ATTRS else file).attrs[key] = value
-            file.attrs[ATTRS_DIGEST] = _attrs_digest(file)
+                write_attribute(file["coords"] if key in TRIDENT_ATTRS else file, key, value)
+            write_attribute(file, ATTRS_DIGEST, attributes_digest(file))
         part.write_bytes(content.getbuffer())
 
     write_whole(path, write)
@@ -170,21 +171,24 @@ def read_bag(path: str | Path) -> Bag:
     If grid positions are missing (bags of CLAM, TRIDENT or hdmil 0.1), they are derived from the coordinates.
 
     Raises:
-        BagError: The file is missing, damaged or inconsistent, or is not a bag.
+        BagError: The file is missing, damaged or inconsistent, is not a bag, cannot be read, or needs more
+            memory than is free.
     """
     path = Path(path)
-    with _open(path) as file:
-        looks = _look_names(path, file)
+    with open_bag(path) as file:
+        looks = look_names(path, file)
         present = [name for name in ("rowcol", "patches") if name in file]
-        arrays = _read(path, file, ["features", "coords", *present, *looks])
-        attrs = _checked_attrs(path, file)
+        names = ["features", "coords", *present, *looks]
+        check_layout(path, file, names)
+        arrays = read_data(path, file, names)
+        attrs = checked_attributes(path, file)
     shape = attrs.pop("shape", None)
     if "rowcol" not in arrays or shape is None:
         arrays["rowcol"], shape = grid_positions(path, arrays["coords"], attrs)
     try:
         shape = (int(shape[0]), int(shape[1]))
     except (TypeError, ValueError, IndexError) as error:
-        raise BagError(f"{path}: the shape of its grid is {shape!r}. {_REMEDY}") from error
+        raise BagError(f"{path}: the shape of its grid is {shape!r}. {REMEDY}") from error
     _check(path, arrays, shape)
     return Bag(
         slide_id=str(attrs.get("slide_id", path.stem)),
@@ -208,8 +212,11 @@ def read_tile_labels(path: str | Path) -> np.ndarray | None:
         BagError: The file is missing or damaged.
     """
     path = Path(path)
-    with _open(path) as file:
-        return _read(path, file, ["tile_labels"])["tile_labels"] if "tile_labels" in file else None
+    with open_bag(path) as file:
+        if "tile_labels" not in file:
+            return None
+        check_layout(path, file, ["features", "tile_labels"])
+        return read_data(path, file, ["tile_labels"])["tile_labels"]
 
 
 def bag_info(path: str | Path) -> dict[str, Any]:
@@ -219,13 +226,13 @@ def bag_info(path: str | Path) -> dict[str, Any]:
         BagError: The file is missing, damaged or not a bag.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_bag(path) as file:
         found = file.get("features")
         shape: tuple[int, ...] = found.shape if isinstance(found, h5py.Dataset) else ()
         if len(shape) != 2:
-            raise BagError(f"{path}: holds no features (N, D). {_FOREIGN}")
-        looks = [int(name.removeprefix(LOOK)) for name in _look_names(path, file)]
-        return _checked_attrs(path, file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
+            raise BagError(f"{path}: holds no features (N, D). {FOREIGN}")
+        looks = [int(name.removeprefix(LOOK)) for name in look_names(path, file)]
+        return checked_attributes(path, file) | {"n_tiles": shape[0], "dim": shape[1], "looks": looks}
 
 
 def read_arrays(path: str | Path, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -239,11 +246,12 @@ def read_arrays(path: str | Path, names: Iterable[str]) -> tuple[dict[str, np.nd
         The arrays by name, and the attributes of the data set `coords` and of the file.
 
     Raises:
-        BagError: The file is missing or damaged, or a data set is no array of numbers in the file itself.
+        BagError: The file is missing or damaged, a data set is no array of numbers in the file itself, or
+            they need more memory than is free.
     """
     path = Path(path)
-    with _open(path) as file:
-        return _read(path, file, [name for name in names if name in file]), _attrs(file)
+    with open_bag(path) as file:
+        return read_data(path, file, [name for name in names if name in file]), attributes(file)
 
 
 def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
@@ -267,21 +275,6 @@ def check_same_features(bags: Iterable[Bag]) -> EncoderIdentity:
             f"{theirs}. Extract all slides with one encoder."
         )
     return usual[0]
-
-
-_REMEDY = "Delete the file and extract the slide again."
-_FOREIGN = "Another tool may have made it: give the folder that `hdmil extract` wrote, or extract the slide."
-_REFUSED = {
-    errno.EACCES: "no permission to read it",
-    errno.EPERM: "no permission to read it",
-    errno.EAGAIN: "another program has it open for writing; wait until it is done",
-    errno.ENOLCK: "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE",
-    errno.ENOSYS: "its file system has no locks; set the environment variable HDF5_USE_FILE_LOCKING=FALSE",
-}
-"""Why a healthy file may not be opened, by the number of the error."""
-
-MAX_RATIO = 1200
-"""Largest ratio of the bytes of a data set to those that it takes in the file; gzip reaches a thousand."""
 
 
 def _encoder(attrs: Mapping[str, Any]) -> EncoderIdentity:
@@ -309,7 +302,7 @@ def grid_positions(
         BagError: The coordinates have another shape, or there are none.
     """
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) == 0:
-        raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {_REMEDY}")
+        raise BagError(f"{path}: coords have shape {coords.shape}, expected (N, 2). {REMEDY}")
     offset = coords - coords.min(axis=0)
     if {"mpp_x", "mpp_y", "patch_size", "tile_mpp"} <= set(attrs):
         pitch = attrs["patch_size"] * attrs["tile_mpp"] / np.array([attrs["mpp_x"], attrs["mpp_y"]])
@@ -340,130 +333,19 @@ def _usual_step(coords: np.ndarray) -> int:
     return int(sizes[counts.argmax()]) if len(sizes) else 1
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    """Open a bag; whatever h5py raises while it is read becomes a BagError."""
-    if not path.is_file():
-        raise BagError(f"{path}: no such bag. Extract its slide first (`hdmil extract`).")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        if (reason := _REFUSED.get(error.errno or 0)) is not None:
-            raise BagError(f"{path}: {reason}.") from error
-        raise BagError(f"{path}: damaged or not HDF5 ({error}). {_REMEDY}") from error
-    except Exception as error:
-        raise BagError(f"{path}: damaged ({_line(error)}). {_REMEDY}") from error
-    try:
-        with file:
-            yield file
-    except BagError:
-        raise
-    except Exception as error:  # a damaged file can end in any of h5py's errors
-        raise BagError(f"{path}: damaged ({_line(error)}). {_REMEDY}") from error
-
-
-def _read(path: Path, file: h5py.File, names: Iterable[str]) -> dict[str, np.ndarray]:
-    names = list(names)
-    if missing := [name for name in names if name not in file]:
-        raise BagError(f"{path}: lacks {', '.join(missing)}. {_FOREIGN}")
-    return {name: _array(path, file, name) for name in names}
-
-
-def _look_names(path: Path, file: h5py.File) -> list[str]:
-    """Names of the data sets of looks."""
-    names = [name for name in file if name.startswith(LOOK)]
-    odd = [name for name in names if not name.removeprefix(LOOK).isdecimal()]
-    if odd:
-        raise BagError(f"{path}: holds {odd[0]!r}, which is no look. {_FOREIGN}")
-    return names
-
-
-def _array(path: Path, file: h5py.File, name: str) -> np.ndarray:
-    """Read an array of numbers that lies in the file itself."""
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise BagError(f"{path}: {name} is a link to elsewhere, which is not followed. {_FOREIGN}")
-    data = file[name]
-    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or data.ndim == 0:
-        raise BagError(f"{path}: {name} is no array of numbers. {_FOREIGN}")
-    if data.external or data.is_virtual:
-        raise BagError(f"{path}: {name} lies in other files, which are not read. {_FOREIGN}")
-    if data.nbytes > max(data.id.get_storage_size(), 1024) * MAX_RATIO:
-        raise BagError(
-            f"{path}: {name} declares {data.nbytes:,} bytes that the file does not have. {_REMEDY}"
-        )
-    values = data[()]
-    wanted = data.attrs.get(DIGEST)
-    if wanted is None and _has_digests(file):
-        raise BagError(f"{path}: the digest of {name} is missing. {_REMEDY}")
-    if wanted is not None and wanted != _digest(values):
-        raise BagError(f"{path}: {name} was changed or damaged after it was written. {_REMEDY}")
-    return values
-
-
-def _has_digests(file: h5py.File) -> bool:
-    return int(file.attrs.get("schema_version", 0)) >= 3
-
-
-def _digest(values: np.ndarray) -> str:
-    """SHA-256 of the type, shape and content of an array."""
-    digest = hashlib.sha256(f"{values.dtype.str} {values.shape}".encode())
-    digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _attrs(file: h5py.File) -> dict[str, Any]:
-    coords = file["coords"].attrs if "coords" in file else {}
-    pairs = (*coords.items(), *file.attrs.items())
-    return {key: _plain(value) for key, value in pairs if key not in (DIGEST, ATTRS_DIGEST)}
-
-
-def _checked_attrs(path: Path, file: h5py.File) -> dict[str, Any]:
-    """The attributes, which must agree with their digest."""
-    attrs, wanted = _attrs(file), file.attrs.get(ATTRS_DIGEST)
-    if wanted is None and _has_digests(file):
-        raise BagError(f"{path}: the digest of its attributes is missing. {_REMEDY}")
-    if wanted is not None and wanted != _attrs_digest(file):
-        raise BagError(f"{path}: was changed or damaged after it was written. {_REMEDY}")
-    return attrs
-
-
-def _attrs_digest(file: h5py.File) -> str:
-    """SHA-256 of the attributes and of the digests of the data sets, so that none can be missing."""
-    content = {key: np.asarray(value).tolist() for key, value in _attrs(file).items()}
-    own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
-    digests = {name: file[name].attrs[DIGEST] for name in own if DIGEST in file[name].attrs}
-    text = json.dumps([content, digests], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Convert a NumPy scalar, as h5py returns it, to the Python type."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _check(path: Path, arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
-    features, coords, rowcol = arrays["features"], arrays["coords"], arrays["rowcol"]
-    patches = arrays.get("patches")
-    n = len(features)
-    shapes = ", ".join(f"{name} {values.shape}" for name, values in arrays.items())
-    fits = features.ndim == 2 and coords.shape == (n, 2) and rowcol.shape == (n, 2)
-    if patches is not None:
-        fits &= patches.ndim == 4 and patches.shape[3] == 3
-    if n == 0 or not fits or any(len(values) != n for values in arrays.values()):
-        raise BagError(f"{path}: arrays do not describe the same tiles: {shapes}. {_REMEDY}")
+    check_shapes(path, {name: values.shape for name, values in arrays.items()})
+    features, rowcol, patches = arrays["features"], arrays["rowcol"], arrays.get("patches")
     if patches is not None and patches.dtype != np.uint8:
-        raise BagError(f"{path}: patches are {patches.dtype}, not uint8. {_REMEDY}")
+        raise BagError(f"{path}: patches are {patches.dtype}, not uint8. {REMEDY}")
     if shape[0] * shape[1] > MAX_CELLS:
-        raise BagError(f"{path}: no slide has a grid of {shape[0]} x {shape[1]} tiles. {_REMEDY}")
+        raise BagError(f"{path}: no slide has a grid of {shape[0]} x {shape[1]} tiles. {REMEDY}")
     if rowcol.min() < 0 or (rowcol >= shape).any():
-        raise BagError(f"{path}: rowcol reaches beyond the grid of {shape[0]} x {shape[1]} tiles. {_REMEDY}")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        raise BagError(f"{path}: rowcol reaches beyond the grid of {shape[0]} x {shape[1]} tiles. {REMEDY}")
+    blocks = (features[start : start + CHECKED] for start in range(0, len(features), CHECKED))
+    bad = np.flatnonzero(~np.concatenate([np.isfinite(block).all(axis=1) for block in blocks]))
     if len(bad):
         raise BagError(
-            f"{path}: features of {len(bad)} of {n} tiles are NaN or infinite, first in row {bad[0]}. Check "
-            "the encoder (float16 holds at most 65504), then extract the slide again."
+            f"{path}: features of {len(bad)} of {len(features)} tiles are NaN or infinite, first in row "
+            f"{bad[0]}. Check the encoder (float16 holds at most 65504), then extract the slide again."
         )

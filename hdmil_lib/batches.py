@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hdmil_lib import devices
-from hdmil_lib.bags import LOOK, Bag, EncoderIdentity, check_same_features
+from hdmil_lib.bag_files import LOOK
+from hdmil_lib.bags import Bag, EncoderIdentity, check_same_features
 from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.kernels.segments import Segments, to_device
 

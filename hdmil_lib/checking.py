@@ -10,6 +10,7 @@ from hdmil_lib.bags import bag_info, read_bag, read_tile_labels
 from hdmil_lib.encoders.failures import FOLDER, read_failure
 from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.storage import TEMPORARY
+from hdmil_lib.system_errors import is_refused
 
 CONFIG, PENDING, WEIGHTS, CARD = "config.json", "config.json.pending", "model.safetensors", "README.md"
 
@@ -21,13 +22,14 @@ class Checked:
     Attributes:
         path: The file or folder.
         kind: What it is.
-        state: "ok", "damaged", or "unfinished" if it was never written to its end.
+        state: "ok", "damaged", "unfinished" if it was never written to its end, or "unreadable" if the system
+            refused to read it, so that nothing can be said.
         detail: What is wrong and what to do, or what could not be checked; empty if all is well.
     """
 
     path: Path
     kind: Literal["bag", "model", "training", "cross-validation", "predictions", "failed slide", "part"]
-    state: Literal["ok", "damaged", "unfinished"]
+    state: Literal["ok", "damaged", "unfinished", "unreadable"]
     detail: str = ""
 
 
@@ -83,8 +85,9 @@ def _checked(path: Path, kind: str, check: Callable[[], str]) -> Checked:
     """Run a check, which returns a detail or raises an error; "unfinished: " in front says of which kind."""
     try:
         detail = check()
-    except (HDMILError, OSError) as error:
-        return Checked(path, kind, "damaged", " ".join(str(error).split()).removeprefix(f"{path}: "))  # type: ignore[arg-type]
+    except (HDMILError, OSError, MemoryError) as error:
+        state = "unreadable" if is_refused(error) else "damaged"
+        return Checked(path, kind, state, " ".join(str(error).split()).removeprefix(f"{path}: "))  # type: ignore[arg-type]
     if detail.startswith("unfinished: "):
         return Checked(path, kind, "unfinished", detail.removeprefix("unfinished: "))  # type: ignore[arg-type]
     return Checked(path, kind, "ok", detail)  # type: ignore[arg-type]

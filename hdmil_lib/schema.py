@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hdmil_lib.errors import CheckpointError
+from hdmil_lib.system_errors import refusal
 
 Kind = TypeVar("Kind", bound="Schema")
 
@@ -53,15 +54,15 @@ def read_schema(path: Path, kind: type[Kind], remedy: str) -> Kind:
         remedy: What the user can do if the file does not fit.
 
     Raises:
-        CheckpointError: The file is missing, is not JSON, or does not fit.
+        CheckpointError: The file is missing, cannot be read, is not JSON, or does not fit.
     """
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {MAX_BYTES:,}; {remedy}")
         text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {refusal(error)}") from error
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

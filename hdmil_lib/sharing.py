@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from hdmil_lib.errors import HDMILError
+from hdmil_lib.storage import needs_room
 
 HEARTBEAT = 10.0
 """Seconds between two signs of life of a process that holds locks."""
@@ -130,14 +131,15 @@ class SharedRun:
         self._table = folder / "log" / name
 
     def __enter__(self) -> "SharedRun":
-        for name in ("locks", "log", "failed", "plan"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._table.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-        self._began = self._table.stat().st_mtime
-        if self.names:
-            content = "\n".join(self.names)
-            plan = self.folder / "plan" / f"{sha256(content.encode()).hexdigest()[:12]}.txt"
-            plan.write_text(content + "\n", encoding="utf-8")
+        with needs_room(self.folder):
+            for name in ("locks", "log", "failed", "plan"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self._table.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+            self._began = self._table.stat().st_mtime
+            if self.names:
+                content = "\n".join(self.names)
+                plan = self.folder / "plan" / f"{sha256(content.encode()).hexdigest()[:12]}.txt"
+                plan.write_text(content + "\n", encoding="utf-8")
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -254,15 +256,16 @@ class SharedRun:
     def _make_lock(self, name: str, number: int) -> bool:
         lock = self.folder / "locks" / f"{name}.{number}.lock"
         part = lock.with_name(f".{uuid.uuid4().hex[:12]}")
-        part.write_text(json.dumps(asdict(replace(self._owner, since=time.time()))), encoding="utf-8")
-        with self._guard:
-            try:
+        content = json.dumps(asdict(replace(self._owner, since=time.time())))
+        try:
+            with needs_room(lock), self._guard:
+                part.write_text(content, encoding="utf-8")
                 _link(part, lock)
-            except FileExistsError:
-                return False
-            finally:
-                part.unlink(missing_ok=True)
-            self._held[name] = lock
+                self._held[name] = lock
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
         return True
 
     def is_dead(self, lock: Path) -> bool:

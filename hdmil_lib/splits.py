@@ -60,7 +60,7 @@ def read_splits(folder: str | Path) -> list[Split]:
     splits = []
     for number in sorted({*numbers}):
         paths = folder / f"splits_{number}.csv", folder / f"splits_{number}_bool.csv"
-        splits.append(_read_split(next(path for path in paths if path.is_file())))
+        splits.append(_read_split(next((path for path in paths if path.is_file()), paths[0])))
     return splits
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import struct
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdmil_lib.errors import CheckpointError, CohortError, HDMILError
+from hdmil_lib.system_errors import check_readable, read_error, refusal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,16 +66,33 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         HDMILError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".hdmil-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        with _held(temporary):
-            write(temporary)
-            temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
-            _sync(temporary)
-            os.replace(temporary, path)
-        with suppress(OSError):  # some file systems do not allow it for folders
-            _sync(path.parent)
+        with needs_room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _held(temporary):
+                write(temporary)
+                temporary.chmod(0o666 & ~_umask())  # some writers create files that only the owner can read
+                _sync(temporary)
+                os.replace(temporary, path)
+            with suppress(OSError):  # some file systems do not allow it for folders
+                _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def needs_room(path: Path) -> Iterator[None]:
+    """Within the block, in which a file is written, a full disk becomes an error that says what to do.
+
+    Args:
+        path: The file or folder that is written, for the message.
+
+    Raises:
+        HDMILError: The disk, or a quota, is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -81,8 +100,6 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             f"{path}: cannot be written ({os.strerror(error.errno)}); make room or choose another place, and "
             "start again: what is finished is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_stale(folder: Path) -> list[Path]:
@@ -162,12 +179,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: The file is missing or damaged.
+        CheckpointError: The file is missing, cannot be read or is damaged.
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
+    except (OSError, MemoryError, ValueError, RecursionError) as error:
+        damage = f"unreadable ({error}); delete its folder and train again"
+        raise read_error(CheckpointError, path, error, damage) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object; delete its folder and train again")
     return content
@@ -187,16 +205,19 @@ def read_table(path: Path) -> "pd.DataFrame":
     Columns may be separated by commas, semicolons or tabs, whichever the first line has most of.
 
     Raises:
-        CohortError: The file is missing, empty, a spreadsheet, not in UTF-8, or its lines have different
-            numbers of fields.
+        CohortError: The file is missing, cannot be read, is empty, a spreadsheet, not in UTF-8, or its lines
+            have different numbers of fields.
     """
     import pandas as pd
 
     try:
         content = path.read_bytes()
-    except OSError as error:
-        reason = "no such label file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise CohortError(f"{path}: {reason}; give a CSV with a header and one row per slide") from error
+    except FileNotFoundError as error:
+        raise CohortError(
+            f"{path}: no such label file; give a CSV with a header and one row per slide"
+        ) from error
+    except (OSError, MemoryError) as error:
+        raise CohortError(f"{path}: {refusal(error)}") from error
     if content.startswith(b"PK"):
         raise CohortError(f"{path}: is a spreadsheet; export it as CSV in UTF-8")
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -250,21 +271,35 @@ def load_weights(model: "nn.Module", path: Path) -> None:
     """Load the parameters and buffers that `save_weights` wrote.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or belongs to a model of another shape.
+        CheckpointError: The file is missing, cannot be read or is damaged, or belongs to a model of another
+            shape.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
+        check_readable(path)
         model.load_state_dict(load_file(path))
         with safe_open(path, framework="pt") as file:
             wanted = (file.metadata() or {}).get("digest")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); delete its folder and train again") from error
+    except (OSError, MemoryError, SafetensorError) as error:
+        damage = f"unreadable ({error}); delete its folder and train again"
+        raise read_error(CheckpointError, path, error, damage) from error
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights of another model ({error}); train it again") from error
+        damage = f"weights of another model ({' '.join(str(error).split())}); train it again"
+        raise read_error(CheckpointError, path, error, damage) from error
     if wanted not in (None, weights_digest(model)):
         raise CheckpointError(f"{path}: was changed or damaged; delete its folder and train again")
+
+
+def loading_problem(error: Exception) -> str:
+    """What is wrong with a file that `torch.load` refused, in one line that a terminal can print.
+
+    For files that hold more than tensors, its own message advises to execute what is in them.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds other things than tensors"
+    return CONTROL.sub(" ", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def weights_digest(model: "nn.Module") -> str:

@@ -1,16 +1,21 @@
 """Whatever stands in a file that is read back, it is read or refused with an error of our own."""
 
 import json
-from contextlib import suppress
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from bag_factory import make_bag
+from fuzz_worker import KINDS, SECONDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hdmil_lib.bags import bag_info, read_bag, read_tile_labels, write_bag
+from hdmil_lib.bags import read_bag
 from hdmil_lib.checking import check_files
 from hdmil_lib.cohort import Cohort
 from hdmil_lib.encoders.failures import Failure, known_reason, read_failure, remember
@@ -74,12 +79,35 @@ RUN = {
 FAILURE = to_json(Failure(slide_id="a", path="a.svs", reason="r", source="0" * 32, settings="1" * 32))
 
 
+class Hangs(BaseException):
+    """Raised in a reader that takes too long; no `except Exception` of the library takes it for its own."""
+
+
+@contextmanager
+def limited_time() -> Iterator[None]:
+    """The block fails if it takes longer than SECONDS."""
+
+    def interrupt(*_: object) -> None:
+        raise Hangs
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    except Hangs:
+        raise AssertionError(f"takes longer than {SECONDS} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def own_errors(*calls) -> None:
-    """Each call returns, or raises an error of ours in one line that a terminal can print."""
+    """Each call soon returns, or raises an error of ours in one line that a terminal can print."""
     for call in calls:
         message = ""
         try:
-            call()
+            with limited_time():
+                call()
         except HDMILError as error:
             message = str(error)
         assert not CONTROL.search(message), message
@@ -151,16 +179,40 @@ def test_files_with_any_bytes(tmp_path, content):
     )
 
 
-@settings(FUZZ, max_examples=150)
-@given(data=st.data())
-def test_bags_with_changed_bytes(tmp_path, data):
-    path = tmp_path / "a.h5"
-    write_bag(path, make_bag("a", 1, 3, dim=4))
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.none() | st.integers(0, len(content)))])
-    own_errors(lambda: read_bag(path), lambda: bag_info(path), lambda: read_tile_labels(path))
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_with_changed_bytes_end_no_process_and_take_no_time(tmp_path, kind):
+    """Libraries in C read them, so that a crash or a hang would not be an exception: a process is at risk."""
+    command = [sys.executable, Path(__file__).with_name("fuzz_worker.py"), kind, tmp_path, "0", "250"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    tried = result.stdout.splitlines()
+    assert result.returncode == 0, f"{tried[-1:]}: {result.stderr[-3000:]}"
+    assert tried[-1] == "done"
+
+
+def test_the_process_at_risk_ends_where_a_reader_hangs(tmp_path):
+    code = """
+import fuzz_worker, time
+fuzz_worker.SECONDS = 0.5
+calls = []
+def read(path):
+    calls.append(path)
+    if len(calls) > 3:
+        time.sleep(60)
+fuzz_worker.KINDS["hang"] = ("a", lambda path: path.write_text("content"), [read])
+fuzz_worker.main("hang", FOLDER, "0", "9")
+"""
+    command = [sys.executable, "-c", code.replace("FOLDER", repr(str(tmp_path)))]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == ["seed 0", "seed 1", "seed 2"]
+    assert "Timeout" in result.stderr
+
+
+def test_a_reader_in_python_that_hangs_is_a_failure(monkeypatch):
+    monkeypatch.setattr("test_fuzz_files.SECONDS", 0.2)
+    with pytest.raises(AssertionError, match=r"takes longer than 0\.2 s"):
+        own_errors(lambda: time.sleep(60))
 
 
 @FUZZ

@@ -123,6 +123,53 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({sizes[5]}, {sizes[5]}))
     check_equal(tmp_path, cohort / "whole")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount`")
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_extract_onto_a_full_disk_does_what_fits_and_the_next_run_the_rest(cohort, small_disk):
+    bags, filler = small_disk / "bags", small_disk / "filler"
+    with filler.open("wb") as file:
+        room = os.statvfs(small_disk)
+        file.write(bytes(room.f_bavail * room.f_frsize - 150_000))
+    code = "from hdmil_lib.cli import main; main()"
+    command = [sys.executable, "-c", code, "extract", cohort / "slides", "--out", bags, "--encoder", "color"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 1
+    done = {path.name: path.read_bytes() for path in bags.glob("[!.]*.h5")}
+    assert 0 < len(done) < 12
+    said = [line for line in (first.stdout + first.stderr).splitlines() if "No space left on device" in line]
+    assert 1 <= len(said) <= 12 - len(done)
+    for line in said:
+        assert f"{bags}/" in line
+        assert "make room or choose another place, and start again: what is finished is kept" in line
+    assert "Traceback" not in first.stderr
+    assert [path for path in bags.rglob(".hdmil-*") if path.is_file()] == []
+    assert {found.state for found in check_files(bags)} == {"ok"}
+
+    filler.unlink()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert f"skipped: {len(done)} slides" in second.stdout
+    assert f"done: {12 - len(done)} slides" in second.stdout
+    assert len(list(bags.glob("[!.]*.h5"))) == 12
+    for name, content in done.items():
+        assert (bags / name).read_bytes() == content
+    assert {found.state for found in check_files(bags)} == {"ok"}
+
+
 def huge_header(path: Path) -> Path:
     """A tiled TIFF that says that it has 2^31 - 1 pixels along each side."""
     side = 2**31 - 1
@@ -219,7 +266,7 @@ def test_check_tells_whole_damaged_and_unfinished_files_apart(tmp_path):
 def test_the_command_exits_with_1_and_prints_no_escape_sequences(tmp_path):
     write_bag(tmp_path / "a.h5", make_bag("a", 1))
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
-    assert (result.exit_code, result.output) == (0, "1 ok, 0 damaged, 0 unfinished\n")
+    assert (result.exit_code, result.output) == (0, "1 ok, 0 damaged, 0 unfinished, 0 unreadable\n")
     (tmp_path / "\x1b[31mred\n.h5").write_text("no bag")
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert result.exit_code == 1

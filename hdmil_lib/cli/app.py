@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from hdmil_lib.errors import HDMILError
+from hdmil_lib.system_errors import in_words
 from hdmil_lib.terminal import print_error
 
 
@@ -16,7 +17,7 @@ class _OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (HDMILError, OSError) as error:
-            print_error(str(error))
+            print_error(in_words(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print_error("interrupted; what is finished is kept, and the same command goes on from there")

@@ -13,7 +13,7 @@ from hdmil_lib.cli.app import app
 def check(
     folder: Annotated[Path, typer.Argument(help="A folder of bags, models, trainings or predictions.")],
 ) -> None:
-    """Say whether what hdmil wrote in a folder is whole; exit with 1 if anything is damaged or unfinished."""
+    """Say whether what hdmil wrote in a folder is whole; exit with 1 if not all of it is."""
     from hdmil_lib.checking import check_files
     from hdmil_lib.terminal import printable
 
@@ -25,8 +25,10 @@ def check(
                 f": {found.detail}" if found.detail else ""
             )
             typer.echo(printable(line))
-    typer.echo(", ".join(f"{states[state]} {state}" for state in ("ok", "damaged", "unfinished")))
+    typer.echo(
+        ", ".join(f"{states[state]} {state}" for state in ("ok", "damaged", "unfinished", "unreadable"))
+    )
     if not states:
         typer.echo("nothing here that hdmil wrote")
-    if states["damaged"] or states["unfinished"]:
+    if states.total() > states["ok"]:
         raise typer.Exit(1)

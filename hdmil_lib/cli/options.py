@@ -122,9 +122,20 @@ def shard_of(text: str | None) -> "Shard | None":
 
 
 def scale_of(mpp: float | None, force_mpp: float | None) -> float | None:
-    """The scale as `Slide` takes it: forced, or for slides that do not say."""
-    from hdmil_lib.slides.scale import IfUnknown
+    """The scale as `Slide` takes it: forced, or for slides that do not say.
 
+    Raises:
+        HDMILError: A scale is none that a slide can have; also where all slides state theirs.
+    """
+    from hdmil_lib.errors import HDMILError
+    from hdmil_lib.slides.scale import GIVEN_MPP, IfUnknown
+
+    low, high = GIVEN_MPP
+    for option, given in (("--mpp", mpp), ("--force-mpp", force_mpp)):
+        if given is not None and not low <= given <= high:
+            raise HDMILError(
+                f"{option} must be positive, {low:g} to {high:g} micrometers per pixel, got {given:g}"
+            )
     if force_mpp is not None:
         return force_mpp
     return None if mpp is None else IfUnknown(mpp)

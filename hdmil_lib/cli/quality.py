@@ -46,10 +46,10 @@ def tissue(
     for name in names:
         tissue_settings(name)
     check_output(out, folder=True)
-    failed = False
+    failed, scale = False, scale_of(mpp, force_mpp)
     for file in list_slides(slides):
         try:
-            with Slide(file.path, file.scale(scale_of(mpp, force_mpp)), name=file.slide_id) as slide:
+            with Slide(file.path, file.scale(scale), name=file.slide_id) as slide:
                 found = {name: slide_quality(slide, name, focus=False) for name in names}
         except (SlideError, OSError) as error:
             print_error(str(error))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hdmil_lib import devices
 from hdmil_lib.config import n_threads, torch_threads
 from hdmil_lib.errors import HDMILError
+from hdmil_lib.system_errors import read_error, refusal_of_file
 
 CPU_CHUNK, GPU_CHUNK = 32, 64
 """Number of tiles that PyTorch computes at a time; on a GPU the next ones are copied meanwhile."""
@@ -139,7 +140,7 @@ class OpenVINOEngine:
             precision: Requested precision; the attribute `precision` says what the CPU took.
 
         Raises:
-            HDMILError: The file is damaged.
+            HDMILError: The file is damaged, or cannot be read.
         """
         import openvino as ov
 
@@ -151,7 +152,10 @@ class OpenVINOEngine:
         try:
             compiled = ov.Core().compile_model(model_path, "CPU", hints)
         except RuntimeError as error:
-            raise HDMILError(f"{model_path}: damaged copy of an encoder; delete it and try again.") from error
+            weights = model_path.with_suffix(".bin")  # beside the description, which is the other file
+            at_fault = weights if refusal_of_file(weights) else model_path
+            damage = "damaged copy of an encoder; delete it and try again."
+            raise read_error(HDMILError, at_fault, error, damage) from error
         taken = compiled.get_property("INFERENCE_PRECISION_HINT")
         self.precision: Precision = precision if precision != "bf16" or taken == ov.Type.bf16 else "fp32"
         self._requests = ov.AsyncInferQueue(compiled)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from hdmil_lib.encoders.registry import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, TIMM, EncoderSpec, is_code
 from hdmil_lib.errors import HDMILError, nearest
+from hdmil_lib.storage import loading_problem
+from hdmil_lib.system_errors import check_readable, read_error
 
 SETTINGS = ("input_size", "resize", "mean", "std")
 """What the function of an encoder in Python code may say of its input."""
@@ -61,14 +63,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         HDMILError: The file is damaged, or holds something else.
     """
     try:
+        check_readable(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can end in many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HDMILError(f"{path}: cannot be read as weights ({reason}).") from error
+        damage = f"cannot be read as weights ({loading_problem(error)})."
+        raise read_error(HDMILError, path, error, damage) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

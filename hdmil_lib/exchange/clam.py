@@ -8,7 +8,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hdmil_lib.bags import TRIDENT_ATTRS, Bag
+from hdmil_lib.bag_files import TRIDENT_ATTRS
+from hdmil_lib.bags import Bag
 from hdmil_lib.errors import BagError, HDMILError
 from hdmil_lib.exchange.foreign import (
     SCALE,

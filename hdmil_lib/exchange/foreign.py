@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hdmil_lib.bags import TRIDENT_ATTRS, EncoderIdentity, read_arrays
+from hdmil_lib.bag_files import TRIDENT_ATTRS
+from hdmil_lib.bags import EncoderIdentity, read_arrays
 from hdmil_lib.errors import BagError, HDMILError
+from hdmil_lib.storage import loading_problem
+from hdmil_lib.system_errors import check_readable, read_error
 
 SCALE = ("mpp_x", "mpp_y", "tile_mpp")
 """Attributes of the exact scale, which `hdmil export` adds to TRIDENT's."""
@@ -116,6 +119,7 @@ def read_pt(path: Path) -> np.ndarray:
     import torch
 
     try:
+        check_readable(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 declared = sum(member.file_size for member in archive.infolist())
@@ -125,8 +129,8 @@ def read_pt(path: Path) -> np.ndarray:
     except BagError:
         raise
     except Exception as error:  # a damaged file can end in many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BagError(f"{path}: cannot be read as a tensor ({reason}); write it again") from error
+        damage = f"cannot be read as a tensor ({loading_problem(error)}); write it again"
+        raise read_error(BagError, path, error, damage) from error
     if not isinstance(tensor, torch.Tensor) or tensor.is_sparse:
         raise BagError(f"{path}: holds a {type(tensor).__name__}, expected one tensor of features")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -142,9 +146,11 @@ def read_npy(path: Path) -> np.ndarray:
         BagError: The file is missing or damaged.
     """
     try:
+        check_readable(path)
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # a damaged header can end in many kinds of errors
-        raise BagError(f"{path}: cannot be read as a NumPy array ({error}); write it again") from error
+        damage = f"cannot be read as a NumPy array ({error}); write it again"
+        raise read_error(BagError, path, error, damage) from error
 
 
 def read_h5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

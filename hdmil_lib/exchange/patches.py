@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hdmil_lib.bags import PATCH_SIZE, Bag, read_bag, read_tile_labels, write_bag
+from hdmil_lib.bag_files import PATCH_SIZE
+from hdmil_lib.bags import Bag, read_bag, read_tile_labels, write_bag
 from hdmil_lib.errors import BagError
 from hdmil_lib.exchange.transfer import bag_names, run_each
 from hdmil_lib.slides import Slide

@@ -152,7 +152,7 @@ def stream(
         HDMILError: There is no such device.
     """
     for name, budget in (("max_tiles", max_tiles), ("max_seconds", max_seconds)):
-        if budget is not None and budget <= 0:
+        if budget is not None and not budget > 0:
             raise ValueError(f"{name} is {budget}, expected more than 0")
     margin = float(model.margin) if margin is None else margin
     if not margin > 0:

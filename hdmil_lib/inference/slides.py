@@ -24,6 +24,7 @@ from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
 from hdmil_lib.slides.presets import described
 from hdmil_lib.storage import readable, remove_stale, write_table
+from hdmil_lib.system_errors import read_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -342,8 +343,9 @@ def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {}
     try:
         table = _read_predictions(out)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise CheckpointError(f"{out}: no table of predictions ({error}); choose another file") from error
+    except (OSError, MemoryError, ValueError, pd.errors.ParserError) as error:
+        damage = f"no table of predictions ({error}); choose another file"
+        raise read_error(CheckpointError, out, error, damage) from error
     found = {name for name in table if name.startswith("p_")}
     if not {"slide_id", "error"} <= set(table) or found - {f"p_{name}" for name in classes}:
         raise CheckpointError(

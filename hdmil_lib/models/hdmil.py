@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hdmil_lib import devices
-from hdmil_lib.bags import LOOK
+from hdmil_lib.bag_files import LOOK
 from hdmil_lib.errors import BagError, CheckpointError
 from hdmil_lib.kernels import lipn_forward
 from hdmil_lib.kernels.segments import Segments

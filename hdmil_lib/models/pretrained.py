@@ -22,6 +22,7 @@ from hdmil_lib.models.look import LookSettings, SecondLook
 from hdmil_lib.models.settling import neutral
 from hdmil_lib.schema import Schema, read_schema, to_json
 from hdmil_lib.storage import read_json, remove_stale, write_json, write_whole
+from hdmil_lib.system_errors import is_refused, read_error, refusal
 
 if TYPE_CHECKING:
     from hdmil_lib.models.hdmil import HDMIL
@@ -154,14 +155,19 @@ def _finish_interrupted(folder: Path) -> None:
     """Rename the pending configuration of an interrupted save if it describes the weights of the folder.
 
     The next save replaces it: without this, a folder could lose its only configuration.
+
+    Raises:
+        CheckpointError: The system refuses to read it, so that nobody knows.
     """
     pending, weights = folder / PENDING, folder / WEIGHTS
     if not (pending.is_file() and weights.is_file()):
         return
     try:
         config = read_schema(pending, _Config, AGAIN)
-    except CheckpointError:  # damaged, so it describes no weights
-        return
+    except CheckpointError as error:
+        if is_refused(error):
+            raise
+        return  # damaged, so it describes no weights
     if config.weights_sha256 == _file_digest(weights):
         os.replace(pending, folder / CONFIG)
 
@@ -172,7 +178,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
+        raise CheckpointError(f"{path}: {refusal(error)}") from error
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -202,8 +208,8 @@ def _tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torc
         # Copied, since the loaded tensors are views of a file that may be overwritten, with an arbitrary
         # alignment, on which the last bit of a product depends.
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); {AGAIN}") from error
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        raise read_error(CheckpointError, path, error, f"damaged ({error}); {AGAIN}") from error
     for key, tensor in tensors.items():
         if key != "margin" and not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds nan or infinite numbers; train the model again")

@@ -11,10 +11,11 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from hdmil_lib.errors import SlideError
+from hdmil_lib.errors import HDMILError, SlideError
 from hdmil_lib.slides.colors import cmyk_to_rgb
 from hdmil_lib.slides.decoded import MOST_PIXELS, check_size, decode_once
 from hdmil_lib.slides.image import Image
+from hdmil_lib.system_errors import refusal
 
 SIGNATURES: dict[bytes, type[ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -52,6 +53,7 @@ def open_raster(path: Path) -> Image:
     Raises:
         SlideError: It is damaged, or has more pixels than Pillow decodes, which is twice its
             `MAX_IMAGE_PIXELS`.
+        HDMILError: The system refused to read it.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -60,10 +62,7 @@ def open_raster(path: Path) -> Image:
         try:
             image.load()
         except Exception as error:  # Pillow's decoders raise their own types of errors
-            raise SlideError(
-                f"{path}: cannot be decoded: {error}. The file is damaged or incomplete; copy or download it "
-                "again."
-            ) from error
+            raise _failed(path, "cannot be decoded", error) from error
         decoded = decode_once(path, width, height, _rows(image))
         return Image(str(image.format).lower(), _resolution(image), [decoded.size], decoded)
 
@@ -84,10 +83,17 @@ def _opened(path: Path) -> Iterator[ImageFile]:
         try:
             image = reader(file)
         except Exception as error:  # a damaged header can end in any of Python's errors
-            raise SlideError(
-                f"{path}: its header cannot be read: {error}. The file is damaged; copy or download it again."
-            ) from error
+            raise _failed(path, "its header cannot be read", error) from error
         yield image
+
+
+def _failed(path: Path, what: str, error: Exception) -> HDMILError:
+    """A SlideError about a damaged file, or another error where the system refused to read it."""
+    if isinstance(error, OSError) and error.errno:
+        return HDMILError(f"{path}: {refusal(error)}")
+    return SlideError(
+        f"{path}: {what}: {error}. The file is damaged or incomplete; copy or download it again."
+    )
 
 
 def _rows(image: PillowImage.Image) -> Iterator[np.ndarray]:

@@ -20,8 +20,9 @@ import numpy as np
 import tifffile
 from tifffile.tifffile import jpeg_decode_colorspace
 
-from hdmil_lib.errors import SlideError
+from hdmil_lib.errors import HDMILError, SlideError
 from hdmil_lib.slides.codestreams import checked, checked_jpeg, jpeg2000_header
+from hdmil_lib.system_errors import refusal
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 """What tifffile logs of damaged files is not for users, who get our errors."""
@@ -271,6 +272,7 @@ class StoredTiles:
 
         Raises:
             SlideError: The tile is damaged; the message names its position.
+            HDMILError: The system refused to read it.
         """
         memory = np.full(self.levels[level].shape, 255, np.uint8)
         self._decode(level, index, memory)
@@ -289,7 +291,7 @@ class StoredTiles:
             place, memory = decoded.place()
         try:
             is_stored = self._decode(level, index, memory)
-        except SlideError:
+        except HDMILError:
             with self._lock:
                 decoded.give_back(place)
             raise
@@ -313,6 +315,8 @@ class StoredTiles:
                 raise ValueError("the file ends within it")
             stored.decode(*streams, out=memory)
         except Exception as error:  # each codec raises its own types of errors
+            if isinstance(error, OSError) and error.errno:  # not damage: it must not be left out
+                raise HDMILError(f"{self.path}: {refusal(error)}") from error
             raise self._damaged(level, index, str(error)) from error
         return True
 

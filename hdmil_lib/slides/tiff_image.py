@@ -10,13 +10,14 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from hdmil_lib.errors import SlideError
+from hdmil_lib.errors import HDMILError, SlideError
 from hdmil_lib.slides.codestreams import checked, jpeg2000_header
 from hdmil_lib.slides.colors import Converter, converter
 from hdmil_lib.slides.decoded import DecodedImage, check_size, decode_once
 from hdmil_lib.slides.image import Image
 from hdmil_lib.slides.ome import largest_image, ome_xml
 from hdmil_lib.slides.stored_tiles import StoredLevel, StoredTiles, all_pages, is_readable, jpeg_level
+from hdmil_lib.system_errors import refusal
 
 C = tifffile.COMPRESSION
 
@@ -109,6 +110,7 @@ def open_tiff(path: Path) -> Image:
 
     Raises:
         SlideError: It is damaged, too large for strips, or stores what is not one color picture.
+        HDMILError: The system refused to read it.
     """
     try:
         with tifffile.TiffFile(path) as file:
@@ -118,6 +120,8 @@ def open_tiff(path: Path) -> Image:
     except ValueError as error:
         raise _unreadable(path, str(error)) from error
     except Exception as error:  # a damaged directory can end in any of Python's errors
+        if isinstance(error, OSError) and error.errno:
+            raise HDMILError(f"{path}: {refusal(error)}") from error
         raise _unreadable(path, "its directory is damaged or cut off") from error
 
 

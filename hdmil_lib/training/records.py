@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from hdmil_lib.errors import CheckpointError, HDMILError
 from hdmil_lib.models.info import Name, Text
 from hdmil_lib.schema import Schema, read_schema
+from hdmil_lib.system_errors import read_error, refusal
 
 REMEDY = "delete its folder and train again"
 
@@ -113,12 +114,13 @@ def read_rows(path: Path, columns: Sequence[str], **options: Any) -> pd.DataFram
         **options: Options of `pandas.read_csv`.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or lacks a column.
+        CheckpointError: The file is missing, cannot be read or is damaged, or lacks a column.
     """
     try:
         table = pd.read_csv(path, **options)
-    except (OSError, ValueError, OverflowError) as error:  # errors of the parser are ValueErrors
-        raise CheckpointError(f"{path}: unreadable ({' '.join(str(error).split())}); {REMEDY}") from error
+    except (OSError, MemoryError, ValueError, OverflowError) as error:  # errors of the parser are ValueErrors
+        damage = f"unreadable ({' '.join(str(error).split())}); {REMEDY}"
+        raise read_error(CheckpointError, path, error, damage) from error
     if missing := [name for name in columns if name not in table]:
         raise CheckpointError(f"{path}: lacks the column {missing[0]}; {REMEDY}")
     return table
@@ -132,5 +134,5 @@ def fitting(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (HDMILError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: describes no network ({reason}); {REMEDY}") from error
+        damage = f"describes no network ({' '.join(str(error).split())[:300]}); {REMEDY}"
+        raise CheckpointError(f"{path}: {refusal(error) or damage}") from error

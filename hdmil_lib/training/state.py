@@ -11,6 +11,18 @@ from torch import Tensor, nn
 
 from hdmil_lib.errors import CheckpointError
 from hdmil_lib.storage import read_json, write_json, write_whole
+from hdmil_lib.system_errors import check_readable, read_error
+
+_FAILURES = (
+    OSError,
+    MemoryError,
+    SafetensorError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)
+"""What loading a state that is damaged or cannot be read raises."""
 
 
 def claim_folder(folder: Path, config: dict[str, Any]) -> None:
@@ -55,9 +67,10 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         The history.
 
     Raises:
-        CheckpointError: The file is damaged.
+        CheckpointError: The file cannot be read or is damaged.
     """
     try:
+        check_readable(path)
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             history = json.loads(file.metadata()["history"])
@@ -74,9 +87,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         torch.set_rng_state(tensors["rng"])
         if (gpu := _gpu_of(model)) and "rng_gpu" in tensors:
             torch.cuda.set_rng_state(tensors["rng_gpu"], gpu)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: unreadable ({reason}); delete it to start over") from error
+    except _FAILURES as error:
+        damage = f"unreadable ({' '.join(str(error).split())[:300]}); delete it to start over"
+        raise read_error(CheckpointError, path, error, damage) from error
     return history
 
 
