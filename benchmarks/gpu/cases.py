@@ -142,15 +142,6 @@ def distilled(*tensors: Tensor, backend: Any) -> Tensor:
     return torch.cat(self_distillation_pool(*tensors, **options)[:2])
 
 
-def distillation_cost(tiles: int, embed: int, hidden: int, branches: int, width: int) -> cost.Cost:
-    """`gated_attention_pool`, a mask of the tiles, and a second pooling of the same embeddings."""
-    once = cost.gated_attention_pool(tiles, embed, hidden, branches, width)
-    mask, pooled = cost.gumbel_mask(tiles, branches, width), width * branches * embed
-    more = width * tiles * branches + pooled
-    flops = once.flops + mask.flops + 2 * tiles * branches * embed
-    return cost.Cost(once.fused_bytes + more, once.eager_bytes + more, flops, matrix=True)
-
-
 def stored_features(tiles: int, features: int, embed: int) -> Callable[[torch.device], list[Tensor]]:
     """Return a function that draws features as they are stored, in half precision, a weight and a bias."""
 
@@ -235,7 +226,7 @@ def cases(s: Sizes, device: torch.device) -> list[Case]:
             f"{tiles}, dropout, noise",
             distilled,
             normal((n, e), *weights),
-            partial(distillation_cost, n, e, h, 2),
+            partial(cost.self_distillation_pool, n, e, h, 2),
         ),
         Case(
             "tile_projection",

@@ -98,6 +98,15 @@ def gumbel_mask(tiles: int, branches: int, width: int = 4) -> Cost:
     return Cost(width * 2 * a, width * passes * a, 30 * a)
 
 
+def self_distillation_pool(tiles: int, embed_dim: int, hidden: int, branches: int, width: int = 2) -> Cost:
+    """Count `gated_attention_pool`, a mask of the tiles, and a second pooling of the same embeddings."""
+    once = gated_attention_pool(tiles, embed_dim, hidden, branches, width)
+    f, a = tiles * embed_dim, tiles * branches
+    more = width * (a + branches * embed_dim)
+    flops = once.flops + gumbel_mask(tiles, branches, width).flops + 2 * f * branches
+    return Cost(once.fused_bytes + more, once.eager_bytes + more, flops, matrix=True)
+
+
 def tile_preprocess(tiles: int, side: int = 256, width: int = 2, *, stain: bool = False) -> Cost:
     """Count ((x.float() / 255 - mean) / std).permute(...).to(type), four passes in float32.
 
