@@ -43,6 +43,10 @@ def test_risk_curve_marks_the_rule_that_was_chosen():
     marks = [line for line in ax.lines if line.get_markeredgecolor() == ORANGE and len(line.get_xdata())]
     assert [tuple(line.get_xydata()[0]) for line in marks] == [(0.4, 0.0)]
     assert ax.get_xlim()[0] > ax.get_xlim()[1]
+    assert [text.get_text().strip() for text in ax.texts] == ["allowed: ε = 0.05", "chosen: reads 40%"]
+    certified, refused = (bars.get_segments() for bars in ax.collections)
+    assert [bar[0].tolist() for bar in certified] == [[1.0, 0.0], [0.4, 0.0]]
+    assert [bar[0].tolist() for bar in refused] == [[0.1, 0.3]]
 
 
 def test_risk_curve_without_a_certified_rule_marks_none():

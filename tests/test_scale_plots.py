@@ -1,11 +1,19 @@
 """What the figures about many workers say; their looks were checked by eye."""
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
+import pytest
 
 from hdmil_lib.viz.scale import saturation, worker_timeline
 
 matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    plt.close("all")
 
 
 def test_each_process_has_a_row_with_its_slides():
@@ -17,8 +25,11 @@ def test_each_process_has_a_row_with_its_slides():
     assert [text.get_text() for text in ax.texts] == ["SIGKILL"]
 
 
-def test_the_lines_rise_with_the_cores_and_the_limits_are_named():
+def test_the_lines_rise_with_the_cores_until_a_network_is_full():
     ax = saturation({"small": 10.0, "large": 1.0}, {"1 Gbit/s": 125.0}, most=100)
-    assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [1000, 100]
-    assert ax.texts[0].get_text() == "1 Gbit/s"
+    rising, level, crossing, large = ax.lines[:4]
+    assert (rising.get_ydata()[-1], large.get_ydata()[-1]) == (1000, 100)
+    assert level.get_xydata().tolist() == [[12.5, 125], [100, 125]]
+    assert crossing.get_xydata().tolist() == [[12.5, 125]]
+    assert [text.get_text() for text in ax.texts] == ["12", "1 Gbit/s"], "100 slow cores do not fill it"
     assert "MB/s" in ax.get_ylabel()

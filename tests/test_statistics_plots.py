@@ -93,6 +93,14 @@ def test_calibrated_probabilities_lie_on_the_diagonal():
     assert (low, high) == pytest.approx((0.0807, 0.4160), abs=1e-4), "Wilson's interval of 4 in 20"
 
 
+def test_reliability_names_the_class_and_has_the_colors_of_the_methods():
+    ax = reliability_plot(predictions(["hdmil_dagger", "hdmil", "max"]), classes=("benign", "$malignant"))
+    assert ax.get_ylabel() == r"share of slides with \$malignant"
+    dagger, lipn, other = (line.get_color() for line in ax.lines[1:])
+    assert (dagger, lipn) == (SOURCES["DMIN attention"]["color"], SOURCES["LIPN"]["color"])
+    assert other not in (dagger, lipn, SOURCES["ground truth"]["color"])
+
+
 def test_reliability_of_three_classes_is_of_the_predicted_class():
     table = predictions().assign(p_2=0.0)
     table.loc[table.index % 7 == 0, "label"] = 2
@@ -155,10 +163,9 @@ def test_ratios_run_from_all_tiles_down():
     assert ax.get_xlim()[0] > 1 > ax.get_xlim()[1]
     assert ax.get_xscale() == "log"
     assert ax.lines[0].get_ydata()[-1] == pytest.approx(0.91)
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert np.ptp(band[ax.collections[0].get_paths()[0].vertices[:, 0] == 1]) == pytest.approx(
-        0.02 * np.sqrt(2)
-    )
+    bars = [collection.get_segments()[-1] for collection in ax.collections]
+    assert np.ptp(bars[0][:, 1]) == pytest.approx(0.02 * np.sqrt(2))
+    assert len({bar[0, 0] for bar in bars}) == len(SOURCES), "no bar hides another"
 
 
 def test_ratios_without_folds_or_sources():

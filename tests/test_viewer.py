@@ -22,6 +22,7 @@ from hdmil_lib.errors import SlideError
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.sample import sample_slide
 from hdmil_lib.viz import viewer as viewer_package
+from hdmil_lib.viz.overlays import DROPPED
 from hdmil_lib.viz.style import VERMILION
 from hdmil_lib.viz.viewer import Overlay, SlideViewer, TileScatter, link_scatter
 from hdmil_lib.viz.viewer.deepzoom import GRAY, DeepZoom
@@ -444,7 +445,7 @@ def test_the_static_frame_shows_slide_overlay_and_marks(viewer):
     scale = 320 / 2967
     row, column = viewer.grid.rowcol[1]  # dropped
     y, x = (int((n + 0.5) * viewer._pitch() * scale) for n in (row, column))
-    assert covered[y, x].tolist() == [107, 112, 120]
+    assert covered[y, x].tolist() == [round(255 * level) for level in DROPPED[:3]]
     row, column = viewer.grid.rowcol[0]
     y, x = (int((n + 0.5) * viewer._pitch() * scale) for n in (row, column))
     np.testing.assert_array_equal(covered[y, x], bare[y, x])

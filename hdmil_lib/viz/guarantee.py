@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hdmil_lib.viz.style import BLUE, MUTED, ORANGE, VERMILION, axes_or_new, plain
+from hdmil_lib.viz.style import BLUE, INK, MUTED, ORANGE, PALE, VERMILION, axes_or_new, plain
 
 if TYPE_CHECKING:  # drawing needs no model: its import would take seconds
     from hdmil_lib.inference.anytime import Trajectory
@@ -62,29 +62,33 @@ def risk_curve(control: "RiskControl", ax: Axes | None = None) -> Axes:
 
     Args:
         control: The rules that were tried; their costs are shares of tiles read.
-        ax: Axes to draw on; the most careful rules are on the left.
+        ax: Axes to draw on; the most careful rules are on the left. Bounds above the upper end are cut off.
     """
-    ax = axes_or_new(ax)
-    share = control.errors / control.n_slides
-    for cost, low, high, good in zip(
-        control.costs, share, control.upper_bounds, control.certified, strict=True
-    ):
-        ax.plot([cost, cost], [low, high], color=BLUE if good else MUTED, lw=1.4)
-        ax.plot(cost, low, "o", ms=6, color=BLUE if good else MUTED, mfc=BLUE if good else "white")
-    ax.axhline(control.epsilon, color=VERMILION, lw=1.2)
-    ax.annotate(
-        f"ε = {control.epsilon:g}", (1, control.epsilon), (2, 3), textcoords="offset points", color=VERMILION
-    )
-    if control.index is not None:
-        place = control.costs[control.index], share[control.index]
-        ax.plot(*place, "o", ms=13, mfc="none", mec=ORANGE, mew=2.2)
-    ax.plot([], [], "o-", color=BLUE, label="certified")
-    ax.plot([], [], "o-", color=MUTED, mfc="white", label="not certified")
-    ax.plot([], [], "o", ms=11, mfc="none", mec=ORANGE, mew=2.2, ls="none", label="chosen")
+    ax = axes_or_new(ax, (7.2, 4.0))
+    errors = control.errors / control.n_slides
     top = max(2.5 * control.epsilon, 1.15 * float(np.min(control.upper_bounds)))
+    ax.axhspan(0, control.epsilon, color=PALE, zorder=0)
+    ax.text(1.02, control.epsilon, f"allowed: ε = {control.epsilon:.3g}", va="bottom")
+    for good, color, name in ((True, BLUE, "certified"), (False, MUTED, "not certified")):
+        rules = control.certified == good
+        x, low, high = control.costs[rules], errors[rules], control.upper_bounds[rules]
+        ax.vlines(x, low, high, color=color, lw=0.8, alpha=0.5)
+        ax.plot(x, high, "_", ms=7, mew=1.8, color=color)
+        ax.plot(x, low, "o", ms=5, color=color, mfc=color if good else "white", label=f"{name}: errors")
+    ax.plot([], [], "_", ms=9, mew=1.8, color=INK, label=f"upper bound, {1 - control.delta:.0%} confidence")
+    if control.index is not None:
+        cost = control.costs[control.index]
+        ax.plot(cost, errors[control.index], "o", ms=12, mfc="none", mec=ORANGE, mew=2.2, clip_on=False)
+        ax.annotate(
+            f"chosen: reads {cost:.0%}",
+            (cost, errors[control.index]),
+            (cost, 0.62 * top),
+            ha="right" if cost < 0.5 else "left",
+            arrowprops={"arrowstyle": "-", "color": ORANGE, "shrinkB": 8},
+        )
     ax.set(
-        xlabel="share of tiles read",
-        ylabel=f"share of {control.n_slides} slides with another label,\nand its upper bound",
+        xlabel="share of tiles read (careful rules on the left, fast ones on the right)",
+        ylabel=f"share of {control.n_slides} slides with another label",
         xlim=(1.03, 0),
         ylim=(-0.03 * top, top),
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PIXELS = 16
 """Thumbnail pixels along a tile's side."""
 MAP_SIZE = (6.4, 4.6)
-DROPPED = to_rgba("#6b7078", 0.8)
+DROPPED = to_rgba("#c4c8ce", 0.72)
 TISSUE = "#d39bc0"
 
 

@@ -34,7 +34,6 @@ from hdmil_lib.viz.style import (
     MUTED,
     PALE,
     SEQUENTIAL,
-    SKY,
     STAGE_NAMES,
     STAGES,
     VERMILION,
@@ -248,7 +247,7 @@ def training_curves(history: pd.DataFrame, axes: Sequence[Axes] | None = None) -
 
 
 def roc(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray], ax: Axes | None = None) -> Axes:
-    """ROC curves of a cross-validation: a thin line for each fold, a thick one for all slides together.
+    """ROC curves of a cross-validation: a thin gray line per fold, a thick one for all slides together.
 
     Args:
         labels: For each fold, the label of each slide, 0 or 1.
@@ -258,7 +257,7 @@ def roc(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray], ax: Axes | N
     ax = axes_or_new(ax, (4.2, 4.0))
     ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":")
     for fold, (truth, score) in enumerate(zip(labels, scores, strict=True)):
-        ax.plot(*roc_curve(truth, score)[:2], color=SKY, lw=1, label=None if fold else "one fold")
+        ax.plot(*roc_curve(truth, score)[:2], color=MUTED, lw=1, label=None if fold else "one fold")
     truth, score = np.concatenate(labels), np.concatenate(scores)
     pooled = f"pooled, AUC {roc_auc_score(truth, score):.3f}"
     ax.plot(*roc_curve(truth, score)[:2], color=BLUE, lw=2.2, label=pooled)

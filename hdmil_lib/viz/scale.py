@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from hdmil_lib.viz.style import INK, MUTED, PALE, VERMILION, axes_or_new, looks
+from hdmil_lib.viz.style import INK, MUTED, PALE, VERMILION, axes_or_new, looks, plain
 
 
 def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float | None = None) -> Axes:
@@ -43,7 +43,10 @@ def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float
 def saturation(
     per_core: Mapping[str, float], limits: Mapping[str, float], ax: Axes | None = None, *, most: int = 1024
 ) -> Axes:
-    """What many cores together read, against what storage and networks give; both axes logarithmic.
+    """What many cores together read over each network, at most what it gives; both axes logarithmic.
+
+    The line of a work branches off at each network: beyond that dot, whose number of cores is written beside
+    it, more cores only wait.
 
     Args:
         per_core: MB/s that one core reads, by the name of the work.
@@ -54,10 +57,16 @@ def saturation(
     ax = axes_or_new(ax)
     cores = np.geomspace(1, most, 50)
     for name, look in looks(per_core).items():
-        ax.plot(cores, cores * per_core[name], label=name, **(look | {"marker": ""}))
+        ax.plot(cores, cores * per_core[name], color=look["color"], label=plain(name))
+        for full in (limit / per_core[name] for limit in limits.values()):
+            if 1 <= full <= most:
+                height = full * per_core[name]
+                ax.plot([full, most], [height, height], color=look["color"], lw=3.5, alpha=0.35)
+                ax.plot(full, height, "o", ms=6, color=look["color"])
+                ax.annotate(f"{int(full):,}", (full, height), (-5, 4), textcoords="offset points", ha="right")
     for name, limit in limits.items():
-        ax.axhline(limit, color=MUTED, lw=1, ls=":")
-        ax.text(1.1, limit * 1.08, name, color=INK, fontsize=8, va="bottom")
+        ax.axhline(limit, color=MUTED, lw=1, ls=":", zorder=0)
+        ax.text(1.1, limit * 1.08, plain(name), color=INK, fontsize=9, va="bottom")
     ax.set(xscale="log", yscale="log", xlabel="cores, one worker each", ylabel="MB/s read from the slides")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from scipy.stats import binomtest
@@ -27,7 +26,13 @@ __all__ = [
 ]
 
 
-def reliability_plot(predictions: pd.DataFrame, ax: Axes | None = None, *, bins: int = 10) -> Axes:
+def reliability_plot(
+    predictions: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    bins: int = 10,
+    classes: Sequence[str] = ("normal", "tumor"),
+) -> Axes:
     """Observed frequency against predicted probability, in bins with an equal number of slides.
 
     Calibrated probabilities lie on the diagonal. Bars are 95 % Wilson intervals of the frequency; the legend
@@ -37,10 +42,13 @@ def reliability_plot(predictions: pd.DataFrame, ax: Axes | None = None, *, bins:
         predictions: Test predictions of a cross-validation; each method becomes a line, so choose a few.
         ax: Axes to draw on.
         bins: Number of bins.
+        classes: Class names. With two, the figure is about the probability of the second; with more, about
+            that of the predicted class.
     """
-    ax = axes_or_new(ax, (4.6, 4.4))
+    ax = axes_or_new(ax, (6.4, 5.4))
     slides = align_methods(predictions)
     ax.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":")
+    ax.annotate("calibrated", (0.47, 0.5), color=MUTED, rotation=45, ha="center", va="center")
     for method, look in looks(slides.probabilities).items():
         answers = slides.labels, slides.probabilities[method]
         table = reliability(*answers, bins=bins)
@@ -53,13 +61,17 @@ def reliability_plot(predictions: pd.DataFrame, ax: Axes | None = None, *, bins:
         ax.plot(table["predicted"], table["observed"], lw=1.4, label=label, **look)
     binary = len(next(iter(slides.probabilities.values())).T) == 2
     ax.set(
-        xlabel="predicted probability of class 1" if binary else "probability of the predicted class",
-        ylabel="share of slides of class 1" if binary else "share of slides predicted correctly",
+        xlabel=plain(f"predicted probability of {classes[1]}")
+        if binary
+        else "probability of the predicted class",
+        ylabel=plain(f"share of slides with {classes[1]}")
+        if binary
+        else "share of slides predicted correctly",
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
     )
     ax.set_aspect("equal")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    ax.legend(loc="upper left")
     return ax
 
 
@@ -171,7 +183,7 @@ def scores_by_fold(
 
 
 def chance_plot(samples: np.ndarray, measured: float, ax: Axes | None = None, *, xlabel: str = "AUC") -> Axes:
-    """What luck alone gives, as a histogram, with the measured value and the share of samples beyond it.
+    """What luck alone gives, as a histogram, beside the measured value; the central 95 % are shaded.
 
     Args:
         samples: Values under the assumption that there is nothing to find, (B,).
@@ -182,15 +194,17 @@ def chance_plot(samples: np.ndarray, measured: float, ax: Axes | None = None, *,
     ax = axes_or_new(ax, (5.6, 2.6))
     low, high = np.quantile(samples, (0.025, 0.975))
     ax.hist(samples, bins=30, color=PALE, edgecolor=MUTED, lw=0.6)
-    ax.axvspan(low, high, color=BLUE, alpha=0.12, label="95 % of the samples")
+    ax.axvspan(low, high, color=BLUE, alpha=0.12, label="95 % of the repeats")
     ax.axvline(measured, color=VERMILION, lw=2, label=f"measured: {measured:.3g}")
-    ax.set(xlabel=xlabel, ylabel="number of samples")
+    ax.set(xlabel=xlabel, ylabel="number of repeats")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return ax
 
 
 def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """AUC as fewer tiles are read, by what chooses them: mean over folds in a band of ± one deviation.
+    """AUC as fewer tiles are read, by what chooses them: mean over folds, with a bar of ± one deviation.
+
+    The bars of one budget stand side by side, so that none hides another.
 
     Args:
         table: One row per source, keep ratio and fold: `source` (a key of `SOURCES`), `keep_ratio` (share of
@@ -205,19 +219,14 @@ def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axe
     if not table["keep_ratio"].between(0, 1, inclusive="right").all():
         raise ValueError("keep_ratio: give shares in (0, 1]; other values have no place on the axis")
     ax = axes_or_new(ax)
-    for source in [name for name in SOURCES if name in set(table["source"])]:
-        rows = table[table["source"] == source]
-        sns.lineplot(
-            rows,
-            x="keep_ratio",
-            y="auc",
-            errorbar=_deviation,
-            err_kws={"alpha": 0.13, "lw": 0},
-            label=source,
-            ms=7,
-            ax=ax,
-            **SOURCES[source],
-        )
+    shown = [name for name in SOURCES if name in set(table["source"])]
+    for place, source in enumerate(shown):
+        folds = table[table["source"] == source].groupby("keep_ratio")["auc"]
+        mean, deviation = folds.mean(), folds.std().fillna(0)
+        look = SOURCES[source]
+        beside = mean.index * 1.025 ** (place - (len(shown) - 1) / 2)
+        ax.plot(beside, mean, label=source, ms=7, mec="white", mew=0.8, zorder=3, **look)
+        ax.vlines(beside, mean - deviation, np.minimum(mean + deviation, 1), color=look["color"], alpha=0.5)
     ratios = np.sort(table["keep_ratio"].unique())
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(ratios.tolist()))
@@ -226,12 +235,7 @@ def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axe
     ax.set(
         xlabel="share of tiles read (logarithmic)",
         ylabel="AUC (mean ± sd over folds)",
-        xlim=(ratios[-1] * 1.06, ratios[0] / 1.06),
+        xlim=(ratios[-1] * 1.12, ratios[0] / 1.12),
     )
     ax.legend(title="tiles chosen by", loc="lower left", alignment="left", frameon=True, edgecolor="none")
     return ax
-
-
-def _deviation(aucs: pd.Series) -> tuple[float, float]:
-    """One standard deviation around the mean; no AUC is above 1."""
-    return aucs.mean() - aucs.std(), min(aucs.mean() + aucs.std(), 1)

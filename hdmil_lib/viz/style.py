@@ -43,6 +43,14 @@ SOURCES: Mapping[str, Look] = {
 These colors mean the same in every figure: vermilion the tumor, blue DMIN, green LIPN.
 """
 
+METHODS: Mapping[str, Look] = {
+    "hdmil_dagger": SOURCES["DMIN attention"],
+    "hdmil": SOURCES["LIPN"],
+    "hdmil_evidence": SOURCES["LIPN, evidence"],
+    "random": SOURCES["random"],
+}
+"""The systems whose answers differ by what chooses their tiles: they have its color and line."""
+
 STAGES: Mapping[str, str] = {
     "thumbnail": MUTED,
     "lipn": SOURCES["LIPN"]["color"],
@@ -116,11 +124,15 @@ def plain(text: object) -> str:
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """Color, marker and line style of each name: those of `SOURCES`, others get a free color."""
+    """Color, marker and line style of each name: those of `SOURCES` and `METHODS`, others get a free color.
+
+    Vermilion, the color of tumor, is never free.
+    """
     names = list(names)
-    taken = {SOURCES[name]["color"] for name in names if name in SOURCES}
+    known = {name: look for name, look in {**SOURCES, **METHODS}.items() if name in names}
+    taken = {VERMILION} | {look["color"] for look in known.values()}
     free = cycle([color for color in CYCLE if color not in taken])
     markers = cycle(MARKERS)
     return {
-        name: SOURCES.get(name) or {"color": next(free), "marker": next(markers), "ls": "-"} for name in names
+        name: known.get(name) or {"color": next(free), "marker": next(markers), "ls": "-"} for name in names
     }
