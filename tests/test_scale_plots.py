@@ -25,6 +25,14 @@ def test_each_process_has_a_row_with_its_slides():
     assert [text.get_text() for text in ax.texts] == ["SIGKILL"]
 
 
+def test_wide_bars_and_lost_slides_have_their_names():
+    done = pd.DataFrame({"pid": [7, 9, 7], "begin": [0.0, 0.5, 90.0], "end": [90.0, 1.5, 100.0]})
+    ax = worker_timeline(done.assign(lost=[False, True, False], slide_id=["a$", "b", "c"]))
+    assert [text.get_text().strip() for text in ax.texts] == [r"a\$", "b lost", "c"]
+    ax = worker_timeline(done.assign(slide_id=["a", "b", "c"]))
+    assert [text.get_text() for text in ax.texts] == ["a", "c"], "a narrow bar has no place for a name"
+
+
 def test_the_lines_rise_with_the_cores_until_a_network_is_full():
     ax = saturation({"small": 10.0, "large": 1.0}, {"1 Gbit/s": 125.0}, most=100)
     rising, level, crossing, large = ax.lines[:4]

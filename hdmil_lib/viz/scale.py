@@ -11,16 +11,17 @@ from hdmil_lib.viz.style import INK, MUTED, PALE, VERMILION, axes_or_new, looks,
 
 
 def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float | None = None) -> Axes:
-    """The slides of each process as bars over time.
+    """The slides of each process as bars over time, a row and a color per process in the order of their ids.
 
     Args:
         done: One row per slide: `pid`, `begin` and `end`, in seconds since the run began. Rows with a true
-            `lost` are slides that a killed process did not end.
+            `lost` are slides that a killed process did not end. With a column `slide_id`, bars that are wide
+            enough have its name, and lost slides always.
         ax: Axes to draw on.
         killed: When a process was killed, in seconds since the run began.
     """
     lost = done["lost"].eq(True) if "lost" in done else pd.Series(False, done.index)
-    processes = list(dict.fromkeys(done.sort_values("begin")["pid"]))
+    processes = sorted(done["pid"].unique())
     ax = axes_or_new(ax, (8, 0.9 + 0.45 * len(processes)))
     for row, look in enumerate(looks(map(str, processes)).values()):
         for rows, color, edge, hatch in (
@@ -30,6 +31,8 @@ def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float
             own = done[rows & (done["pid"] == processes[row])]
             width = own["end"] - own["begin"]
             ax.barh(row, width, left=own["begin"], color=color, edgecolor=edge, hatch=hatch)
+    if "slide_id" in done:
+        _name_bars(ax, done.assign(lost=lost, row=done["pid"].map(processes.index)))
     if killed is not None:
         ax.axvline(killed, color=VERMILION, lw=1.5, ls="--")
         ax.annotate(
@@ -38,6 +41,17 @@ def worker_timeline(done: pd.DataFrame, ax: Axes | None = None, *, killed: float
     ax.set_yticks(range(len(processes)), [f"process {pid}" for pid in processes])
     ax.set(xlabel="seconds since the run began", xlim=(0, None), ylim=(len(processes) - 0.5, -0.5))
     return ax
+
+
+def _name_bars(ax: Axes, slides: pd.DataFrame) -> None:
+    wide = 0.045 * slides["end"].max()
+    for slide in slides.itertuples():
+        name = plain(slide.slide_id)
+        if slide.lost:
+            ax.text(slide.end, slide.row, f"  {name} lost", color=VERMILION, va="center")
+        elif slide.end - slide.begin > wide:
+            middle = (slide.begin + slide.end) / 2
+            ax.text(middle, slide.row, name, color="white", fontsize=8, ha="center", va="center")
 
 
 def saturation(
