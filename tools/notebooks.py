@@ -171,7 +171,7 @@ def _smaller(png: str) -> dict[str, str]:
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     drawn, photographed = io.BytesIO(), io.BytesIO()
     image.quantize(256, dither=Image.Dither.NONE).save(drawn, "PNG", optimize=True)
-    image.save(photographed, "JPEG", quality=80, subsampling=0, optimize=True)
+    image.save(photographed, "JPEG", quality=80, subsampling="4:2:0", optimize=True)
     if photographed.tell() < 0.9 * drawn.tell():
         return {"image/jpeg": base64.b64encode(photographed.getvalue()).decode()}
     return {"image/png": min(base64.b64encode(drawn.getvalue()).decode(), png, key=len)}
