@@ -81,7 +81,7 @@ def train(
     labeled = Cohort.from_csv(cohort, bags=bags)
     for name, rows in labeled.table.groupby("label"):
         typer.echo(f"{name}: {len(rows)} slides of {rows['case_id'].nunique()} patients")
-    for note in labeled.class_notes():
+    for note in labeled.class_notes() + labeled.patient_notes():
         typer.echo(f"note: {note}")
     loaded = labeled.load_bags()
     dim = next(iter(loaded.values())).features.shape[1]

@@ -140,7 +140,7 @@ def predict_bag(
     """Classify a slide from its bag.
 
     Raises:
-        BagError: The bag was made by another encoder, or has no patches.
+        BagError: The bag was made by another encoder or of other tiles, or has no patches.
         CheckpointError: The model does not know its encoder.
         HDMILError: There is no such device.
     """
@@ -292,10 +292,10 @@ def _row_of(model: HDMIL, file: SlideFile, reason: str | None, options: dict[str
 
 
 def check_bag(model: HDMIL, bag: Bag) -> None:
-    """Check that a bag was made by the encoder of a model.
+    """Check that a bag was made by the encoder of a model, from tiles like those that it was trained on.
 
     Raises:
-        BagError: The bag was made by another encoder.
+        BagError: The bag was made by another encoder, or says that its tiles have another size or scale.
     """
     info = model.known_info
     wanted = EncoderIdentity(info.encoder, info.encoder_weights)
@@ -303,6 +303,13 @@ def check_bag(model: HDMIL, bag: Bag) -> None:
         raise BagError(
             f"bag {bag.slide_id} holds features of {bag.encoder}, the model was trained on {wanted}; extract "
             "the slide with that encoder"
+        )
+    tiles = int(bag.attrs.get("patch_size", info.tile_size)), float(bag.attrs.get("tile_mpp", info.tile_mpp))
+    if "tile_mpp" in bag.attrs and tiles != (info.tile_size, info.tile_mpp):
+        raise BagError(
+            f"bag {bag.slide_id} is of tiles of {tiles[0]} pixels at {tiles[1]:g} um/px, the model was "
+            f"trained on {info.tile_size} at {info.tile_mpp:g}; extract the slide with --tile-size {info.tile_size} "
+            f"--tile-mpp {info.tile_mpp:g}"
         )
 
 
