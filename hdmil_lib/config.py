@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hdmil_lib.errors import HDMILError
+
 
 @dataclass(frozen=True)
 class Config:
@@ -31,8 +33,17 @@ def is_fast() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder of slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`."""
-    return Path(os.environ.get("HDMIL_CACHE", Path.home() / ".cache" / "hdmil")).expanduser()
+    """Folder of slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`.
+
+    Raises:
+        HDMILError: The user has no home folder, as in some containers, and `HDMIL_CACHE` is not set.
+    """
+    try:
+        return Path(os.environ.get("HDMIL_CACHE") or "~/.cache/hdmil").expanduser()
+    except RuntimeError as error:
+        raise HDMILError(
+            "there is no home folder for the cache; set HDMIL_CACHE to a folder that can be written"
+        ) from error
 
 
 def build_dir() -> Path:

@@ -104,3 +104,25 @@ assert model.predict({str(slide)!r}, all_tiles=True).n_read == 12
 """
     loaded_by(code, tmp_path)  # fills the cache
     assert loaded_by(code, tmp_path) & SLOW == set()
+
+
+def test_a_bar_that_is_written_into_a_file_leaves_few_lines():
+    code = (
+        "import sys; sys.argv = ['hdmil', '--version']\n"
+        "from hdmil_lib.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import time; from tqdm.auto import tqdm\n"
+        "for _ in tqdm(range(30)): time.sleep(0.02)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TQDM_")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word():
+    command = [sys.executable, "-u", "-c", "from hdmil_lib.cli import main; main()", "encoders"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -308,8 +308,8 @@ def check_bag(model: HDMIL, bag: Bag) -> None:
     if "tile_mpp" in bag.attrs and tiles != (info.tile_size, info.tile_mpp):
         raise BagError(
             f"bag {bag.slide_id} is of tiles of {tiles[0]} pixels at {tiles[1]:g} um/px, the model was "
-            f"trained on {info.tile_size} at {info.tile_mpp:g}; extract the slide with --tile-size {info.tile_size} "
-            f"--tile-mpp {info.tile_mpp:g}"
+            f"trained on {info.tile_size} at {info.tile_mpp:g}; extract the slide with "
+            f"--tile-size {info.tile_size} --tile-mpp {info.tile_mpp:g}"
         )
 
 
