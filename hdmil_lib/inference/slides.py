@@ -13,6 +13,7 @@ import torch
 
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity
+from hdmil_lib.encoders.attributes import scanned_part
 from hdmil_lib.encoders.encoding import encode_tiles
 from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
@@ -127,6 +128,7 @@ def predict_slide(
         thumbnail=grid.thumbnail,
         tile_um=grid.tile_um,
         slide_size=slide.dimensions,
+        bounds=scanned_part(slide),
         seconds=seconds,
         broken=rows[~whole],
         **result,
@@ -165,6 +167,7 @@ def predict_bag(
         thumbnail=bag.thumbnail,
         tile_um=bag.tile_um,
         slide_size=_slide_size(bag),
+        bounds=_bounds(bag),
         seconds=seconds,
         probabilities=output.probabilities[0].cpu().numpy(),
         attention=output.attention.cpu().numpy(),
@@ -329,6 +332,15 @@ def _slide_size(bag: Bag) -> tuple[int, int] | None:
     if not {"level0_width", "level0_height"} <= set(attrs):
         return None
     return int(attrs["level0_width"]), int(attrs["level0_height"])
+
+
+def _bounds(bag: Bag) -> tuple[int, int, int, int] | None:
+    """The scanned part of a bag's slide, if the bag names one."""
+    found = np.asarray(bag.attrs.get("scanned_part", ()))
+    if found.shape != (4,) or found.dtype.kind not in "iu":
+        return None
+    x, y, width, height = found.tolist()
+    return x, y, width, height
 
 
 def grid_of(slide: Slide, info: ModelInfo, allow_upsampling: bool = False) -> TileGrid:
