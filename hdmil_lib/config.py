@@ -74,6 +74,12 @@ def n_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", cores))
 
 
+def slow_bars(seconds: int = 60) -> None:
+    """Let progress bars write a line per this time in seconds, for logs; called before they are imported."""
+    for name in ("TQDM_DELAY", "TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(name, str(seconds))
+
+
 def one_core_unless_told() -> None:
     """Let `n_threads` be 1 in this process where `OMP_NUM_THREADS` says nothing, as PyTorch's number is."""
     import torch

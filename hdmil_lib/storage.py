@@ -174,7 +174,7 @@ def _umask() -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, cannot be read or is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, MemoryError, ValueError, RecursionError) as error:
         damage = f"unreadable ({error}); delete its folder and train again"
         raise read_error(CheckpointError, path, error, damage) from error

@@ -1,7 +1,6 @@
 """The command `hdmil`, with one module per group of commands."""
 
 import io
-import os
 import signal
 import sys
 
@@ -17,6 +16,7 @@ from hdmil_lib.cli import (  # importing a module registers its commands
     quality,
 )
 from hdmil_lib.cli.app import app
+from hdmil_lib.config import slow_bars
 
 __all__ = [
     "app",
@@ -33,15 +33,10 @@ __all__ = [
 ]
 
 
-LOG_SECONDS = "60"
-"""Seconds between two lines of a progress bar that is written into a file."""
-
-
 def main() -> None:
     """Entry point of the command `hdmil`."""
     if not sys.stderr.isatty():  # a bar that is drawn ten times a second fills the log of a batch job
-        for name in ("TQDM_DELAY", "TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
-            os.environ.setdefault(name, LOG_SECONDS)
+        slow_bars()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that has no dagger shows a question mark
             stream.reconfigure(errors="replace")
