@@ -1,6 +1,7 @@
 """Cohorts: tables of slides with labels, and their splits by case."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +239,12 @@ class Cohort:
             raise CohortError(
                 f"{source}: there is no bag of {absent[0]!r} but one of {Path(absent[0]).stem!r}; write "
                 "slide_ids without the suffix of the file"
+            )
+        composed = {unicodedata.normalize("NFC", name) for name in bags}
+        if absent and unicodedata.normalize("NFC", absent[0]) in composed:
+            raise CohortError(
+                f"{source}: {absent[0]!r} and the name of its bag look alike, but their accents are stored "
+                "otherwise, as macOS does; copy the slide_id from the name of the bag"
             )
         refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
 

@@ -466,3 +466,11 @@ def test_tables_of_spreadsheets_are_read_whatever_ends_their_lines(tmp_path, end
     lines = [first] * bool(first) + ["slide_id;case_id;label", "a;b;c", "d;e;f"]
     (tmp_path / "t.csv").write_bytes(ends.join(lines).encode())
     assert read_table(tmp_path / "t.csv").to_numpy().tolist() == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+def test_accents_that_are_stored_otherwise_are_explained(tmp_path):
+    (tmp_path / "Mu\u0308ller.h5").touch()
+    (tmp_path / "b.h5").touch()
+    (tmp_path / "t.csv").write_text("slide_id,case_id,label\nM\xfcller,1,x\nb,2,y\n", "utf-8")
+    with pytest.raises(CohortError, match="look alike, but their accents are stored otherwise"):
+        Cohort.from_csv(tmp_path / "t.csv", bags=tmp_path)
