@@ -196,6 +196,7 @@ def predict_many(
         HDMILError: The workers cannot do it, see `check_workers`, or all are gone; or as `predict_many`.
     """
     from hdmil_lib.inference import slides as inference
+    from hdmil_lib.inference.tables import finished, origin_of, table_of
 
     files, out = list_slides(slides), Path(out).resolve()
     model = str(Path(model).resolve()) if Path(model).exists() else model
@@ -205,7 +206,9 @@ def predict_many(
     if client is None:
         return inference.predict_many(here, kept, out=out, device=device, progress=progress, **options)
     names = names_of(files)
-    done = inference.finished(out, here.classes)
+    origin = origin_of(here, options.get("all_tiles", False))
+    by_name = {names[file]: file for file in kept}
+    done = finished(out, here.classes, origin, by_name, options.get("mpp"))
     paths: list[str | Path] = [
         out.parent,
         *([model] if Path(model).exists() else []),
@@ -218,7 +221,7 @@ def predict_many(
     }
     results = _run(client, tasks, out, paths, progress)
     failures = {name: r.message for name, r in results.items() if isinstance(r, _Failure)}
-    return inference.table_of(out, here.classes, [names[file] for file in kept], failures)
+    return table_of(out, here.classes, [names[file] for file in kept], failures)
 
 
 def cross_validate(

@@ -1,6 +1,8 @@
 """Cohorts: tables of slides with labels, and their splits by case."""
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hdmil_lib.storage import read_table, write_table
 
 FEW_PATIENTS = 20
 """Number of patients of a class below which its scores are said to be uncertain."""
+_TCGA = re.compile(r"TCGA-\w\w-\w{4}(?=-|$)", re.IGNORECASE)
 IMBALANCE = 4
 """Ratio of the sizes of two classes from which it is said."""
 
@@ -138,6 +141,26 @@ class Cohort:
             )
         return notes
 
+    def patient_notes(self) -> list[str]:
+        """Which values of `case_id` may be one patient, whose slides would be in several parts of a split.
+
+        These are names that differ only in upper and lower case, and barcodes of TCGA that go on after the
+        patient, such as TCGA-AA-1234-01Z.
+
+        Returns:
+            A whole sentence, or nothing.
+        """
+        found = pd.Series(self.table["case_id"].unique())
+        shared = found.groupby(found.map(_patient)).agg(list)
+        pairs = [f"{names[0]} and {names[1]}" for names in shared if len(names) > 1]
+        if not pairs:
+            return []
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        return [
+            f"case_id may have several names for one patient: {', '.join(pairs[:3])}{more}; give each "
+            "patient one, or the scores are too good"
+        ]
+
     def load_bags(self, progress: bool = False) -> dict[str, Bag]:
         """Read all bags into memory, by slide_id.
 
@@ -217,7 +240,41 @@ class Cohort:
                 f"{source}: there is no bag of {absent[0]!r} but one of {Path(absent[0]).stem!r}; write "
                 "slide_ids without the suffix of the file"
             )
+        composed = {unicodedata.normalize("NFC", name) for name in bags}
+        if absent and unicodedata.normalize("NFC", absent[0]) in composed:
+            raise CohortError(
+                f"{source}: {absent[0]!r} and the name of its bag look alike, but their accents are stored "
+                "otherwise, as macOS does; copy the slide_id from the name of the bag"
+            )
         refuse(absent, f"{source}: no bag in {self.bag_dir} for", "extract their features, or drop the rows")
+
+
+def _patient(case_id: str) -> str:
+    """The patient that a case_id seems to name."""
+    barcode = _TCGA.match(case_id)
+    return (barcode[0] if barcode else case_id).casefold()
+
+
+def check_repeated_slides(bags: Mapping[str, Bag], cohort: Cohort) -> None:
+    """Check that no slide stands under two names in two cases: it would be trained on and tested.
+
+    Slides are the same if their bags have the same number of tiles and, in 16 of them, the same features.
+
+    Raises:
+        CohortError: A slide does.
+    """
+    first: dict[tuple[int, bytes], str] = {}
+    case_of = cohort.case_of
+    for slide_id, case in case_of.items():
+        features = bags[slide_id].features
+        some = features[:: max(1, len(features) // 16)]
+        other = first.setdefault((len(features), np.ascontiguousarray(some).tobytes()), slide_id)
+        if case_of[other] != case:
+            raise CohortError(
+                f"{cohort.root}: slides {other} and {slide_id} have the same features but the cases "
+                f"{case_of[other]} and {case}: one slide under two names; drop a row, or give both "
+                "one case_id"
+            )
 
 
 def _case_classes(cohort: Cohort) -> pd.Series:
@@ -246,6 +303,9 @@ def _check_table(
         table[column] = table[column].map(whole_number)
     found = sorted(table["label"].unique(), key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v))
     names = tuple(map(str, classes)) if classes is not None else tuple(found)
+    spelled = {name.casefold(): name for name in names}
+    alike = [f"{name} and {spelled[name.casefold()]}" for name in names if spelled[name.casefold()] != name]
+    refuse(alike, f"{source}: labels differ only in upper and lower case:", "write each class in one way")
     by_index = {str(i): name for i, name in enumerate(names)} if classes is not None else {}
     to_name = by_index | {name: name for name in names}
     unknown = table.loc[~table["label"].isin(to_name), "slide_id"].tolist()

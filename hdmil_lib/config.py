@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hdmil_lib.errors import HDMILError
+
 
 @dataclass(frozen=True)
 class Config:
@@ -31,8 +33,17 @@ def is_fast() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder of slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`."""
-    return Path(os.environ.get("HDMIL_CACHE", Path.home() / ".cache" / "hdmil")).expanduser()
+    """Folder of slides, bags and trained models: `HDMIL_CACHE`, or `~/.cache/hdmil`.
+
+    Raises:
+        HDMILError: The user has no home folder, as in some containers, and `HDMIL_CACHE` is not set.
+    """
+    try:
+        return Path(os.environ.get("HDMIL_CACHE") or "~/.cache/hdmil").expanduser()
+    except RuntimeError as error:
+        raise HDMILError(
+            "there is no home folder for the cache; set HDMIL_CACHE to a folder that can be written"
+        ) from error
 
 
 def build_dir() -> Path:
@@ -61,6 +72,12 @@ def n_threads() -> int:
     """Number of threads for heavy work: `OMP_NUM_THREADS`, or the number of cores of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(os.environ.get("OMP_NUM_THREADS", cores))
+
+
+def slow_bars(seconds: int = 60) -> None:
+    """Let progress bars write a line per this time in seconds, for logs; called before they are imported."""
+    for name in ("TQDM_DELAY", "TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(name, str(seconds))
 
 
 def one_core_unless_told() -> None:

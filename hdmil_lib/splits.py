@@ -32,7 +32,7 @@ def write_splits(splits: Sequence[Split], folder: str | Path) -> None:
     for k, split in enumerate(splits):
         columns = {part: pd.Series(getattr(split, part), dtype=str) for part in ("train", "val", "test")}
         text = pd.DataFrame(columns).to_csv()
-        write_whole(folder / f"splits_{k}.csv", partial(Path.write_text, data=text))
+        write_whole(folder / f"splits_{k}.csv", partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def read_splits(folder: str | Path) -> list[Split]:

@@ -46,6 +46,8 @@ TEMPORARY = re.compile(r"\.hdmil-[0-9a-f]{12}(\.\w+)?")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that end a line or that a terminal obeys."""
 
+_SEPARATOR_LINE = re.compile(r"sep=[,;\t][,;\t ]*[\r\n]+", re.IGNORECASE)
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of a disk, a quota or a file that can hold no more."""
 
@@ -172,7 +174,7 @@ def _umask() -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, cannot be read or is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, MemoryError, ValueError, RecursionError) as error:
         damage = f"unreadable ({error}); delete its folder and train again"
         raise read_error(CheckpointError, path, error, damage) from error
@@ -202,7 +204,8 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
 def read_table(path: Path) -> "pd.DataFrame":
     """Read a CSV file as text: names of columns and values without the blanks around them.
 
-    Columns may be separated by commas, semicolons or tabs, whichever the first line has most of.
+    Columns may be separated by commas, semicolons or tabs, whichever the first line has most of. A first line
+    "sep=;", as some spreadsheets write it, is passed over.
 
     Raises:
         CohortError: The file is missing, cannot be read, is empty, a spreadsheet, not in UTF-8, or its lines
@@ -228,9 +231,10 @@ def read_table(path: Path) -> "pd.DataFrame":
     if "\0" in text or not text.strip():
         what = "is empty" if not text.strip() else "is no text"
         raise CohortError(f"{path}: {what}; give a CSV with a header and one row per slide")
-    separator = max(",;\t", key=text.lstrip().splitlines()[0].count)
+    text = _SEPARATOR_LINE.sub("", text.lstrip())
+    separator = max(",;\t", key=next(iter(text.splitlines()), "").count)
     try:
-        lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        lines = csv.reader(io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True)
         filled = [[field.strip() for field in line] for line in lines if any(map(str.strip, line))]
     except csv.Error as error:
         raise CohortError(f"{path}: cannot be read as a table ({error})") from error

@@ -21,6 +21,7 @@ from hdmil_lib.bags import EncoderIdentity, read_bag, write_bag
 from hdmil_lib.cli import app
 from hdmil_lib.devices import resolve
 from hdmil_lib.models import HDMIL
+from hdmil_lib.splits import read_splits
 from hdmil_lib.version import __version__
 
 N_SLIDES = 12
@@ -104,7 +105,13 @@ def test_evaluate_scores_a_cohort_by_slide_and_by_patient(work, tmp_path):
     table = pd.read_csv(tmp_path / "predictions.csv")
     assert len(table) == N_SLIDES
     assert (table["p_0"] + table["p_1"]).to_numpy() == pytest.approx(1)
+    n_unseen = len(read_splits(work / "trained" / "runs" / "splits")[0].test)
+    assert f"the model was trained on {N_SLIDES - n_unseen} of these {N_SLIDES} slides" in printed
     labels = pd.read_csv(work / "cohort.csv")
+    seen = set(HDMIL.from_pretrained(work / "model").known_info.seen_among(labels["slide_id"]))
+    new = labels["slide_id"].where(~labels["slide_id"].isin(seen)).dropna()
+    labels[labels["slide_id"].isin(new)].to_csv(tmp_path / "new.csv", index=False)
+    assert "trained on" not in hdmil(*arguments, tmp_path / "new.csv")
     labels.assign(case_id=[f"case {i // 2}" for i in range(N_SLIDES)]).to_csv(tmp_path / "pairs.csv")
     assert f"patients   {N_SLIDES // 2}" in hdmil(*arguments, tmp_path / "pairs.csv")
     labels.replace("tumor", "cancer").to_csv(tmp_path / "other.csv", index=False)

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdmil_lib.bags import write_bag
-from hdmil_lib.cohort import Cohort, check_splits, column_split, make_splits, official_splits
+from hdmil_lib.cohort import (
+    Cohort,
+    check_repeated_slides,
+    check_splits,
+    column_split,
+    make_splits,
+    official_splits,
+)
 from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.splits import Split, read_splits, write_splits
+from hdmil_lib.storage import read_table
 
 
 def write_csv(folder: Path, text: str, slides=("a", "b", "c")) -> Path:
@@ -412,3 +420,57 @@ def test_small_and_unequal_classes_are_said():
     few = Cohort(table[10:], ("normal", "tumor"), Path(".")).class_notes()
     assert few[0].startswith("class tumor (15) has fewer than 20 patients")
     assert Cohort(table[:50], ("normal", "tumor"), Path(".")).class_notes() == []
+
+
+def test_labels_that_differ_only_in_case_are_refused(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,case_id,label\n" + "".join(f"s{i},c{i},{x}\n" for i, x in enumerate(SPELLED)))
+    with pytest.raises(
+        CohortError, match="labels differ only in upper and lower case: Tumor and tumor; write"
+    ):
+        Cohort.from_csv(table, bags=tmp_path)
+
+
+SPELLED = ("Tumor", "normal", "tumor", "normal")
+
+
+@pytest.mark.parametrize(
+    ("cases", "said"),
+    [
+        (["P1", "p1", "P2"], "P1 and p1"),
+        (["TCGA-AA-1234-01Z-00-DX1", "TCGA-AA-1234-11A", "TCGA-AA-1235"], "TCGA-AA-1234-01Z-00-DX1 and TCGA"),
+        (["TCGA-AA-1234", "TCGA-AA-12345", "P1-01", "P1-02"], None),
+    ],
+)
+def test_cases_that_may_be_one_patient_are_said(cases, said):
+    rows = [(f"s{i}", case, "ab"[i % 2]) for i, case in enumerate(cases)]
+    table = pd.DataFrame(rows, columns=["slide_id", "case_id", "label"])
+    notes = Cohort(table, ("a", "b"), Path(".")).patient_notes()
+    assert len(notes) == (said is not None)
+    assert said is None or f"one patient: {said}" in notes[0]
+
+
+def test_a_slide_of_two_cases_is_refused_before_training(tmp_path):
+    bags, labels = make_bags(12)
+    bags["s12"], labels["s12"] = replace(bags["s03"], slide_id="s12"), 1
+    cohort = make_cohort(tmp_path, bags, labels)
+    with pytest.raises(CohortError, match="slides s03 and s12 have the same features but the cases case-s03"):
+        check_repeated_slides(cohort.load_bags(), cohort)
+    table = cohort.table.replace("case-s12", "case-s03")
+    check_repeated_slides(bags, Cohort(table, cohort.classes, cohort.root, cohort.bag_dir))
+
+
+@pytest.mark.parametrize("ends", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("first", ["", "sep=;", "sep=;;"])
+def test_tables_of_spreadsheets_are_read_whatever_ends_their_lines(tmp_path, ends, first):
+    lines = [first] * bool(first) + ["slide_id;case_id;label", "a;b;c", "d;e;f"]
+    (tmp_path / "t.csv").write_bytes(ends.join(lines).encode())
+    assert read_table(tmp_path / "t.csv").to_numpy().tolist() == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+def test_accents_that_are_stored_otherwise_are_explained(tmp_path):
+    (tmp_path / "Mu\u0308ller.h5").touch()
+    (tmp_path / "b.h5").touch()
+    (tmp_path / "t.csv").write_text("slide_id,case_id,label\nM\xfcller,1,x\nb,2,y\n", "utf-8")
+    with pytest.raises(CohortError, match="look alike, but their accents are stored otherwise"):
+        Cohort.from_csv(tmp_path / "t.csv", bags=tmp_path)

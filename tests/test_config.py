@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hdmil_lib import config
-from hdmil_lib.config import build_dir
+from hdmil_lib.config import build_dir, cache_dir
+from hdmil_lib.errors import HDMILError
 
 
 def test_in_a_checkout_the_build_folder_is_there_wherever_one_stands(monkeypatch, tmp_path):
@@ -24,7 +25,8 @@ def test_installed_the_build_folder_is_in_the_working_directory(tmp_path, beside
     installed, work = tmp_path / "site-packages", tmp_path / "work"
     (installed / "hdmil_lib").mkdir(parents=True)
     work.mkdir()
-    shutil.copy(config.__file__, installed / "hdmil_lib" / "config.py")
+    for name in ("config.py", "errors.py"):
+        shutil.copy(Path(config.__file__).with_name(name), installed / "hdmil_lib")
     for name in beside:
         (installed / name).mkdir() if name.endswith("/") else (installed / name).touch()
     code = "import hdmil_lib.config as c; print(c.__file__); print(c.build_dir())"
@@ -47,3 +49,19 @@ def test_threads_are_set_and_restored(monkeypatch):
     with config.torch_threads(config.n_threads()):
         assert asked == [3]
     assert asked == [3, 1]
+
+
+def test_the_cache_needs_no_home_folder_if_it_is_named(monkeypatch, tmp_path):
+    """In containers a user may have a number alone."""
+
+    def nobody(name):
+        raise KeyError(name)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setenv("HDMIL_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    for unset in (lambda: monkeypatch.setenv("HDMIL_CACHE", ""), lambda: monkeypatch.delenv("HDMIL_CACHE")):
+        unset()
+        with pytest.raises(HDMILError, match="there is no home folder for the cache; set HDMIL_CACHE"):
+            cache_dir()

@@ -1,5 +1,7 @@
 """A model on a labeled cohort: rows as single predictions are, patients as their slides are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,15 +10,13 @@ from model_factory import make_model
 
 from hdmil_lib.bags import EncoderIdentity, write_bag
 from hdmil_lib.cohort import Cohort
-from hdmil_lib.errors import CohortError
+from hdmil_lib.errors import BagError, CohortError
 from hdmil_lib.evaluation.metrics import auc
 from hdmil_lib.inference.evaluation import by_patient, evaluate, scores_of
 
 
 @pytest.fixture
 def case(tmp_path):
-    from dataclasses import replace
-
     rows = []
     for i in range(8):
         bag = make_bag(f"s{i}", i % 2, 6 + i, dim=6, seed=i)
@@ -62,3 +62,16 @@ def test_classes_are_matched_by_name(case):
     )
     with pytest.raises(CohortError, match="does not know class 'benign'"):
         evaluate(model, other, progress=False)
+
+
+@pytest.mark.parametrize(
+    "tiles", [{"tile_mpp": 1.0, "patch_size": 256}, {"tile_mpp": 0.5, "patch_size": 512}]
+)
+def test_a_bag_of_other_tiles_than_those_of_the_model_is_refused(case, tiles):
+    model, cohort = case
+    bag = next(iter(cohort.load_bags().values()))
+    with pytest.raises(
+        BagError, match="the model was trained on 256 at 0.5; extract the slide with --tile-size"
+    ):
+        model.predict(replace(bag, attrs={**bag.attrs, **tiles}))
+    model.predict(replace(bag, attrs={**bag.attrs, "tile_mpp": 0.5, "patch_size": 256}))

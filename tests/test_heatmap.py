@@ -1,10 +1,15 @@
 """Heatmaps as OME-TIFF: each pixel has the value of the tile over which it lies, at every level."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from model_factory import make_model, write_textured_slide
+from slide_factory import bounds_properties, slide_properties
 from tifffile import TiffFile
 
+from hdmil_lib.encoders.extraction import extract_slide
 from hdmil_lib.errors import BagError
 from hdmil_lib.inference.prediction import Prediction
 from hdmil_lib.slides import Slide
@@ -81,3 +86,26 @@ def test_a_predicted_slide_is_covered_and_a_bag_that_does_not_know_its_slide_is_
     with pytest.raises(BagError, match="does not say how large its slide is"):
         prediction.to_ome_tiff(tmp_path / "other.ome.tif")
     assert not (tmp_path / "other.ome.tif").exists()
+
+
+def test_of_a_slide_with_bounds_the_scanned_part_is_drawn_as_qupath_shows_it(tmp_path):
+    """QuPath counts pixels from the corner of the scanned part: so do map and GeoJSON, of slide and bag."""
+    path = write_textured_slide(tmp_path / "s.tif", 6, 8)
+    with slide_properties(bounds_properties(512, 256, 1280, 1024)):
+        model = make_model(path)
+        slide = model.predict(path)
+        bag = model.predict(extract_slide(path, model.encoder, tmp_path / "s.h5"))
+    whole = dataclasses.replace(slide, bounds=None)
+    assert slide.coords.min(0).tolist() == [512, 256]
+    np.testing.assert_array_equal(slide.coords, bag.coords)
+    maps = {}
+    for name, prediction in (("slide", slide), ("bag", bag), ("whole", whole)):
+        prediction.to_ome_tiff(tmp_path / f"{name}.ome.tif")
+        prediction.to_geojson(tmp_path / f"{name}.geojson", kept_only=False)
+        with TiffFile(tmp_path / f"{name}.ome.tif") as file:
+            kept = file.series[0].levels[0].asarray()[-1]
+        features = json.loads((tmp_path / f"{name}.geojson").read_text())["features"]
+        maps[name] = kept, np.array([feature["geometry"]["coordinates"][0][0] for feature in features])
+    for name in ("slide", "bag"):
+        np.testing.assert_array_equal(maps[name][0], maps["whole"][0][16:80, 32:112])
+        np.testing.assert_array_equal(maps[name][1], maps["whole"][1] - [512, 256])

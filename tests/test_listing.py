@@ -207,7 +207,7 @@ def test_tables_of_many_programs_are_read_alike(tmp_path, encoding, separator):
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(CohortError, match="no such label file"):
         read_table(tmp_path / "absent.csv")
-    with pytest.raises(CohortError, match="give a CSV"):
+    with pytest.raises(CohortError, match="name a file in it"):
         read_table(tmp_path)
 
 
@@ -336,3 +336,39 @@ def test_other_depths_of_a_vms_file_may_be_missing(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"\xff\xd8")
     with pytest.raises(SlideError, match=r"s\.vms: (?!.* is missing)"):
         Slide(tmp_path / "s.vms")
+
+
+def test_links_that_lead_back_are_followed_once(slide, tmp_path):
+    folder = tmp_path / "all"
+    (folder / "one").mkdir(parents=True)
+    (folder / "scan.svs").mkdir()
+    shutil.copy(slide, folder / "one" / "a.tif")
+    shutil.copy(slide, folder / "scan.svs" / "b.tif")
+    for link, target in (
+        ("one/loop", "."),
+        ("one/up", ".."),
+        ("two", "one"),
+        ("scan.svs/again.svs", "."),
+        ("scan.svs/up.svs", ".."),
+    ):
+        (folder / link).symlink_to(target, target_is_directory=True)
+    assert [path.name for path in slide_files(folder)] == ["a.tif", "b.tif"]
+
+
+def test_a_slide_that_is_reached_on_two_ways_is_listed_once(slide, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.tif").symlink_to(slide)
+    (tmp_path / "other name.tif").symlink_to(slide)
+    monkeypatch.chdir(tmp_path)
+    ways = [slide, "a.tif", "sub/../a.tif", "sub/a.tif", tmp_path / "sub"]
+    assert [found.path for found in list_slides(ways)] == [slide]
+    assert [found.slide_id for found in list_slides([slide, "other name.tif"])] == ["a", "other name"]
+
+
+def test_a_table_may_not_give_a_file_two_names(slide, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,path\nx,a.tif\nx,a.tif\n")
+    assert [found.slide_id for found in list_slides(table)] == ["x"]
+    table.write_text("slide_id,path\nx,a.tif\ny,a.tif\n")
+    with pytest.raises(CohortError, match="a.tif is listed as 'x' and as 'y'; keep one row per file"):
+        list_slides(table)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -52,13 +54,15 @@ def test_each_slide_gets_a_row(folder, model, tmp_path):
     out = tmp_path / "new" / "predictions.csv"
     table = model.predict_many(folder, out=out, progress=False)
     assert table.columns.tolist() == [
-        *("slide_id", "label", "p_class 0", "p_class 1", "n_tiles", "n_read", "n_broken", "seconds", "error"),
+        *("slide_id", "label", "p_class 0", "p_class 1", "n_tiles", "n_read", "n_broken", "seconds"),
+        *("made_with", "error"),
     ]
     assert table["slide_id"].tolist() == ["s0", "s1", "s2"]
     assert (table["error"] == "").all()
     for row in table.to_dict(orient="records"):
         prediction = model.predict(folder / f"{row['slide_id']}.tif")
-        assert row | {"seconds": 0} == prediction.to_row() | {"seconds": 0, "error": ""}
+        made = row["made_with"]
+        assert row | {"seconds": 0} == prediction.to_row() | {"seconds": 0, "made_with": made, "error": ""}
     written = pd.read_csv(out, keep_default_na=False)
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     assert [path.name for path in out.parent.glob("[!.]*")] == ["predictions.csv"]
@@ -220,6 +224,38 @@ def test_the_table_of_a_model_with_other_classes_is_refused(folder, model, tmp_p
     make_model(n_classes=3).predict_many(folder, out=tmp_path / "t.csv", progress=False)
     with pytest.raises(CheckpointError, match="class 0, class 1, but of .*p_class 2"):
         model.predict_many(folder, out=tmp_path / "t.csv", progress=False)
+
+
+def test_a_table_holds_predictions_of_one_model(folder, model, tmp_path, encoded):
+    out = tmp_path / "t.csv"
+    model.predict_many(folder / "s0.tif", out=out, progress=False)
+    content, n_encoded = out.read_bytes(), len(encoded)
+    other = make_model(folder / "s0.tif", keep=0.9)
+    for predict in (other.predict_many, partial(model.predict_many, all_tiles=True)):
+        with pytest.raises(
+            CheckpointError, match=r"t\.csv: holds predictions of another model.*choose another"
+        ):
+            predict(folder / "s1.tif", out=out, progress=False)
+    pd.read_csv(out).drop(columns="made_with").to_csv(tmp_path / "old.csv", index=False)
+    with pytest.raises(CheckpointError, match="an earlier version"):
+        model.predict_many(folder, out=tmp_path / "old.csv", progress=False)
+    assert (out.read_bytes(), len(encoded)) == (content, n_encoded)
+
+
+def test_a_slide_that_was_replaced_is_predicted_again(folder, model, tmp_path, encoded):
+    slide, out = tmp_path / "s.tif", tmp_path / "t.csv"
+    shutil.copy(folder / "s0.tif", slide)
+    first = model.predict_many(slide, out=out, progress=False)
+    shutil.copy(folder / "s1.tif", slide)
+    second = model.predict_many(slide, out=out, progress=False)
+    assert first["p_class 0"][0] != second["p_class 0"][0]
+    forced = model.predict_many(slide, out=out, mpp=0.4, progress=False)
+    assert len(forced) == 1
+    assert forced["n_tiles"][0] < second["n_tiles"][0]
+    slide.unlink()
+    n_encoded = len(encoded)
+    kept = model.predict_many(slide, out=out, mpp=0.4, progress=False)
+    assert (kept["error"][0], len(encoded)) == ("", n_encoded)
 
 
 def test_an_output_that_cannot_be_written_fails_before_any_slide(folder, model, tmp_path, encoded):

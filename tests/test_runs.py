@@ -13,6 +13,7 @@ from hdmil_lib.errors import CheckpointError
 from hdmil_lib.training import provenance
 from hdmil_lib.training.provenance import source_commit
 from hdmil_lib.training.runs import chosen_by_validation, runs_table, save_runs
+from hdmil_lib.training.state import claim_folder
 
 NEEDS_GIT = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 NO_COMMIT = {"commit": None, "changed": False}
@@ -145,3 +146,14 @@ def test_the_library_records_its_own_commit():
     except subprocess.CalledProcessError:
         pytest.skip("the library does not run from a checkout")
     assert source_commit()["commit"] == git(file.parent, "rev-parse", "HEAD")
+
+
+def test_a_folder_of_another_run_says_which_settings_differ(tmp_path):
+    recipe = {"training": {"epochs": 2, "rate": 0.1}, "lipn": {"epochs": 2}}
+    claim_folder(tmp_path, {"seed": 0, "recipe": recipe})
+    claim_folder(tmp_path, {"seed": 0, "recipe": recipe})
+    other = {"training": {"epochs": 5, "rate": 0.1}, "lipn": {"epochs": 2}}
+    with pytest.raises(CheckpointError, match=r"with recipe\.training\.epochs 2, not 5; choose another"):
+        claim_folder(tmp_path, {"seed": 0, "recipe": other})
+    with pytest.raises(CheckpointError, match=r"holds a run with other settings; choose another"):
+        claim_folder(tmp_path, {"seed": 0, "recipe": {}})

@@ -104,3 +104,40 @@ assert model.predict({str(slide)!r}, all_tiles=True).n_read == 12
 """
     loaded_by(code, tmp_path)  # fills the cache
     assert loaded_by(code, tmp_path) & SLOW == set()
+
+
+def test_a_bar_that_is_written_into_a_file_leaves_few_lines():
+    code = (
+        "import sys; sys.argv = ['hdmil', '--version']\n"
+        "from hdmil_lib.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import time; from tqdm.auto import tqdm\n"
+        "for _ in tqdm(range(30)): time.sleep(0.02)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TQDM_")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_files_are_written_in_utf_8_whatever_the_locale_says(tmp_path):
+    code = (
+        "import sys, pandas as pd; from pathlib import Path\n"
+        "from hdmil_lib.reproduce.tables import save_table\n"
+        "from hdmil_lib.splits import Split, write_splits\n"
+        "folder = Path(sys.argv[1])\n"
+        "save_table(pd.DataFrame({'method': ['HDMIL\\u2020'], 'AUC': [0.5]}), folder / 'scores')\n"
+        "write_splits([Split(('\\xd6',), ('a',), ('b',))], folder)\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, env=os.environ | locale)
+    assert "HDMIL\u2020" in (tmp_path / "scores.md").read_text("utf-8")
+    assert "\xd6" in (tmp_path / "splits_0.csv").read_text("utf-8")
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word():
+    command = [sys.executable, "-u", "-c", "from hdmil_lib.cli import main; main()", "encoders"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -27,7 +27,7 @@ from hdmil_lib.encoders.failures import read_failure
 from hdmil_lib.encoders.own import read_weights
 from hdmil_lib.errors import BagError, CheckpointError, CohortError, HDMILError, SlideError
 from hdmil_lib.exchange.foreign import read_h5, read_npy, read_pt
-from hdmil_lib.inference.slides import _rows_of
+from hdmil_lib.inference.tables import rows_of
 from hdmil_lib.models import HDMIL
 from hdmil_lib.slides.raster import open_raster
 from hdmil_lib.slides.tiff_image import open_tiff
@@ -82,8 +82,8 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     )
     add("table.csv", CohortError, lambda p: rows.to_csv(p, index=False), read_table)
     add("rows.csv", CheckpointError, lambda p: rows.to_csv(p), lambda p: read_rows(p, ["slide_id"]))
-    add("predictions.csv", CheckpointError, lambda p: rows.to_csv(p), lambda p: _rows_of(p, ["x", "y"]))
-    add("predictions.parquet", CheckpointError, rows.to_parquet, lambda p: _rows_of(p, ["x", "y"]))
+    add("predictions.csv", CheckpointError, lambda p: rows.to_csv(p), lambda p: rows_of(p, ["x", "y"]))
+    add("predictions.parquet", CheckpointError, rows.to_parquet, lambda p: rows_of(p, ["x", "y"]))
     add(
         "failed",
         CheckpointError,

@@ -16,6 +16,7 @@ from hdmil_lib.cli import (  # importing a module registers its commands
     quality,
 )
 from hdmil_lib.cli.app import app
+from hdmil_lib.config import slow_bars
 
 __all__ = [
     "app",
@@ -34,6 +35,8 @@ __all__ = [
 
 def main() -> None:
     """Entry point of the command `hdmil`."""
+    if not sys.stderr.isatty():  # a bar that is drawn ten times a second fills the log of a batch job
+        slow_bars()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that has no dagger shows a question mark
             stream.reconfigure(errors="replace")

@@ -16,6 +16,8 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `hdmil ... | head` has read enough; click ends without a word
+            raise
         except (HDMILError, OSError) as error:
             print_error(in_words(error))
             raise typer.Exit(1) from None

@@ -11,6 +11,8 @@ from hdmil_lib.errors import HDMILError, nearest
 from hdmil_lib.storage import check_output
 
 if TYPE_CHECKING:
+    from hdmil_lib.cohort import Cohort
+    from hdmil_lib.models import HDMIL
     from hdmil_lib.training.recipes import Recipe
 
 
@@ -81,7 +83,7 @@ def train(
     labeled = Cohort.from_csv(cohort, bags=bags)
     for name, rows in labeled.table.groupby("label"):
         typer.echo(f"{name}: {len(rows)} slides of {rows['case_id'].nunique()} patients")
-    for note in labeled.class_notes():
+    for note in labeled.class_notes() + labeled.patient_notes():
         typer.echo(f"note: {note}")
     loaded = labeled.load_bags()
     dim = next(iter(loaded.values())).features.shape[1]
@@ -157,6 +159,7 @@ def evaluate(
         levels["patients"] = by_patient(predictions)
     scores = pd.DataFrame({name: scores_of(rows) for name, rows in levels.items()}).T
     typer.echo(scores.astype({"n": int}).round(3).to_string())
+    _say_seen(trained, labeled)
     absent = sorted({*trained.classes} - {*labeled.classes})
     if absent:
         typer.echo(f"note: no slide has class {', '.join(absent)}, so that there is no AUC")
@@ -197,6 +200,7 @@ def calibrate(
         )
     trained = HDMIL.from_pretrained(model).to(device)
     table = Cohort.from_csv(cohort, bags=bags)
+    _say_seen(trained, table)
     held_out = table.select(table.table.drop_duplicates("case_id")["slide_id"].tolist())
     loaded = list(held_out.load_bags().values())
     rules: dict[str, Any] = {}
@@ -220,6 +224,15 @@ def calibrate(
     elif not certified:
         typer.echo("the trained thresholds stay; if the guarantee is needed, predict with --all-tiles")
     typer.echo(f"{out}: the model with these rules")
+
+
+def _say_seen(model: "HDMIL", cohort: "Cohort") -> None:
+    """Say how many slides of a cohort the model was trained on, if any."""
+    if seen := model.known_info.seen_among(cohort.slide_ids):
+        typer.echo(
+            f"note: the model was trained on {len(seen)} of these {len(cohort)} slides, such as {seen[0]}, "
+            "and looks too good on them; use slides that it has not seen"
+        )
 
 
 def _recipe(name: str, epochs: int | None, *, n_slides: int, in_dim: int, subtyping: bool) -> "Recipe":

@@ -52,7 +52,9 @@ def given_scale(mpp: float | tuple[float, float] | None, source: str | None = No
 
 def geometry(slide: Slide, grid: TileGrid, tissue: "TissueSettings") -> dict[str, Any]:
     """TRIDENT's attributes of `coords`, with rounded magnifications, and the exact scale."""
-    return {
+    part = scanned_part(slide)
+    known = {} if part is None else {"scanned_part": list(part)}
+    return known | {
         "patch_size_level0": grid.tile_size_level0[0],
         "level0_magnification": round(10 / slide.mpp[0]),
         "target_magnification": round(10 / grid.mpp),
@@ -64,6 +66,11 @@ def geometry(slide: Slide, grid: TileGrid, tissue: "TissueSettings") -> dict[str
         "mpp_source": slide.scale.source,
         "mpp_note": "; ".join((*slide.scale.notes, *_enlarged(slide, grid), *ink_notes(grid, tissue))),
     }
+
+
+def scanned_part(slide: Slide) -> tuple[int, int, int, int] | None:
+    """The bounds of a slide, (x, y, width, height) in level-0 pixels; None if they are the whole slide."""
+    return None if slide.bounds == (0, 0, *slide.dimensions) else slide.bounds
 
 
 def _enlarged(slide: Slide, grid: TileGrid) -> list[str]:

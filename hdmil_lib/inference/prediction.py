@@ -50,6 +50,7 @@ class Prediction:
         broken: Rows of tiles that could not be read, int64; the prediction is from the other tiles.
         tile_um: Side of a tile in um.
         slide_size: (width, height) of level 0 in pixels; None for a bag that does not say.
+        bounds: The scanned part, (x, y, width, height) in level-0 pixels; None if it is the whole slide.
     """
 
     slide_id: str
@@ -66,6 +67,7 @@ class Prediction:
     broken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     tile_um: float = 128.0
     slide_size: tuple[int, int] | None = None
+    bounds: tuple[int, int, int, int] | None = None
 
     @property
     def n_tiles(self) -> int:
@@ -169,6 +171,9 @@ class Prediction:
     def to_geojson(self, path: str | Path, *, kept_only: bool = True) -> None:
         """Write tiles as GeoJSON polygons in level-0 pixels, which QuPath opens on the slide.
 
+        Of slides that state a scanned part, such as MRXS, QuPath shows this part alone and counts pixels from
+        its corner, and so do the polygons.
+
         Args:
             path: The .geojson file, written whole or not at all.
             kept_only: Whether dropped tiles are left out.
@@ -178,7 +183,7 @@ class Prediction:
         write_whole(Path(path), lambda part: part.write_text(content, encoding="utf-8"))
 
     def to_ome_tiff(self, path: str | Path) -> None:
-        """Write attention and kept tiles as a pyramidal OME-TIFF over the whole slide, which QuPath opens.
+        """Write attention and kept tiles as a pyramidal OME-TIFF over what QuPath shows of the slide.
 
         See `viz.heatmap.write_heatmap`.
 
@@ -191,6 +196,8 @@ class Prediction:
 
     def _polygon(self, i: int) -> dict[str, Any]:
         (x, y), (width, height) = self.coords[i].tolist(), self.tile_size_level0
+        if self.bounds is not None:
+            x, y = x - self.bounds[0], y - self.bounds[1]
         ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
         attention = {
             f"attention {name}": round(float(a), 4)

@@ -1,7 +1,7 @@
 """Prediction of slide files and bags."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,9 +13,11 @@ import torch
 
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag, EncoderIdentity
+from hdmil_lib.encoders.attributes import scanned_part
 from hdmil_lib.encoders.encoding import encode_tiles
-from hdmil_lib.errors import BagError, CheckpointError, SlideError
+from hdmil_lib.errors import BagError, SlideError
 from hdmil_lib.inference.prediction import Prediction, stage
+from hdmil_lib.inference.tables import finished, in_order, made_with, origin_of, rows_of, table_of
 from hdmil_lib.kernels.segments import Segments
 from hdmil_lib.models.hdmil import HDMIL
 from hdmil_lib.models.info import ModelInfo
@@ -23,15 +25,12 @@ from hdmil_lib.sharing import Shard, SharedRun, WorkList, run_folder
 from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.listing import SlideFile, Source, list_slides, names_of
 from hdmil_lib.slides.presets import described
-from hdmil_lib.storage import readable, remove_stale, write_table
-from hdmil_lib.system_errors import read_error
+from hdmil_lib.storage import readable, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from hdmil_lib.encoders.loading import Encoder
-
-COUNTS = ("n_tiles", "n_read", "n_broken")
 
 
 def predict(model: HDMIL, slide: str | Path | Bag, **options: Any) -> Prediction:
@@ -129,6 +128,7 @@ def predict_slide(
         thumbnail=grid.thumbnail,
         tile_um=grid.tile_um,
         slide_size=slide.dimensions,
+        bounds=scanned_part(slide),
         seconds=seconds,
         broken=rows[~whole],
         **result,
@@ -142,7 +142,7 @@ def predict_bag(
     """Classify a slide from its bag.
 
     Raises:
-        BagError: The bag was made by another encoder, or has no patches.
+        BagError: The bag was made by another encoder or of other tiles, or has no patches.
         CheckpointError: The model does not know its encoder.
         HDMILError: There is no such device.
     """
@@ -167,6 +167,7 @@ def predict_bag(
         thumbnail=bag.thumbnail,
         tile_um=bag.tile_um,
         slide_size=_slide_size(bag),
+        bounds=_bounds(bag),
         seconds=seconds,
         probabilities=output.probabilities[0].cpu().numpy(),
         attention=output.attention.cpu().numpy(),
@@ -189,9 +190,10 @@ def predict_many(
 ) -> "pd.DataFrame":
     """Classify many slides into a CSV or parquet file, one row per slide, written after every slide.
 
-    Slides that are in the file without an error are skipped, so an interrupted run resumes if started again.
-    If a slide fails, its row holds the error and the run continues. Several GPUs take the slides in turn, and
-    so do several processes that write the same file; see `hdmil_lib.sharing`.
+    Slides that are in the file without an error are skipped, so an interrupted run resumes if started again;
+    those whose file or scale has changed since are classified again. All rows are of one model. If a slide
+    fails, its row holds the error and the run continues. Several GPUs take the slides in turn, and so do
+    several processes that write the same file; see `hdmil_lib.sharing`.
 
     Args:
         model: The model.
@@ -206,12 +208,13 @@ def predict_many(
         **options: Further options of `predict_slide`.
 
     Returns:
-        The table with the columns of `Prediction.to_row` and `error`, which is empty for predicted slides.
+        The table with the columns of `Prediction.to_row`, `made_with`, which stands for the model and the
+            slide's file, and `error`, which is empty for predicted slides.
 
     Raises:
         SlideError: No slide is named, or two have the same name.
-        CheckpointError: `out` is a folder, another kind of table, or a table of other classes; or the model
-            does not know its encoder.
+        CheckpointError: `out` is a folder, another kind of table, or a table of other classes or of
+            another model; or the model does not know its encoder.
         HDMILError: There is no such device.
     """
     from tqdm.auto import tqdm
@@ -219,11 +222,12 @@ def predict_many(
     moved = device != "auto" or model.device.type == "cpu"
     targets = devices.resolve_all(device) if moved else [model.device]
 
-    files, out = list_slides(slides), Path(out)
+    files, out, mpp = list_slides(slides), Path(out), options.get("mpp")
     by_name = {name: file for file, name in names_of(files).items()}
     if shard is not None:
         by_name = dict(shard.of(list(by_name.items())))
-    done = finished(out, model.classes)
+    origin = origin_of(model, all_tiles)
+    done = finished(out, model.classes, origin, by_name, mpp)
     todo_names = [name for name in by_name if name not in done]
     n_failed, showing = 0, Lock()
     bar = tqdm(total=len(by_name), initial=len(by_name) - len(todo_names), unit="slide", disable=not progress)
@@ -237,13 +241,18 @@ def predict_many(
                 name, reason = taken
                 start, settled, status = time.perf_counter(), False, "skipped"
                 try:
-                    row = _rows_of(out, model.classes).get(name, {"error": "new"})
-                    if row["error"]:  # no other process has done it meanwhile
+                    row, made = (
+                        rows_of(out, model.classes).get(name, {}),
+                        made_with(origin, by_name[name], mpp),
+                    )
+                    if row.get("made_with") != made:  # no other process has done it meanwhile
                         given = {"all_tiles": all_tiles, "device": target, **options}
                         row = _row_of(own, by_name[name], reason, given)
+                        if not row["error"]:
+                            row |= {"made_with": made}
                         with shared.exclusive(".table"):
-                            rows = _rows_of(out, model.classes) | {name: row}
-                            write_table(out, _table(rows.values()))
+                            rows = rows_of(out, model.classes) | {name: row}
+                            write_table(out, in_order(rows.values()))
                         status = "failed" if row["error"] else "done"
                     settled = reason is None
                 finally:
@@ -272,38 +281,6 @@ def predict_many(
     return table_of(out, model.classes, list(by_name))
 
 
-def finished(out: Path, classes: Sequence[str]) -> set[str]:
-    """Slides that have a prediction in a table; its folder is created.
-
-    Args:
-        out: The table, which need not exist.
-        classes: Classes that it must have.
-
-    Raises:
-        CheckpointError: The file is no such table.
-    """
-    return {name for name, row in _rows_of(out, classes).items() if not row["error"]}
-
-
-def table_of(
-    out: Path, classes: Sequence[str], names: Sequence[str], failures: Mapping[str, str] | None = None
-) -> "pd.DataFrame":
-    """The rows of these slides in a table of predictions.
-
-    Args:
-        out: The table.
-        classes: Its classes.
-        names: The slides.
-        failures: Reasons why slides are not in it, by name.
-
-    Raises:
-        CheckpointError: The file is no such table.
-    """
-    rows = _rows_of(out, classes)
-    rows |= {name: {"slide_id": name, "error": message} for name, message in (failures or {}).items()}
-    return _table(rows[name] for name in names)
-
-
 def _row_of(model: HDMIL, file: SlideFile, reason: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The row of a slide in the table: its prediction, or why there is none."""
     name = readable(file.slide_id)
@@ -317,64 +294,11 @@ def _row_of(model: HDMIL, file: SlideFile, reason: str | None, options: dict[str
         return {"slide_id": name, "error": message}
 
 
-def _table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
-    """Rows as a table; counts are integers also if slides without counts are among them."""
-    import pandas as pd
-
-    table = pd.DataFrame(list(rows) or {"slide_id": [], "error": []})
-    table = table[[name for name in table if name != "error"] + ["error"]]
-    return table.astype({name: "Int64" for name in COUNTS if name in table})
-
-
-def _rows_of(out: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run by slide_id; creates the folder of the table, so that errors come early."""
-    import pandas as pd
-
-    if out.is_dir():
-        raise CheckpointError(f"{out}: is a folder; name a CSV file in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out.parent}: cannot be a folder ({error.strerror}); choose another"
-        ) from error
-    remove_stale(out.parent)
-    if not out.is_file():
-        return {}
-    try:
-        table = _read_predictions(out)
-    except (OSError, MemoryError, ValueError, pd.errors.ParserError) as error:
-        damage = f"no table of predictions ({error}); choose another file"
-        raise read_error(CheckpointError, out, error, damage) from error
-    found = {name for name in table if name.startswith("p_")}
-    if not {"slide_id", "error"} <= set(table) or found - {f"p_{name}" for name in classes}:
-        raise CheckpointError(
-            f"{out}: no table of predictions of {', '.join(classes)}, but of the columns "
-            f"{', '.join(map(str, table))}; choose another file"
-        )
-    rows = table.fillna({"error": ""}).to_dict(orient="records")
-    return {row["slide_id"]: {key: value for key, value in row.items() if not pd.isna(value)} for row in rows}
-
-
-def _read_predictions(path: Path) -> "pd.DataFrame":
-    import pandas as pd
-
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    return pd.read_csv(
-        path,
-        dtype={"slide_id": str, "label": str, "error": str},
-        keep_default_na=False,  # a slide or a class may be called "NA"
-        na_values=[""],
-        float_precision="round_trip",
-    )
-
-
 def check_bag(model: HDMIL, bag: Bag) -> None:
-    """Check that a bag was made by the encoder of a model.
+    """Check that a bag was made by the encoder of a model, from tiles like those that it was trained on.
 
     Raises:
-        BagError: The bag was made by another encoder.
+        BagError: The bag was made by another encoder, or says that its tiles have another size or scale.
     """
     info = model.known_info
     wanted = EncoderIdentity(info.encoder, info.encoder_weights)
@@ -382,6 +306,13 @@ def check_bag(model: HDMIL, bag: Bag) -> None:
         raise BagError(
             f"bag {bag.slide_id} holds features of {bag.encoder}, the model was trained on {wanted}; extract "
             "the slide with that encoder"
+        )
+    tiles = int(bag.attrs.get("patch_size", info.tile_size)), float(bag.attrs.get("tile_mpp", info.tile_mpp))
+    if "tile_mpp" in bag.attrs and tiles != (info.tile_size, info.tile_mpp):
+        raise BagError(
+            f"bag {bag.slide_id} is of tiles of {tiles[0]} pixels at {tiles[1]:g} um/px, the model was "
+            f"trained on {info.tile_size} at {info.tile_mpp:g}; extract the slide with "
+            f"--tile-size {info.tile_size} --tile-mpp {info.tile_mpp:g}"
         )
 
 
@@ -401,6 +332,15 @@ def _slide_size(bag: Bag) -> tuple[int, int] | None:
     if not {"level0_width", "level0_height"} <= set(attrs):
         return None
     return int(attrs["level0_width"]), int(attrs["level0_height"])
+
+
+def _bounds(bag: Bag) -> tuple[int, int, int, int] | None:
+    """The scanned part of a bag's slide, if the bag names one."""
+    found = np.asarray(bag.attrs.get("scanned_part", ()))
+    if found.shape != (4,) or found.dtype.kind not in "iu":
+        return None
+    x, y, width, height = found.tolist()
+    return x, y, width, height
 
 
 def grid_of(slide: Slide, info: ModelInfo, allow_upsampling: bool = False) -> TileGrid:

@@ -263,7 +263,7 @@ def write_tables(experiment: Experiment, failed: dict[str, str]) -> str:
         save_table(filled, experiment.tables / name)
         parts.append(f"## Table {name[-1]}\n\n{to_markdown(filled)}")
     report = "\n".join(parts)
-    write_whole(experiment.tables / "report.md", lambda path: path.write_text(report))
+    write_whole(experiment.tables / "report.md", lambda path: path.write_text(report, encoding="utf-8"))
     return report
 
 

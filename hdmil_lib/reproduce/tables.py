@@ -169,4 +169,4 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path.with_suffix(".csv"))
-    path.with_suffix(".md").write_text(to_markdown(table))
+    path.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")

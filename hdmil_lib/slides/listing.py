@@ -5,6 +5,7 @@ In a folder a PNG or JPEG file, or a TIFF without stored tiles, is a slide if on
 thumbnails and figures are not. A file that is named itself is always taken for a slide.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
     """List the slides of files, folders and tables, each once, in their order.
 
     Folders are searched with all folders below. Hidden files, such as those that macOS writes beside others,
-    are passed over, and images as the module says. The files of a DICOM series are one slide.
+    are passed over, and images as the module says. Links to folders are followed, each folder once. A file
+    that is reached on two ways under one name is one slide, and so are the files of a DICOM series.
 
     Args:
         sources: A slide file, folder, CSV file with a column `path` (relative to it) and optionally
@@ -88,14 +90,14 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
 
     Raises:
         SlideError: A folder or table names no slide, or nothing is named.
-        CohortError: A table is missing, cannot be read, or has no column `path`.
+        CohortError: A table is missing, cannot be read, has no column `path`, or gives a file two names.
     """
     if isinstance(sources, str | Path | SlideFile):
         sources = [sources]
-    slides: dict[Path, SlideFile] = {}
+    slides: list[SlideFile] = []
     for given in sources:
         if isinstance(given, SlideFile):
-            slides.setdefault(given.path, given)
+            slides.append(given)
             continue
         source = Path(given)
         if source.is_dir():
@@ -106,16 +108,28 @@ def list_slides(sources: Source | Sequence[Source]) -> list[SlideFile]:
             found = [SlideFile(source, source.stem)]
         if not found:
             raise SlideError(f"{source}: no slides in it; {_what_is_known(source)}")
-        for slide in found:
-            slides.setdefault(slide.path, slide)
+        slides += found
     if not slides:
         raise SlideError("no slides are named; give slide files, a folder, or a CSV with a column `path`")
-    return _one_per_series(slides.values())
+    return _one_per_series(_once(slides))
+
+
+def _once(slides: Iterable[SlideFile]) -> list[SlideFile]:
+    """The slides without repetitions: of a path, however it is written, or of a file under the same name."""
+    kept: list[SlideFile] = []
+    seen: set[object] = set()
+    for slide in slides:
+        path = os.path.join(os.path.realpath(slide.path.parent), slide.path.name)
+        file = (os.path.realpath(path), slide.slide_id)
+        if not seen & {path, file}:
+            kept.append(slide)
+        seen |= {path, file}
+    return kept
 
 
 def _what_is_known(source: Path) -> str:
     """What would have been a slide."""
-    n_small = sum(image_size(path) is not None for path in _walk(source)) if source.is_dir() else 0
+    n_small = sum(image_size(path) is not None for path in _walk(source, set())) if source.is_dir() else 0
     if n_small:
         return (
             f"{n_small} images in it have no side of {LARGE_IMAGE} pixels, no color, or the name of a slide. "
@@ -124,11 +138,11 @@ def _what_is_known(source: Path) -> str:
     return f"known suffixes are {', '.join(SLIDE_SUFFIXES)}, and whatever a reader knows"
 
 
-def _in_folder(folder: Path) -> list[SlideFile]:
-    """Slide files of a folder and of those below it, sorted."""
+def _in_folder(folder: Path, seen: Iterable[str] = ()) -> list[SlideFile]:
+    """Slide files of a folder and of those below it, sorted; folders that were seen are passed over."""
     slides: list[Path] = []
     images: list[Path] = []
-    for path in _walk(folder):
+    for path in _walk(folder, {*seen}):
         if path.suffix.lower() in NO_SLIDES:
             continue
         if detect(path) is not None or path.suffix.lower() in FOREIGN:
@@ -151,8 +165,17 @@ def _belongs(image: Path, slide: Path) -> bool:
     return image.stem == slide.stem or image.stem.startswith(tuple(slide.stem + mark for mark in "_-. "))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files that are not hidden; the data folder of a .mrxs file belongs to that file."""
+def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Files that are not hidden; the data folder of a .mrxs file belongs to that file.
+
+    Args:
+        folder: The folder, with all below.
+        seen: Folders that were walked already, with links resolved: a link may lead back to one. It grows.
+    """
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -164,16 +187,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_dir():
             if not path.with_suffix(".mrxs").is_file():
-                yield from _below(path)
+                yield from _below(path, seen)
         elif path.is_file() or path.is_symlink():
             yield path
 
 
-def _below(folder: Path) -> list[Path]:
+def _below(folder: Path, seen: set[str]) -> list[Path]:
     """Files below a folder; the folder itself if it is called like a slide and holds none, to be reported."""
-    if folder.suffix.lower() in SLIDE_SUFFIXES and not _in_folder(folder):
-        return [folder]
-    return list(_walk(folder))
+    if folder.suffix.lower() in SLIDE_SUFFIXES and not _in_folder(folder, seen):
+        return [] if os.path.realpath(folder) in seen else [folder]
+    return list(_walk(folder, seen))
 
 
 def _one_per_series(slides: Iterable[SlideFile]) -> list[SlideFile]:
@@ -215,7 +238,20 @@ def _in_table(source: Path) -> list[SlideFile]:
                 "characters and dots in front"
             )
         slides.append(SlideFile(path, slide_id, _number(row, source)))
+    _check_one_name(slides, source)
     return slides
+
+
+def _check_one_name(slides: Sequence[SlideFile], source: Path) -> None:
+    """Refuse a table that gives a file two names, under which it could stand in training and test parts."""
+    name_of: dict[Path, str] = {}
+    for slide in slides:
+        first = name_of.setdefault(slide.path, slide.slide_id)
+        if first != slide.slide_id:
+            raise CohortError(
+                f"{source}: {slide.path.name} is listed as {first!r} and as {slide.slide_id!r}; keep one row "
+                "per file, or correct `path`"
+            )
 
 
 def is_file_name(name: str) -> bool:

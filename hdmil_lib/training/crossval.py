@@ -22,7 +22,14 @@ from tqdm.auto import tqdm
 from hdmil_lib import devices
 from hdmil_lib.bags import Bag
 from hdmil_lib.batches import BagDataset
-from hdmil_lib.cohort import Cohort, check_classes, check_splits, make_splits, official_splits
+from hdmil_lib.cohort import (
+    Cohort,
+    check_classes,
+    check_repeated_slides,
+    check_splits,
+    make_splits,
+    official_splits,
+)
 from hdmil_lib.config import cache_dir, torch_threads
 from hdmil_lib.errors import BagError
 from hdmil_lib.kernels.segments import to_device
@@ -95,6 +102,7 @@ def cross_validate(
     if absent := [slide_id for slide_id in cohort.slide_ids if slide_id not in bags]:
         raise BagError(f"there is no bag of slide '{absent[0]}'; extract its features, or drop its row")
     bags = {slide_id: bags[slide_id] for slide_id in cohort.slide_ids}
+    check_repeated_slides(bags, cohort)
     data = BagDataset(bags, cohort.label_of)
     _check_patches(methods, bags)
     parts = _splits(cohort, splits, folds, seed)

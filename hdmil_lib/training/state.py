@@ -1,6 +1,7 @@
 """Files of a training run: its configuration, and the state from which it resumes."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,24 @@ def claim_folder(folder: Path, config: dict[str, Any]) -> None:
         write_json(path, config)
         return
     found = read_json(path)
-    differing = [key for key in config if found.get(key) != config[key]]
-    if differing:
-        theirs, ours = ({key: source.get(key) for key in differing} for source in (found, config))
+    theirs, ours = dict(_settings(found)), dict(_settings(config))
+    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    if any(found.get(key) != config[key] for key in config):
+        shown = ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise CheckpointError(
-            f"{folder}: holds a run with {theirs}, this one has {ours}; "
-            "choose another folder, or delete this one to train again"
+            f"{folder}: holds a run with {shown or 'other settings'}{more}; choose another folder, or delete "
+            "this one to train again"
         )
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration with their places in it, such as ("recipe.training.epochs", 20)."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:

@@ -11,6 +11,7 @@ from hdmil_lib.evaluation.metrics import fold_scores, mean_sd
 from hdmil_lib.evaluation.statistics import summary_table
 from hdmil_lib.methods import METHODS, check_methods
 from hdmil_lib.models import DMIN, HDMIL, LIPN, MILModel, ModelInfo, create_model
+from hdmil_lib.models.info import name_digest
 from hdmil_lib.splits import Split, read_splits
 from hdmil_lib.storage import load_weights
 from hdmil_lib.training.cascade import load_cascade
@@ -142,7 +143,7 @@ class CrossValidation:
         if entry.screen == "cascade":
             lipn = self.hdmil(fold, entry.base).lipn
             cascade = load_cascade(self._dmin(entry.dmin, fold), lipn, self._fold(method, fold))
-            cascade.info = self._info(method)
+            cascade.info = self._info(method, fold)
             return cascade
         trained = method if entry.screen in ("lipn", "joint") else entry.base
         folder = self._fold(trained, fold)
@@ -160,13 +161,13 @@ class CrossValidation:
                 thresholds=None if published else thresholds,
                 pooling="lipn" if published else "dmin",
                 trained_thresholds=thresholds,
-                info=self._info(trained),
+                info=self._info(trained, fold),
             )
 
     def _dmin(self, method: str, fold: int) -> DMIN:
         return cast(DMIN, self.classifier(method, fold))
 
-    def _info(self, method: str) -> ModelInfo:
+    def _info(self, method: str, fold: int) -> ModelInfo:
         """What a method was trained for, with its mean test scores if its predictions are loaded."""
         metrics: dict[str, float | str] = {}
         rows = self.predictions[self.predictions["method"] == method]
@@ -177,12 +178,13 @@ class CrossValidation:
                 "test accuracy, mean (sd) over folds": mean_sd(scores["accuracy"]),
                 "share of tiles read": round(float(scores["keep_ratio"].mean()), 4),
             }
-        tiles = self._config.tiles
+        tiles, split = self._config.tiles, self.splits[fold]
         return ModelInfo(
             classes=self.classes,
             encoder=self._config.encoder.name,
             encoder_weights=self._config.encoder.weights_hash,
             cohort=self._config.cohort,
+            seen=tuple(map(name_digest, (*split.train, *split.val))),
             metrics=metrics,
             **({} if tiles is None else tiles.model_dump()),
         )

@@ -24,10 +24,11 @@ SUFFIXES = (".ome.tif", ".ome.tiff")
 def write_heatmap(prediction: "Prediction", path: Path) -> None:
     """Write the attention of each class and the kept tiles as channels of a pyramidal OME-TIFF.
 
-    The image covers the whole slide and is smaller by a whole factor, so that a viewer places it over the
-    slide without being told where. Each channel is uint8. An attention channel has the tile's rank among the
-    tiles that were read, from 1 (lowest) to 255, and 0 where nothing was read; "kept" has 255 for tiles that
-    LIPN kept, 128 for tiles that it dropped, and 0 where there is no tile.
+    The image covers the whole slide, or its scanned part if it states one (QuPath shows no more), and is
+    smaller by a whole factor, so that a viewer places it over the slide without being told where. Each
+    channel is uint8. An attention channel has the tile's rank among the tiles that were read, from 1 (lowest)
+    to 255, and 0 where nothing was read; "kept" has 255 for tiles that LIPN kept, 128 for tiles that it
+    dropped, and 0 where there is no tile.
 
     Args:
         prediction: Prediction of N tiles.
@@ -56,7 +57,8 @@ def write_heatmap(prediction: "Prediction", path: Path) -> None:
         "PhysicalSizeY": prediction.tile_um / prediction.tile_size_level0[1] * factor,
         "PhysicalSizeYUnit": "µm",
     }
-    width, height = (-(-side // factor) for side in prediction.slide_size)
+    shown = prediction.slide_size if prediction.bounds is None else prediction.bounds[2:]
+    width, height = (-(-side // factor) for side in shown)
     n_coarser = max(0, int(np.ceil(np.log2(max(width, height) / MIN_SIDE))))
     options: dict[str, Any] = {"tile": (BLOCK, BLOCK), "compression": "zlib", "photometric": "minisblack"}
 
@@ -117,5 +119,6 @@ def _covering(prediction: "Prediction", axis: int, n_pixels: int, factor: int) -
     n_between = int(places[last] - places[first])
     pitch = (ends[1] - ends[0]) / n_between if n_between else size  # tiles begin at rounded positions
     origin = ends[0] - places[first] * pitch
-    found = np.floor(((np.arange(n_pixels) + 0.5) * factor - origin) / pitch).astype(int)
+    start = 0 if prediction.bounds is None else prediction.bounds[axis]
+    found = np.floor(((np.arange(n_pixels) + 0.5) * factor + start - origin) / pitch).astype(int)
     return np.where((found >= 0) & (found < count), found, -1)
