@@ -224,8 +224,9 @@ def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axe
         look = SOURCES[source]
         beside = mean.index * 1.025 ** (place - (len(shown) - 1) / 2)
         ax.plot(beside, mean, label=source, ms=7, mec="white", mew=0.8, zorder=3, **look)
-        deviation = deviation.where((mean.index < 1) | (place == 0))  # all tiles are the same for all sources
-        ax.vlines(beside, mean - deviation, np.minimum(mean + deviation, 1), color=look["color"], alpha=0.5)
+        barred = (mean.index < 1) | (place == 0)  # all tiles are the same for all sources
+        low, high = mean - deviation, np.minimum(mean + deviation, 1)
+        ax.vlines(beside[barred], low[barred], high[barred], color=look["color"], alpha=0.5)
     ratios = np.sort(table["keep_ratio"].unique())
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(ratios.tolist()))
