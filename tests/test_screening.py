@@ -15,7 +15,7 @@ def test_a_row_adds_the_look_at_all_tiles_to_the_reading_of_some():
     table = cost_table(RESULTS).set_index(["source", "keep_ratio"])["milliseconds"]
     assert table["random", 0.1] == pytest.approx(0.1 * cost[WHOLE])
     assert table["LIPN", 0.1] - table["random", 0.1] == pytest.approx(cost[COARSE])
-    assert table["look at 2 um/px", 0.3] - table["LIPN", 0.3] == pytest.approx(cost["2 um/px"])
+    assert table["look at 2 µm/px", 0.3] - table["LIPN", 0.3] == pytest.approx(cost["2 um/px"])
 
 
 def test_every_look_is_cheaper_than_the_next_finer_one():

@@ -163,9 +163,10 @@ def test_ratios_run_from_all_tiles_down():
     assert ax.get_xlim()[0] > 1 > ax.get_xlim()[1]
     assert ax.get_xscale() == "log"
     assert ax.lines[0].get_ydata()[-1] == pytest.approx(0.91)
-    bars = [collection.get_segments()[-1] for collection in ax.collections]
-    assert np.ptp(bars[0][:, 1]) == pytest.approx(0.02 * np.sqrt(2))
-    assert len({bar[0, 0] for bar in bars}) == len(SOURCES), "no bar hides another"
+    bars = [collection.get_segments() for collection in ax.collections]
+    assert np.ptp(bars[0][-1][:, 1]) == pytest.approx(0.02 * np.sqrt(2))
+    assert [len(own) for own in bars] == [5] + [4] * (len(SOURCES) - 1), "all tiles have one bar"
+    assert len({own[0][0, 0] for own in bars}) == len(SOURCES), "no bar hides another"
 
 
 def test_ratios_without_folds_or_sources():

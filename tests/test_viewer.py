@@ -23,7 +23,7 @@ from hdmil_lib.slides import Slide, TileGrid
 from hdmil_lib.slides.sample import sample_slide
 from hdmil_lib.viz import viewer as viewer_package
 from hdmil_lib.viz.overlays import DROPPED
-from hdmil_lib.viz.style import VERMILION
+from hdmil_lib.viz.style import ORANGE
 from hdmil_lib.viz.viewer import Overlay, SlideViewer, TileScatter, link_scatter
 from hdmil_lib.viz.viewer.deepzoom import GRAY, DeepZoom
 from hdmil_lib.viz.viewer.frames import bar_length
@@ -409,7 +409,7 @@ def test_a_linked_scatter_leaves_a_picture(viewer):
     picture = decode(box.frame(200))
     assert picture.shape[0] == 200
     center = picture.shape[1] - 12
-    ring = np.flatnonzero((picture[12] == ImageColor.getrgb(VERMILION)).all(1))
+    ring = np.flatnonzero((picture[12] == ImageColor.getrgb(ORANGE)).all(1))
     assert center - 9 <= ring.min() < ring.max() <= center + 9
     assert {"image/png", "text/plain"} <= set(box._repr_mimebundle_())
 

@@ -10,9 +10,9 @@ SCREENS = {
     "random": ("random", None),
     "LIPN, masks as published": ("LIPN", None),
     "LIPN, evidence": ("LIPN, evidence", None),
-    "look, 4 um/px": ("look at 4 um/px", "4 um/px"),
-    "look, 2 um/px": ("look at 2 um/px", "2 um/px"),
-    "look, 1 um/px": ("look at 1 um/px", "1 um/px"),
+    "look, 4 um/px": ("look at 4 µm/px", "4 um/px"),
+    "look, 2 um/px": ("look at 2 µm/px", "2 um/px"),
+    "look, 1 um/px": ("look at 1 µm/px", "1 um/px"),
 }
 """Names in `second_look.json`, in figures, and in `looks.json`."""
 

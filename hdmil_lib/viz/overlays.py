@@ -227,12 +227,14 @@ def kept_title(kept: np.ndarray) -> str:
     return f"{kept.sum():,} of {len(kept):,} tiles kept ({kept.mean():.0%})"
 
 
-def kept_overlay(grid: OnGrid, kept: np.ndarray, ax: Axes | None = None) -> Axes:
-    """The tiles that are read at high resolution, bool (N,); the dropped ones are grayed out."""
+def kept_overlay(
+    grid: OnGrid, kept: np.ndarray, ax: Axes | None = None, *, label: str = "kept: read and encoded"
+) -> Axes:
+    """The tiles that are kept, bool (N,), with a label that says why; the dropped ones are grayed out."""
     kept = np.asarray(kept, dtype=bool)
     ax = _map(grid, kept_cells(grid, kept), ax)
     ax.set_title(kept_title(kept), pad=22)
-    _above(ax, [Patch(fc=TISSUE, label="kept: read and encoded"), Patch(fc=DROPPED, label="dropped")])
+    _above(ax, [Patch(fc=TISSUE, label=label), Patch(fc=DROPPED, label="dropped")])
     return ax
 
 

@@ -271,14 +271,17 @@ def stage_times(seconds: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Table 2 as bars: seconds per slide by stage, one bar per method.
 
     Args:
-        seconds: Mean seconds per slide, methods by stages, both in the order in which they are drawn.
+        seconds: Mean seconds per slide, methods by stages, both in the order in which they are drawn. A
+            column "total" is the number written beside a bar, where it is not the sum of the stages, as with
+            medians.
         ax: Axes to draw on.
     """
     ax = axes_or_new(ax, (6.4, 0.7 + 0.55 * len(seconds)))
+    totals = (seconds["total"] if "total" in seconds else seconds.sum(axis=1)).to_numpy()
+    seconds = seconds.drop(columns="total", errors="ignore")
     names = seconds.rename(index=plain, columns=lambda stage: plain(STAGE_NAMES.get(stage, stage)))
     colors = [STAGES.get(stage, CYCLE[i % len(CYCLE)]) for i, stage in enumerate(seconds)]
     names.plot.barh(stacked=True, color=colors, width=0.6, ax=ax)
-    totals = seconds.sum(axis=1).to_numpy()
     for row, total in enumerate(totals):
         saved = f" (−{1 - total / totals[0]:.0%})" if row and total < totals[0] else ""
         ax.text(total, row, f"  {total:.2f} s{saved}", va="center", fontsize=9)

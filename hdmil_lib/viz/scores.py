@@ -99,11 +99,10 @@ def auc_intervals(scores: pd.DataFrame, ax: Axes | None = None, *, reference: st
     ax.axvline(center["pooled_auc"], color=MUTED, lw=1, ls="--", zorder=1)
     for row, (method, line) in enumerate(scores.iterrows()):
         differs = bool(line["p_holm"] < SIGNIFICANT)
-        color = INK if method == reference else VERMILION if differs else BLUE
-        ax.hlines(row, line["pooled_low"], line["pooled_high"], color=color, lw=1.8)
-        filled = color if differs or method == reference else "white"
+        ax.hlines(row, line["pooled_low"], line["pooled_high"], color=INK, lw=1.8)
+        filled = INK if differs or method == reference else "white"
         marker = "D" if method == reference else "o"
-        ax.plot(line["pooled_auc"], row, marker, ms=7, color=color, mfc=filled, mew=1.6, zorder=3)
+        ax.plot(line["pooled_auc"], row, marker, ms=7, color=INK, mfc=filled, mew=1.6, zorder=3)
         note = "reference" if method == reference else format_p(line["p_holm"]) + " *" * differs
         ax.text(1.02, row, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.text(1.02, -1, "p (Holm)", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight="bold")
@@ -139,9 +138,8 @@ def difference_intervals(scores: pd.DataFrame, ax: Axes | None = None, *, refere
     for row, (_, line) in enumerate(others.iterrows()):
         value, low, high = 100 * line[["difference", "difference_low", "difference_high"]].astype(float)
         differs = bool(line["p_holm"] < SIGNIFICANT)
-        color = VERMILION if differs else BLUE
-        ax.hlines(row, low, high, color=color, lw=1.8)
-        ax.plot(value, row, "o", ms=7, color=color, mfc=color if differs else "white", mew=1.6, zorder=3)
+        ax.hlines(row, low, high, color=INK, lw=1.8)
+        ax.plot(value, row, "o", ms=7, color=INK, mfc=INK if differs else "white", mew=1.6, zorder=3)
         note = format_p(line["p_holm"]) + " *" * differs
         ax.text(1.02, row, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.text(1.02, -1, "p (Holm)", transform=ax.get_yaxis_transform(), va="center", fontsize=9, weight="bold")
@@ -194,8 +192,8 @@ def chance_plot(samples: np.ndarray, measured: float, ax: Axes | None = None, *,
     ax = axes_or_new(ax, (5.6, 2.6))
     low, high = np.quantile(samples, (0.025, 0.975))
     ax.hist(samples, bins=30, color=PALE, edgecolor=MUTED, lw=0.6)
-    ax.axvspan(low, high, color=BLUE, alpha=0.12, label="95 % of the repeats")
-    ax.axvline(measured, color=VERMILION, lw=2, label=f"measured: {measured:.3g}")
+    ax.axvspan(low, high, color=MUTED, alpha=0.2, label="95 % of the repeats")
+    ax.axvline(measured, color=INK, lw=2, label=f"measured: {measured:.3g}")
     ax.set(xlabel=xlabel, ylabel="number of repeats")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     return ax
@@ -226,7 +224,9 @@ def score_against_keep_ratio(table: pd.DataFrame, ax: Axes | None = None) -> Axe
         look = SOURCES[source]
         beside = mean.index * 1.025 ** (place - (len(shown) - 1) / 2)
         ax.plot(beside, mean, label=source, ms=7, mec="white", mew=0.8, zorder=3, **look)
-        ax.vlines(beside, mean - deviation, np.minimum(mean + deviation, 1), color=look["color"], alpha=0.5)
+        barred = (mean.index < 1) | (place == 0)  # all tiles are the same for all sources
+        low, high = mean - deviation, np.minimum(mean + deviation, 1)
+        ax.vlines(beside[barred], low[barred], high[barred], color=look["color"], alpha=0.5)
     ratios = np.sort(table["keep_ratio"].unique())
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(ratios.tolist()))

@@ -51,6 +51,7 @@ class BeatLIPN(w.VBox):
         tumor_share: np.ndarray,
         budget: int = 20,
         seed: int = 0,
+        source: str = "LIPN",
     ):
         """Start a game.
 
@@ -61,6 +62,7 @@ class BeatLIPN(w.VBox):
             tumor_share: Share of tumor in each tile, (N,), with some tumor in it.
             budget: Number of tiles to choose; at most N.
             seed: Seed of the random choices.
+            source: Key of `style.SOURCES` of this LIPN, whose color its tiles get.
 
         Raises:
             ValueError: There is no tumor, or the numbers do not fit.
@@ -70,7 +72,7 @@ class BeatLIPN(w.VBox):
             raise ValueError(f"one score and one share of tumor are needed for each of the {len(grid)} tiles")
         if not 1 <= budget <= len(grid) or not self.tumor_share.any():
             raise ValueError(f"a budget of 1 to {len(grid)} tiles and a slide with tumor are needed")
-        self.grid = grid
+        self.grid, self.source = grid, source
         self.budget, self.scores = budget, dict[str, float]()
         generator = np.random.default_rng(seed)
         draws = [generator.permutation(len(grid))[:budget] for _ in range(N_DRAWS)]
@@ -104,7 +106,7 @@ class BeatLIPN(w.VBox):
             budgets: Numbers of tiles, one column each.
         """
         choices = {"LIPN": np.argsort(-self.lipn, kind="stable"), "one random draw": self._one_draw}
-        colors = {"LIPN": SOURCES["LIPN"]["color"], "one random draw": INK}
+        colors = {"LIPN": SOURCES[self.source]["color"], "one random draw": INK}
         figure = Figure(figsize=(3.4 * len(budgets), 6.2), dpi=DPI, layout="constrained")
         grid = figure.subplots(2, len(budgets), squeeze=False)
         for row, (name, order) in zip(grid, choices.items(), strict=True):

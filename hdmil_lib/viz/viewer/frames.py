@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from hdmil_lib.viz.style import INK, YELLOW
+from hdmil_lib.viz.style import INK, ORANGE, YELLOW
 
 Box = tuple[float, float, float, float]
 BAR_PX = 120
@@ -30,7 +30,7 @@ def static_frame(
         layer: The overlay, uint8 (h, w, 4), and the (width, height) that it covers, from the corner.
         opacity: Opacity of the overlay, 0 to 1.
         marked: Left, top, right and lower edges of tiles to frame.
-        selected: Those of the tile to frame more strongly.
+        selected: Those of the tile to frame in orange.
 
     Returns:
         A PNG file.
@@ -42,10 +42,11 @@ def static_frame(
         over.putalpha(over.getchannel("A").point(lambda alpha: round(alpha * opacity)))
         frame.alpha_composite(over.crop((0, 0, *frame.size)))
     draw = ImageDraw.Draw(frame)
-    for box, width in [*((box, 2) for box in marked), *([(selected, 3)] if selected else [])]:
+    chosen = [(selected, 4, ORANGE)] if selected else []
+    for box, width, color in [*((box, 2, YELLOW) for box in marked), *chosen]:
         left, top, right, bottom = box
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=INK, width=width + 2)
-        draw.rectangle(box, outline=YELLOW, width=width)
+        draw.rectangle(box, outline=color, width=width)
     _scale_bar(draw, frame.size, mpp)
     buffer = io.BytesIO()
     frame.convert("RGB").save(buffer, "PNG")

@@ -31,7 +31,7 @@ function render({ model, el }) {
     for (const i of model.get("region")) disc(i, 5, "#2b2f36", true);
     context.lineWidth = 3;
     const selected = model.get("selected");
-    if (selected !== null) disc(selected, 8, "#d55e00", true);
+    if (selected !== null) disc(selected, 8, "#e69f00", true);
   };
   canvas.onclick = (event) => {
     let best = null, least = REACH;

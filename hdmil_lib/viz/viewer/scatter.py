@@ -11,7 +11,7 @@ import numpy as np
 import traitlets as t
 from PIL import Image, ImageDraw
 
-from hdmil_lib.viz.style import INK, MUTED, SEQUENTIAL, VERMILION
+from hdmil_lib.viz.style import INK, MUTED, ORANGE, SEQUENTIAL
 from hdmil_lib.viz.viewer.slide_viewer import HERE, SlideViewer
 
 MARGIN = 12
@@ -95,7 +95,7 @@ class LinkedScatter(ipywidgets.VBox):
         for row in self.scatter.region:
             draw.circle(tuple(places[row]), 7, outline=INK, width=2)
         if self.scatter.selected is not None:
-            draw.circle(tuple(places[self.scatter.selected]), 9, outline=VERMILION, width=3)
+            draw.circle(tuple(places[self.scatter.selected]), 9, outline=ORANGE, width=3)
         buffer = io.BytesIO()
         both.save(buffer, "PNG")
         return buffer.getvalue()

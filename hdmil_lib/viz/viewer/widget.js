@@ -127,12 +127,12 @@ function drawScaleBar(context, umPerPixel, height) {
   context.fillRect(14, height - 18, pixels, 4);
 }
 
-function drawFrame(context, [left, top, width, height], line) {
+function drawFrame(context, [left, top, width, height], line, color) {
   context.lineWidth = line + 2;
   context.strokeStyle = "#2b2f36";
   context.strokeRect(left, top, width, height);
   context.lineWidth = line;
-  context.strokeStyle = "#f0e442";
+  context.strokeStyle = color;
   context.strokeRect(left, top, width, height);
 }
 
@@ -252,9 +252,9 @@ function render({ model, el, store }) {
       context.drawImage(shown.bitmap, ...onScreen([0, 0, ...shown.size]));
       context.globalAlpha = 1;
     }
-    for (const i of model.get("region")) drawFrame(context, onScreen(grid.box(i)), 1.5);
+    for (const i of model.get("region")) drawFrame(context, onScreen(grid.box(i)), 1.5, "#f0e442");
     const selected = model.get("selected");
-    if (selected !== null) drawFrame(context, onScreen(grid.box(selected)), 3);
+    if (selected !== null) drawFrame(context, onScreen(grid.box(selected)), 3, "#e69f00");
     if (lasso) {
       context.setLineDash([5, 4]);
       context.lineWidth = 2;
