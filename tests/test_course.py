@@ -148,7 +148,7 @@ RIGHT = [
     ("10.2", "largest first", {}),
     ("10.3", lambda seconds, count: max(seconds[k::count].sum() for k in range(count)), {}),
     ("11.1", "four times as many", {}),
-    ("11.2", 6, {}),
+    ("11.2", 9, {}),
     ("11.3", odd_slides, {}),
 ]
 
@@ -239,7 +239,7 @@ WRONG = [
     ("10.3", lambda seconds, count: seconds.sum() / count, {}, "the mean over the shards"),
     ("10.3", lambda seconds, count: seconds.sum(), {}, "every count-th slide"),
     ("11.1", "a quarter", {}, "How wide is the slide"),
-    ("11.2", -6, {}, "subtract its number"),
+    ("11.2", 6, {}, "square by square"),
     ("11.2", 40, {}, "Square.KEPT"),
     ("11.3", lambda report: report.slide_id[report.status == "failed"], {}, "has a note is missing"),
     ("11.3", lambda report: report.slide_id, {}, "need not be looked at"),

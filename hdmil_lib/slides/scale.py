@@ -91,8 +91,8 @@ def scale_of(properties: Mapping[str, str], mpp: float | tuple[float, float] | N
         return Scale(_given(float(mpp)), "given, unknown", tuple(notes))
     found = "; ".join(notes) or "nothing"
     raise ValueError(
-        f"the file does not say how large its pixels are (found: {found}); pass mpp= (--mpp or, where the "
-        "file is right, --force-mpp), in um per level-0 pixel."
+        f"the file does not say how large its pixels are (found: {found}); pass mpp= (--mpp, or "
+        "--force-mpp to override what files say), in um per level-0 pixel."
     )
 
 

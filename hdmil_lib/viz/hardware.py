@@ -198,10 +198,10 @@ def gpu_times(times: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, (8.4, 0.42 * len(times) + 1.2))
     rows = np.arange(len(times))
     looks: dict[str, dict[str, Any]] = {
-        "roof": {"marker": "|", "color": VERMILION, "ms": 15, "mew": 2.5},
-        "kernel": {"marker": "o", "color": BLUE, "ms": 8},
+        "roof": {"marker": "|", "color": INK, "ms": 15, "mew": 2.5},
+        "kernel": {"marker": "o", "color": BLUE, "ms": 8, "zorder": 3},
         "formula": {"marker": "o", "mfc": "white", "color": INK, "ms": 8},
-        "call of the kernel": {"marker": "x", "color": ORANGE, "ms": 8, "mew": 2},
+        "call of the kernel": {"marker": "x", "color": ORANGE, "ms": 13, "mew": 2, "zorder": 2},
     }
     ax.hlines(rows, times.min(axis=1), times.max(axis=1), color=PALE, lw=5, zorder=0)
     for name, look in looks.items():
