@@ -65,9 +65,12 @@ class Cohort:
         path = Path(path)
         table = read_table(path)
         if "mpp" in table:
-            table["mpp"] = pd.to_numeric(table["mpp"], errors="coerce")
+            given = table["mpp"]
+            table["mpp"] = pd.to_numeric(given, errors="coerce")
+            wrong = given[given.notna() & table["mpp"].isna()]
+            refuse(wrong.tolist(), f"{path}: mpp is no number of um/px:", "correct it, or leave it empty")
         table, classes = _check_table(table, classes, source=path, needs_path=bags is None)
-        cohort = cls(table, classes, path.parent, Path(bags) if bags is not None else None)
+        cohort = cls(table, classes, path.resolve().parent, Path(bags) if bags is not None else None)
         cohort._check_files(path)
         return cohort
 

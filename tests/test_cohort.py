@@ -338,6 +338,22 @@ def test_numbers_of_spreadsheets_are_one_class(tmp_path):
     assert Cohort.from_csv(path).classes == ("0", "1")
 
 
+def test_a_scale_that_is_no_number_is_refused(tmp_path):
+    text = 'slide_id,case_id,label,path,mpp\na,1,tumor,a.tif,0.5\nb,2,tumor,b.tif,\nc,3,normal,c.tif,"0,5"\n'
+    path = write_csv(tmp_path, text)
+    with pytest.raises(CohortError, match="mpp is no number of um/px: 0,5; correct it"):
+        Cohort.from_csv(path)
+    path.write_text(text.replace('"0,5"', "0.25"))
+    assert Cohort.from_csv(path).table["mpp"].tolist() == pytest.approx([0.5, np.nan, 0.25], nan_ok=True)
+
+
+def test_messages_name_the_folder_of_a_table_in_the_working_directory(tmp_path, monkeypatch):
+    write_csv(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CohortError, match=f"^{tmp_path}: class 'normal' has 1 case"):
+        make_splits(Cohort.from_csv("labels.csv"), 5, 0)
+
+
 def test_a_patient_whose_number_a_spreadsheet_changed_is_one_patient(tmp_path):
     text = "slide_id,case_id,label,path\na,7,tumor,a.tif\nb,7.0,tumor,b.tif\nc,7.5,normal,c.tif\n"
     cohort = Cohort.from_csv(write_csv(tmp_path, text))

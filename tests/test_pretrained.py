@@ -248,6 +248,14 @@ def damage(folder, case, tmp_path):
     return folder
 
 
+def test_a_name_in_a_folder_that_exists_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hdmil_lib.models.pretrained._download", lambda *_: pytest.fail("the hub is asked"))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match="models/best: no such model folder"):
+        HDMIL.from_pretrained("models/best")
+
+
 @pytest.mark.parametrize(
     ("case", "named"),
     [

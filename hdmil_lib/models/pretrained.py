@@ -73,7 +73,8 @@ def load(kind: type[Model], name: str | Path, revision: str | None) -> Model:
     """Read a model folder, or fetch it from the hub; see `HDMIL.from_pretrained`."""
     folder = Path(name)
     if not folder.is_dir():
-        if folder.exists() or not HUB_NAME.fullmatch(str(name)):
+        local = folder.exists() or folder.parent.is_dir()  # then a/b is no name on the hub
+        if local or not HUB_NAME.fullmatch(str(name)):
             raise CheckpointError(f"{name}: no such model folder; give a folder that `hdmil train` wrote")
         folder = _download(str(name), revision)
     if any((folder / file).is_file() for file in OLD_FILES) and not (folder / WEIGHTS).is_file():
