@@ -334,7 +334,7 @@ def test_waves_are_in_the_order_of_needs(methods):
 
 
 def test_a_folder_of_another_configuration_is_refused(cohort, cv):
-    with pytest.raises(CheckpointError, match="'seed': 0.*'seed': 1"):
+    with pytest.raises(CheckpointError, match="seed 0, not 1"):
         cross_validate(cohort, ["mean"], seed=1, out=cv.folder, **QUIET)
     shorter = QUIET | {"recipe": RECIPE.shorter(1)}
     with pytest.raises(CheckpointError, match="'epochs': 2.*'epochs': 1"):
@@ -400,7 +400,7 @@ def test_splits_are_given_as_a_list_or_as_a_folder(cohort, tmp_path):
 def test_other_splits_in_the_same_folder_are_refused(cohort, tmp_path):
     splits = make_splits(cohort, 3, seed=7)
     cross_validate(cohort, ["mean"], splits=splits, out=tmp_path, **QUIET)
-    with pytest.raises(CheckpointError, match="'splits'"):
+    with pytest.raises(CheckpointError, match="holds a run with splits"):
         cross_validate(cohort, ["mean"], splits=splits[::-1], out=tmp_path, **QUIET)
     assert read_splits(tmp_path / "splits") == splits
 

@@ -200,7 +200,7 @@ def test_evidence_needs_no_self_distillation_but_masks_do(case, tmp_path):
 def test_a_run_with_another_target_is_refused(case, tmp_path):
     short = replace(SHORT, epochs=1)
     fit_lipn(small_lipn(), small_dmin(), *case, short, out=tmp_path)
-    with pytest.raises(CheckpointError, match=r"'target': 'mask'.*'target': 'evidence'"):
+    with pytest.raises(CheckpointError, match="target mask, not evidence"):
         fit_lipn(small_lipn(), small_dmin(), *case, short, out=tmp_path, target="evidence")
 
 
