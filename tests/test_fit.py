@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_configuration_names_both(case, tmp_path):
     fit(small_model(), data, split, SHORT, out=tmp_path)
     with pytest.raises(CheckpointError, match=r"learning_rate 0\.003, not 0\.5"):
         fit(small_model(), data, split, replace(SHORT, learning_rate=0.5), out=tmp_path)
-    with pytest.raises(CheckpointError, match="'DMIN'.*'ABMIL'"):
+    with pytest.raises(CheckpointError, match="model DMIN, not ABMIL"):
         fit(small_model("abmil"), data, split, SHORT, out=tmp_path)
     with pytest.raises(CheckpointError, match="split"):
         fit(small_model(), data, replace(split, train=split.train[2:]), SHORT, out=tmp_path)
