@@ -170,6 +170,14 @@ def test_make_help_lists_tasks_that_make_knows():
 # Continuous integration
 
 
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_run_in_one_process(request):
+    """pytest 9.2 and pytest-xdist 3.8 forget groups, and two processes then do the same long set-ups."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("only with -n 2 --dist loadgroup, as `make test` runs it")
+    assert request.node.nodeid.endswith("@together")
+
+
 def workflow() -> dict:
     return yaml.safe_load((REPOSITORY / ".github" / "workflows" / "tests.yml").read_text())
 
